@@ -1,0 +1,88 @@
+"""What the HTTP side asks of the relay, and what the relay promises to tell it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from backends.protocol import FinishReason, Logprob, Sampling
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """One prompt to be continued `n` times. `seeds` has one entry per sequence.
+
+    `deadline` is a time of this process's event-loop clock. `decode_estimate` is how many tokens
+    the answer will probably have, per sequence; the queue books it.
+    """
+
+    id: str
+    model: str
+    tenant: str
+    prompt: list[int]
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    deadline: float
+    decode_estimate: int
+    priority: int = 0
+    prompt_logprobs: int | None = None
+
+    @property
+    def n(self) -> int:
+        """How many sequences continue the prompt."""
+        return len(self.seeds)
+
+
+class Listener(Protocol):
+    """Takes a job's tokens. Called on the event loop; must not block or raise."""
+
+    def token(
+        self, index: int, token: int, finish: FinishReason | None, logprob: Logprob | None
+    ) -> bool:
+        """Sequence `index` has its next token, in order, none missing and none twice.
+
+        `finish` is set on its last one. True: the listener has seen enough (a stop string); the
+        relay ends the sequence and this is not called for it again.
+        """
+
+    def prompt_logprobs(self, logprobs: tuple[Logprob, ...]) -> None:
+        """Log probabilities of the prompt's tokens from the second on; before any `token`."""
+
+
+class Carrier(Protocol):
+    """The relay, as the HTTP side sees it."""
+
+    async def carry(self, job: Job, listener: Listener) -> Timeline:
+        """Take `job` through queue, prefill, handoff and decode; return when it has ended.
+
+        Cancelling this call frees everything the job held, on every worker.
+
+        Raises:
+            GatewayError: one of the tree in `gateway.errors`, with phase, peer and cause.
+        """
+
+    def pause(self, job_id: str, index: int, paused: bool) -> None:
+        """Stop or resume decoding one sequence, because its client reads too slowly."""
+
+
+class Timeline(msgspec.Struct, kw_only=True):
+    """Where a job's time went, in seconds. None: it did not get there.
+
+    Time to first token is the sum of `queue`, `place`, `reserve`, `prefill_wait`, `prefill`,
+    and what the HTTP side adds before and after; `exposed_transfer` and `verify` belong to the
+    first gap; `overlapped_transfer` costs nothing and is shown apart.
+    """
+
+    queue: float | None = None
+    place: float | None = None
+    reserve: float | None = None
+    prefill_wait: float | None = None
+    prefill: float | None = None
+    exposed_transfer: float | None = None
+    overlapped_transfer: float | None = None
+    verify: float | None = None
+    first_token: float | None = None
+    retries: int = 0
+    prefill_worker: str = ""
+    decode_worker: str = ""

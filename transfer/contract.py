@@ -1,0 +1,152 @@
+"""What a transport promises, on the sending and on the receiving side.
+
+The decode worker runs one `Receiver` per transport; a prefill worker keeps one `Sender` per
+transport, opens a `Writer` for each handoff, and pushes slices as they become final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from transfer.layout import Endpoint, Epoch, KVLayout, Landing, Natural
+
+Buffer = Any
+"""An object with the buffer protocol over a whole pool, C-contiguous; the target's is writable."""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A prefix in the sender's pool: `tokens` tokens that lie in `blocks`, in their order."""
+
+    layout: KVLayout
+    pool: Buffer
+    pool_blocks: int
+    blocks: tuple[int, ...]
+    tokens: int
+
+
+class KVSlice(msgspec.Struct, frozen=True):
+    """The K and V of one layer for tokens `start` to `end` (exclusive) of the prefix."""
+
+    layer: Natural
+    start: Natural
+    end: Natural
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What a committed handoff took, in seconds of the receiver's own clock, and in bytes."""
+
+    verify_seconds: float
+    bytes: int
+    answer: bytes
+
+
+class Writer(Protocol):
+    """The sender's end of one handoff. One task at a time uses it."""
+
+    async def write(self, part: KVSlice) -> None:
+        """Put `part` where the landing wants it, in the landing's layout.
+
+        When this raises, cancellation included, the landing holds some, all or none of the data
+        and writes may still be arriving. Its blocks must not be reused until the receiver's
+        `quiesce` returns.
+
+        Raises:
+            LandingGone: the landing expired, was cancelled, or its worker restarted.
+            PeerLost: the connection broke.
+        """
+
+    async def commit(self, note: bytes, seconds: float) -> Receipt:
+        """Prove that all of the prefix arrived and hand it over, once.
+
+        Sends the digest of the source and `note` (opaque to this package). Returns when the
+        receiver has verified its pool and its owner has taken the landing with `note`;
+        `Receipt.answer` is what that owner answered.
+
+        Raises:
+            DigestMismatch: the pool holds something else. The receiver has freed the landing.
+            LandingGone: as in `write`.
+            PeerLost: the connection broke; whether the receiver has taken the prefix is unknown.
+            TimeoutError: no answer within `seconds`; likewise unknown.
+        """
+
+    async def abort(self) -> None:
+        """Tell the receiver that nothing more comes. Never raises; safe after any failure.
+
+        When this returns, this end writes no more. Afterwards the writer is of no use.
+        """
+
+
+class Sender(Protocol):
+    """One per transport in a prefill worker: connections to decode workers, kept and warmed."""
+
+    async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
+        """Meet a peer before any request needs it. Returns the plan in one printable line.
+
+        Raises:
+            LayoutMismatch: the pools cannot be converted; says the first reason.
+            PeerLost: nobody answers there, or it refused us.
+        """
+
+    async def open(self, landing: Landing, source: Source) -> Writer:
+        """Begin a handoff from `source` into `landing`.
+
+        Raises:
+            LayoutMismatch: the pools cannot be converted.
+            PeerLost: the peer cannot be reached.
+        """
+
+    async def close(self) -> None:
+        """Close every connection. Writers that are open fail with `PeerLost`."""
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """A verified prefix, offered to the owner of its landing."""
+
+    landing: str
+    epoch: Epoch
+    note: bytes
+    verify_seconds: float
+    bytes: int
+
+
+class Receiver(Protocol):
+    """One per transport in a decode worker: takes writes for landings, and for nothing else."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where senders reach this receiver."""
+
+    def expect(
+        self,
+        landing: Landing,
+        pool: Buffer,
+        *,
+        touched: Callable[[], None],
+        arrived: Callable[[Arrival], bytes],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Accept writes for `landing` into `pool` from now on.
+
+        `touched` is called on each write (it renews the lease). At a commit whose digest agrees,
+        `arrived` is called once; it may raise `LandingGone`, and what it returns goes back to the
+        sender. At a commit whose digest disagrees, at an abort, or when the sender's connection
+        is lost before the commit, `failed` is called once instead, with the reason. All three run
+        on the event loop. None is called after `withdraw`.
+        """
+
+    def withdraw(self, landing_id: str) -> None:
+        """Refuse every later write and commit for this landing. Safe to call twice."""
+
+    async def quiesce(self, landing_id: str) -> None:
+        """Return once no write for this withdrawn landing can reach the pool any more."""
+
+    async def close(self) -> None:
+        """Stop listening and close every connection."""
+
+
+def whole(layers: int, tokens: int) -> Sequence[KVSlice]:
+    """A prefix of `tokens` tokens as one slice per layer."""
+    return [KVSlice(layer, 0, tokens) for layer in range(layers)]

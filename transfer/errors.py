@@ -1,0 +1,25 @@
+"""What can go wrong while a cache is moved. The prompt can always be prefilled again."""
+
+
+class TransferError(Exception):
+    """A cache could not be moved. Prefilling again, perhaps elsewhere, always helps."""
+
+
+class LayoutMismatch(TransferError):
+    """The two pools cannot be converted into each other. A configuration fault: never retried."""
+
+
+class LandingGone(TransferError):
+    """The landing expired, was cancelled, was used already, or its worker restarted."""
+
+
+class DigestMismatch(TransferError):
+    """What lies in the target pool is not what was sent. The landing is freed; prefill again."""
+
+
+class PeerLost(TransferError):
+    """The connection to the other worker broke, or was never there."""
+
+
+class PeerMisbehaved(TransferError):
+    """The other side sent bytes that the protocol does not allow. Its connection is closed."""
