@@ -1,0 +1,94 @@
+"""How Redis is reached: the client, what a server must be able to do, and listening to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from gateway.config import RedisSection
+
+log = structlog.get_logger()
+
+OLDEST = (6, 2)
+
+
+class RedisUnsuitable(Exception):
+    """The server cannot be used: too old, or a cluster. The operator's fault; never retried."""
+
+
+def open_redis(section: RedisSection, url: str = "") -> Redis:
+    """A client for `url`, or else for `redis.url`; connects when it is used, and never retries."""
+    url = url or section.url
+    options: dict[str, Any] = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    return Redis.from_url(
+        url,
+        protocol=2,
+        decode_responses=False,
+        socket_timeout=None,  # each user of the client has a deadline of its own
+        socket_connect_timeout=section.connect_timeout_seconds,
+        retry=Retry(NoBackoff(), 0),
+        **options,
+    )
+
+
+def check_server(info: bytes) -> None:
+    """Refuse what `INFO server` shows to be unsuitable.
+
+    Raises:
+        RedisUnsuitable: it is older than 6.2, or runs as a cluster.
+    """
+    lines = (line.partition(":") for line in info.decode(errors="replace").splitlines())
+    facts = {name: value.strip() for name, _, value in lines}
+    version = facts.get("redis_version", "")
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if numbers < OLDEST:
+        raise RedisUnsuitable(f"Redis 6.2 or later is needed; this server is {version or '?'}")
+    if facts.get("redis_mode") == "cluster":
+        raise RedisUnsuitable("this server is part of a Redis Cluster, which is not supported")
+
+
+async def listen(
+    redis: Redis,
+    channel: str,
+    *,
+    heard: Callable[[bytes], None],
+    gap: Callable[[], None],
+    quiet_seconds: float,
+) -> None:
+    """Call `heard` with each message on `channel`, until cancelled.
+
+    `gap` is called each time the subscription begins, anew after a lost connection too: messages
+    before that were missed. A connection that says nothing is asked after `quiet_seconds`.
+    """
+    while True:
+        try:
+            async with redis.pubsub() as subscription:
+                await subscription.subscribe(channel)
+                gap()
+                await _hear(subscription, heard, quiet_seconds)
+        except (RedisError, OSError) as error:
+            log.debug("redis.lost", channel=channel, cause=str(error))
+        await asyncio.sleep(min(0.25, quiet_seconds))
+
+
+async def _hear(subscription: Any, heard: Callable[[bytes], None], quiet_seconds: float) -> None:
+    asked = False
+    while True:
+        message = await subscription.get_message(timeout=quiet_seconds)
+        if message is not None:
+            asked = False
+            if message["type"] == "message":
+                heard(message["data"])
+        elif asked:
+            raise RedisConnectionError("no answer on a subscription")
+        else:
+            asked = True
+            await subscription.ping()

@@ -1,0 +1,435 @@
+"""The shared queue, against real Redis servers."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from redis.asyncio import Redis
+
+from gateway.admission import Admission, Limits, Registration, Ticket, WorkerRecord, open_redis
+from gateway.config import RedisSection
+from gateway.errors import DeadlineExceeded, NoWorkers, QueueFull, QueueUnavailable
+
+from .conftest import LiveServer
+
+MODEL = "tiny"
+LIMITS = Limits(max_waiting=100, lease_seconds=1.5, worker_wait_seconds=5.0, outage_seconds=3.0)
+
+
+def ticket(
+    name: str = "r",
+    *,
+    prefill: int = 10,
+    decode: int = 10,
+    seconds: float = 10.0,
+    priority: int = 0,
+) -> Ticket:
+    return Ticket(
+        id=name,
+        model=MODEL,
+        tenant="t",
+        prefill_tokens=prefill,
+        decode_tokens=decode,
+        deadline=asyncio.get_running_loop().time() + seconds,
+        priority=priority,
+    )
+
+
+async def until(fact: Callable[[], bool], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not fact():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def gateway(
+    redis: Redis, name: str = "g1", limits: Limits = LIMITS
+) -> AsyncIterator[Admission]:
+    admission = Admission(redis, "test", name, limits)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(admission.run())
+        await asyncio.wait_for(admission.until_available(), 5)
+        yield admission
+        await admission.flush()
+        running.cancel()
+
+
+@asynccontextmanager
+async def workers(
+    redis: Redis, *, prefill: int = 100, decode: int = 100, lease_seconds: float = 1.5
+) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as tasks:
+        stop = asyncio.Event()
+        for role in ("prefill", "decode"):
+            record = WorkerRecord(
+                id=role,
+                incarnation=1,
+                role=role,
+                model=MODEL,
+                address=f"unix:/nowhere/{role}",
+                prefill_tokens=prefill if role == "prefill" else 0,
+                decode_tokens=decode if role == "decode" else 0,
+            )
+            registration = Registration(redis, "test", record, lease_seconds=lease_seconds)
+            tasks.create_task(registration.run(stop))
+        await _published(redis, 2)
+        yield
+        stop.set()
+
+
+async def _published(redis: Redis, count: int) -> None:
+    async with asyncio.timeout(5):
+        while await redis.zcard("baton:{test}:workers") != count:
+            await asyncio.sleep(0.01)
+
+
+class Turn:
+    """A turn taken by a task of its own, so that a test sees how far it got."""
+
+    def __init__(self, tasks: asyncio.TaskGroup, admission: Admission, wish: Ticket) -> None:
+        self.inside = asyncio.Event()
+        self.leave = asyncio.Event()
+        self.error: BaseException | None = None
+        self.task = tasks.create_task(self._run(admission, wish))
+
+    async def _run(self, admission: Admission, wish: Ticket) -> None:
+        try:
+            async with admission.turn(wish) as self.grant:
+                self.inside.set()
+                await self.leave.wait()
+        except (DeadlineExceeded, NoWorkers, QueueFull, QueueUnavailable) as error:
+            self.error = error
+
+
+async def waiting(redis: Redis) -> int:
+    return await redis.zcard("baton:{test}:waiting:" + MODEL)
+
+
+async def book(redis: Redis) -> dict[str, int]:
+    entries = await redis.hgetall("baton:{test}:room:" + MODEL)
+    return {key.decode(): int(value) for key, value in entries.items()}
+
+
+async def test_a_request_is_granted_at_once_when_there_is_room(redis: Redis) -> None:
+    async with workers(redis), gateway(redis) as admission:
+        async with admission.turn(ticket()):
+            assert (await book(redis))["held_prefill"] == 10
+        await admission.flush()
+        assert (await book(redis))["held_prefill"] == 0
+        assert await redis.exists("baton:{test}:tickets:" + MODEL) == 0
+
+
+async def test_turns_are_taken_in_order_of_priority_then_arrival(redis: Redis) -> None:
+    async with workers(redis, decode=10), gateway(redis) as admission, asyncio.TaskGroup() as tasks:
+        order: list[str] = []
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+
+        async def take(name: str, priority: int) -> None:
+            async with admission.turn(ticket(name, priority=priority)):
+                order.append(name)
+
+        for count, (name, priority) in enumerate([("a", 0), ("b", 0), ("low", -1), ("high", 1)]):
+            tasks.create_task(take(name, priority))
+            async with asyncio.timeout(5):
+                while await waiting(redis) != count + 1:
+                    await asyncio.sleep(0.005)
+        assert order == []
+        first.leave.set()
+        await until(lambda: len(order) == 4)
+        assert order == ["high", "a", "b", "low"]
+
+
+async def test_a_request_larger_than_all_budgets_runs_alone(redis: Redis) -> None:
+    async with workers(redis), gateway(redis) as admission, asyncio.TaskGroup() as tasks:
+        small = Turn(tasks, admission, ticket("small"))
+        await small.inside.wait()
+        huge = Turn(tasks, admission, ticket("huge", prefill=1000, decode=1000))
+        late = Turn(tasks, admission, ticket("late"))
+        await asyncio.sleep(0.1)
+        assert not huge.inside.is_set()
+        assert not late.inside.is_set(), "the later one must not overtake"
+        small.leave.set()
+        await asyncio.wait_for(huge.inside.wait(), 5)
+        assert not late.inside.is_set()
+        huge.leave.set()
+        await asyncio.wait_for(late.inside.wait(), 5)
+        late.leave.set()
+
+
+async def test_a_finished_prefill_makes_room_for_the_next_one(redis: Redis) -> None:
+    async with (
+        workers(redis, prefill=10),
+        gateway(redis) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, admission, ticket("first"))
+        second = Turn(tasks, admission, ticket("second"))
+        await first.inside.wait()
+        await asyncio.sleep(0.05)
+        assert not second.inside.is_set()
+        first.grant.prefilled()
+        first.grant.prefilled()
+        await asyncio.wait_for(second.inside.wait(), 5)
+        assert (await book(redis))["held_decode"] == 20
+        first.leave.set()
+        second.leave.set()
+        await until(lambda: admission.held == 0)
+        await admission.flush()
+        assert (await book(redis))["held_prefill"] == 0
+
+
+async def test_grants_reach_the_gateway_that_owns_the_connection(redis: Redis) -> None:
+    async with (
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        await asyncio.sleep(0.1)  # both subscriptions stand
+        first = Turn(tasks, one, ticket())
+        await first.inside.wait()
+        second = Turn(tasks, two, ticket())
+        await asyncio.sleep(0.05)
+        assert not second.inside.is_set()
+        first.leave.set()
+        await asyncio.wait_for(second.inside.wait(), 0.4)  # sooner than any renewal
+        second.leave.set()
+
+
+async def test_two_gateways_never_hold_more_than_there_is(redis: Redis) -> None:
+    held = most = 0
+
+    async def take(admission: Admission, number: int) -> None:
+        nonlocal held, most
+        async with admission.turn(ticket(str(number))):
+            held += 10
+            most = max(most, held)
+            await asyncio.sleep(0.001)
+            held -= 10
+
+    async with workers(redis, decode=40), gateway(redis, "g1") as one, gateway(redis, "g2") as two:
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(60):
+                tasks.create_task(take(one if number % 2 else two, number))
+        assert most == 40
+        await one.flush()
+        await two.flush()
+        assert (await book(redis))["held_decode"] == 0
+
+
+async def test_a_full_queue_refuses_at_once(redis: Redis) -> None:
+    limits = Limits(max_waiting=1, lease_seconds=1.5)
+    async with (
+        workers(redis, decode=10),
+        gateway(redis, limits=limits) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        second = Turn(tasks, admission, ticket("second"))
+        await until(lambda: admission.waiting == 1)
+        with pytest.raises(QueueFull):
+            async with admission.turn(ticket("third")):
+                pass
+        first.leave.set()
+        second.leave.set()
+
+
+async def test_a_cancelled_wait_leaves_the_queue(redis: Redis) -> None:
+    async with workers(redis, decode=10), gateway(redis) as admission, asyncio.TaskGroup() as tasks:
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        second = Turn(tasks, admission, ticket("second"))
+        third = Turn(tasks, admission, ticket("third"))
+        async with asyncio.timeout(5):
+            while await waiting(redis) != 2:
+                await asyncio.sleep(0.005)
+        second.task.cancel()
+        async with asyncio.timeout(5):
+            while await waiting(redis) != 1:
+                await asyncio.sleep(0.005)
+        first.leave.set()
+        await asyncio.wait_for(third.inside.wait(), 5)
+        third.leave.set()
+
+
+async def test_a_cancel_while_the_question_travels_leaves_nothing(redis: Redis) -> None:
+    async with workers(redis), gateway(redis) as admission, asyncio.TaskGroup() as tasks:
+        for yields in range(6):
+            turn = Turn(tasks, admission, ticket())
+            for _ in range(yields):
+                await asyncio.sleep(0)
+            turn.task.cancel()
+        await asyncio.sleep(0.05)
+        await admission.flush()
+        assert await redis.exists("baton:{test}:tickets:" + MODEL) == 0
+        assert (await book(redis)).get("held_decode", 0) == 0
+
+
+async def test_a_deadline_ends_the_wait(redis: Redis) -> None:
+    async with workers(redis, decode=10), gateway(redis) as admission, asyncio.TaskGroup() as tasks:
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        with pytest.raises(DeadlineExceeded, match="queued"):
+            async with admission.turn(ticket("second", seconds=0.2)):
+                pass
+        await admission.flush()
+        assert await waiting(redis) == 0
+        first.leave.set()
+
+
+async def test_without_workers_a_request_waits_and_then_says_so(redis: Redis) -> None:
+    limits = Limits(lease_seconds=1.5, worker_wait_seconds=0.3)
+    async with gateway(redis, limits=limits) as admission:
+        with pytest.raises(NoWorkers):
+            async with admission.turn(ticket()):
+                pass
+        with pytest.raises(NoWorkers):
+            async with admission.turn(ticket(seconds=0.1)):
+                pass
+
+
+async def test_a_worker_that_comes_lets_the_waiting_in(redis: Redis) -> None:
+    async with gateway(redis) as admission, asyncio.TaskGroup() as tasks:
+        turn = Turn(tasks, admission, ticket())
+        await until(lambda: admission.waiting == 1)
+        async with workers(redis):
+            await asyncio.wait_for(turn.inside.wait(), 2)
+            turn.leave.set()
+            await until(lambda: turn.task.done())
+        assert turn.error is None
+
+
+async def test_leases_of_a_dead_gateway_are_reaped(redis: Redis) -> None:
+    async with workers(redis, decode=10), gateway(redis, "alive") as alive:
+        dead = Admission(redis, "test", "dead", LIMITS)
+        running = asyncio.ensure_future(dead.run())
+        await asyncio.wait_for(dead.until_available(), 5)
+        stack = AsyncExitStack()
+        await stack.enter_async_context(dead.turn(ticket("lost")))
+        running.cancel()
+        await asyncio.wait([running])
+        async with asyncio.timeout(5), alive.turn(ticket("next")):
+            pass
+        await stack.aclose()
+
+
+async def test_a_dead_gateway_s_waiting_requests_do_not_take_room(redis: Redis) -> None:
+    async with workers(redis, decode=10), gateway(redis, "alive") as alive:
+        async with asyncio.TaskGroup() as tasks:
+            first = Turn(tasks, alive, ticket("first"))
+            await first.inside.wait()
+            dead = Admission(redis, "test", "dead", LIMITS)
+            running = asyncio.ensure_future(dead.run())
+            await asyncio.wait_for(dead.until_available(), 5)
+            ghost = Turn(tasks, dead, ticket("ghost", seconds=60))
+            await until(lambda: dead.waiting == 1)
+            running.cancel()
+            await asyncio.wait([running])
+            async with asyncio.timeout(5):
+                while await redis.exists("baton:{test}:gateway:dead"):
+                    await asyncio.sleep(0.02)
+            first.leave.set()
+            async with asyncio.timeout(1), alive.turn(ticket("next")):
+                pass
+            ghost.task.cancel()
+
+
+async def test_renewed_leases_last(redis: Redis) -> None:
+    async with workers(redis, decode=10), gateway(redis) as admission, asyncio.TaskGroup() as tasks:
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        second = Turn(tasks, admission, ticket("second"))
+        await asyncio.sleep(LIMITS.lease_seconds * 1.5)
+        assert not second.inside.is_set()
+        first.leave.set()
+        await asyncio.wait_for(second.inside.wait(), 5)
+        second.leave.set()
+
+
+async def test_scripts_that_the_server_forgot_are_sent_again(redis: Redis) -> None:
+    async with workers(redis), gateway(redis) as admission:
+        await redis.script_flush()
+        async with admission.turn(ticket()):
+            pass
+
+
+async def test_a_restart_of_redis_keeps_leases_and_places(mortal_server: LiveServer) -> None:
+    async with (
+        open_redis(RedisSection(url=mortal_server.url)) as redis,
+        workers(redis, decode=10),
+        gateway(redis) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        second = Turn(tasks, admission, ticket("second"))
+        await until(lambda: admission.waiting == 1)
+        mortal_server.kill()
+        await until(lambda: not admission.available)
+        with pytest.raises(QueueUnavailable):
+            async with asyncio.timeout(0.2), admission.turn(ticket("third")):
+                pass
+        await mortal_server.start()
+        await until(lambda: admission.available)
+        assert not second.inside.is_set()
+        first.leave.set()
+        await asyncio.wait_for(second.inside.wait(), 5)
+        second.leave.set()
+
+
+async def test_gateways_claim_what_a_server_has_lost(mortal_server: LiveServer) -> None:
+    async with (
+        open_redis(RedisSection(url=mortal_server.url)) as redis,
+        workers(redis, decode=10),
+        gateway(redis) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        second = Turn(tasks, admission, ticket("second"))
+        await until(lambda: admission.waiting == 1)
+        mortal_server.kill()
+        for file in mortal_server.folder.rglob("*.aof"):
+            file.unlink()
+        for file in mortal_server.folder.rglob("*.manifest"):
+            file.unlink()
+        await mortal_server.start()
+        await until(lambda: admission.available)
+        assert (await book(redis))["held_decode"] == 10
+        await _published(redis, 2)
+        assert not second.inside.is_set()
+        assert await waiting(redis) == 1
+        first.leave.set()
+        await asyncio.wait_for(second.inside.wait(), 5)
+        second.leave.set()
+
+
+async def test_a_lost_redis_fails_the_waiting_after_a_while(mortal_server: LiveServer) -> None:
+    limits = Limits(lease_seconds=1.5, outage_seconds=0.2)
+    async with open_redis(RedisSection(url=mortal_server.url)) as redis:
+        async with gateway(redis, limits=limits) as admission, asyncio.TaskGroup() as tasks:
+            turn = Turn(tasks, admission, ticket())
+            await until(lambda: admission.waiting == 1)
+            mortal_server.kill()
+            await until(turn.task.done)
+            assert isinstance(turn.error, QueueUnavailable)
+            await mortal_server.start()
+            await until(lambda: admission.available)
+
+
+async def test_a_mute_server_is_given_up(mortal_server: LiveServer) -> None:
+    limits = Limits(lease_seconds=1.5, timeout_seconds=0.4)
+    async with open_redis(RedisSection(url=mortal_server.url)) as redis:
+        async with gateway(redis, limits=limits) as admission:
+            assert mortal_server.process is not None
+            mortal_server.process.send_signal(signal.SIGSTOP)
+            async with asyncio.timeout(2):
+                with pytest.raises(QueueUnavailable):
+                    async with admission.turn(ticket()):
+                        pass
+            mortal_server.process.send_signal(signal.SIGCONT)
+            await until(lambda: admission.available)
