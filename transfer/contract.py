@@ -39,8 +39,8 @@ class Receipt(msgspec.Struct, frozen=True):
     """What a committed handoff took, in seconds of the receiver's own clock, and in bytes."""
 
     verify_seconds: float
-    bytes: int
     answer: bytes
+    bytes: int
 
 
 class Writer(Protocol):

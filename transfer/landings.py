@@ -1,0 +1,188 @@
+"""The receiving side's book of landings: who may write where, and how each of them ends.
+
+Knows no wire. A receiver asks it before every write, and again when a handoff is committed; it
+makes sure that a landing has one writer, ends once, and is deaf afterwards. Everything but
+`Expected.digest` runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfer.contract import Arrival, Buffer
+from transfer.digest import DIGEST_BYTES, PrefixDigest, landing_key
+from transfer.errors import DigestMismatch, LandingGone, PeerMisbehaved
+from transfer.layout import Epoch, KVLayout, Landing
+from transfer.plan import plan
+from transfer.rows import strides
+
+State = Literal["open", "verifying", "over"]
+
+
+class Expected:
+    """One landing for which writes are accepted."""
+
+    def __init__(
+        self,
+        landing: Landing,
+        pool: Buffer,
+        touched: Callable[[], None],
+        arrived: Callable[[Arrival], bytes],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Take note of the landing; `Landings.expect` is the way in."""
+        self.landing = landing
+        self.bytes: NDArray[np.uint8] = np.frombuffer(pool, dtype=np.uint8)
+        if not self.bytes.flags.writeable:
+            raise ValueError("pool: the buffer is read-only")
+        self.memory = self.bytes.data
+        self.touched = touched
+        self.state: State = "open"
+        self.writer: object | None = None
+        self._arrived = arrived
+        self._failed = failed
+        self._allowed = _Allowed(landing)
+        self._digest = PrefixDigest(
+            plan(landing.layout, landing.layout),
+            pool,
+            landing.pool_blocks,
+            landing.blocks,
+            landing.tokens,
+            landing_key(landing),
+        )
+
+    def check(self, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Refuse runs that do not lie within the landing's blocks, every byte of them.
+
+        Raises:
+            PeerMisbehaved: names the first such run.
+        """
+        wrong = self._allowed.first_outside(offsets, lengths)
+        if wrong is not None:
+            raise PeerMisbehaved(
+                f"landing {self.landing.id}: a run of {lengths[wrong]} bytes at offset "
+                f"{offsets[wrong]} is outside its blocks"
+            )
+
+    def digest(self) -> bytes:
+        """Compute the digest of what lies in the pool. Slow; any thread, once."""
+        self._digest.add_all()
+        return self._digest.result()
+
+    def begin_verifying(self) -> None:
+        """Accept no more writes: from now on the digest is being computed."""
+        self.state = "verifying"
+
+    def settle(self, found: bytes, sent: bytes, note: bytes, seconds: float) -> bytes:
+        """Compare the digests and end the landing. Returns what its owner answers.
+
+        Raises:
+            DigestMismatch: the owner has been told.
+            LandingGone: withdrawn meanwhile, or the owner does not want it any more.
+        """
+        if self.state != "verifying":
+            raise LandingGone(f"landing {self.landing.id} was withdrawn")
+        self.state = "over"
+        if len(sent) != DIGEST_BYTES or not hmac.compare_digest(found, sent):
+            mismatch = DigestMismatch(f"landing {self.landing.id}: the pool holds something else")
+            self._failed(mismatch)
+            raise mismatch
+        landing = self.landing
+        size = landing.tokens * landing.layout.token_bytes
+        return self._arrived(Arrival(landing.id, landing.epoch, note, seconds, size))
+
+    def fail(self, reason: BaseException) -> None:
+        """End the landing badly and tell its owner, unless it has ended already."""
+        if self.state != "over":
+            self.state = "over"
+            self._failed(reason)
+
+
+class Landings:
+    """All landings that one receiver expects, by id. One that is over is forgotten."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        """Begin with none; every landing must have `layout`."""
+        self._layout = layout
+        self._book: dict[str, Expected] = {}
+
+    def expect(
+        self,
+        landing: Landing,
+        pool: Buffer,
+        touched: Callable[[], None],
+        arrived: Callable[[Arrival], bytes],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Enter a landing.
+
+        Raises:
+            ValueError: it is expected already, or contradicts the pool or this receiver's layout.
+        """
+        entry = self._book.get(landing.id)
+        if entry is not None and entry.state != "over":
+            raise ValueError(f"landing {landing.id} is expected already")
+        if landing.layout != self._layout:
+            raise ValueError(f"landing {landing.id}: its layout is not this receiver's")
+        self._book[landing.id] = Expected(landing, pool, touched, arrived, failed)
+
+    def withdraw(self, landing_id: str) -> Expected | None:
+        """Forget a landing, and return it if there was one; its owner is not called any more."""
+        entry = self._book.pop(landing_id, None)
+        if entry is not None:
+            entry.state = "over"
+        return entry
+
+    def claim(self, landing_id: str, epoch: Epoch, secret: bytes, writer: object) -> Expected:
+        """Make `writer` the only one that may write to a landing.
+
+        Raises:
+            LandingGone: unknown, over, of another epoch, claimed before, or a wrong secret.
+        """
+        entry = self._book.get(landing_id)
+        if entry is None or entry.state != "open":
+            raise LandingGone(f"landing {landing_id} is not expected here")
+        if not hmac.compare_digest(entry.landing.secret, secret):
+            raise LandingGone(f"landing {landing_id}: not with this secret")
+        if entry.landing.epoch != epoch:
+            raise LandingGone(f"landing {landing_id}: its epoch is {entry.landing.epoch}")
+        if entry.writer is not None:
+            raise LandingGone(f"landing {landing_id} has a writer already")
+        entry.writer = writer
+        return entry
+
+    def forget(self, entry: Expected) -> None:
+        """Drop an entry that is over, unless its id has been entered anew."""
+        if self._book.get(entry.landing.id) is entry:
+            del self._book[entry.landing.id]
+
+
+class _Allowed:
+    """The blocks of a landing as sorted intervals, to look up many runs at once."""
+
+    def __init__(self, landing: Landing) -> None:
+        self._block_bytes = strides(landing.layout, landing.pool_blocks)["block"]
+        self._block_bytes *= landing.layout.item_bytes
+        self._pool_blocks = landing.pool_blocks
+        self._pool_bytes = landing.pool_blocks * landing.layout.block_bytes
+        blocks = np.unique(np.asarray(landing.blocks, dtype=np.int64))
+        heads = np.flatnonzero(np.diff(blocks, prepend=blocks[0] - 2) != 1)
+        self._first: NDArray[Any] = blocks[heads]
+        self._end: NDArray[Any] = blocks[np.append(heads[1:], len(blocks)) - 1] + 1
+
+    def first_outside(self, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> int | None:
+        """Index of the first run that leaves the landing, if there is one."""
+        ends = offsets + lengths
+        inside = (offsets >= 0) & (lengths > 0) & (offsets < ends) & (ends <= self._pool_bytes)
+        first = offsets // self._block_bytes
+        count = (ends - 1) // self._block_bytes - first + 1
+        number = first % self._pool_blocks
+        interval = np.searchsorted(self._first, number, side="right") - 1
+        inside &= (interval >= 0) & (number + count <= self._end[interval])
+        wrong = np.flatnonzero(~inside)
+        return int(wrong[0]) if len(wrong) else None
