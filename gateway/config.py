@@ -204,7 +204,7 @@ class WorkerSection(Section, frozen=True):
     max_waiting: Annotated[int, about("Most requests that wait inside the worker.", ge=0)] = 256
     threads: Annotated[
         int, about("Threads that compute; 0 leaves it to the library.", ge=0, le=1024)
-    ] = 1
+    ] = 0
     cpus: Annotated[
         tuple[Annotated[int, msgspec.Meta(ge=0, le=4095)], ...],
         about("CPUs that it is pinned to. Empty: all."),
@@ -245,6 +245,7 @@ def default_workers() -> Mapping[str, dict[str, Any]]:
     return {
         "prefill": {
             "role": "prefill",
+            "threads": 1,
             "cpus": prefill,
             "options": {
                 "block_tokens": 32,
@@ -254,6 +255,7 @@ def default_workers() -> Mapping[str, dict[str, Any]]:
         },
         "decode": {
             "role": "decode",
+            "threads": 1,
             "cpus": decode,
             "options": {
                 "block_tokens": 16,

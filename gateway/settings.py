@@ -47,15 +47,18 @@ def load(
     *,
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
+    with_workers: bool = True,
 ) -> Config:
     """The configuration that file, environment and flags (by dotted path) make together.
+
+    `with_workers` adds the default workers to a file that names none.
 
     Raises:
         ConfigError: with every problem found.
     """
     origins: dict[str, str] = {}
     tree = _read_file(path, origins) if path else {}
-    if "workers" not in tree:
+    if with_workers and "workers" not in tree:
         tree["workers"] = {name: dict(worker) for name, worker in default_workers().items()}
     problems: list[Problem] = []
     for key, raw in sorted((os.environ if environ is None else environ).items()):

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 
 from gateway.admission.client import listen
 from gateway.admission.pipe import Argument, Pipe
-from gateway.admission.scripts import Keys, lifetime_ms
+from gateway.admission.scripts import Keys, ScriptName, lifetime_ms
 from gateway.config import Config
 from gateway.errors import DeadlineExceeded, NoWorkers, QueueFull, QueueUnavailable
 
@@ -108,6 +108,13 @@ class Admission:
         self._keys = Keys(deployment)
         self._gateway = gateway_id
         self._limits = limits
+        self._first_words: tuple[Argument, ...] = (
+            self._keys.prefix,
+            lifetime_ms(limits.lease_seconds),
+            int(limits.lease_seconds * 1000),
+            gateway_id,
+        )
+        self._key_names: dict[str, tuple[str, ...]] = {}
         self._turns: dict[str, _Turn] = {}
         self._taken = 0
         self._staffed: dict[str, bool] = {}
@@ -363,13 +370,8 @@ class Admission:
             if not turn.granted.done():
                 turn.granted.set_result(QueueUnavailable("Redis was lost while the request waited"))
 
-    async def _script(self, name: Any, model: str, *words: Argument) -> Any:
-        return await self._pipe.ask_script(
-            name,
-            self._keys.queue(model),
-            self._keys.prefix,
-            lifetime_ms(self._limits.lease_seconds),
-            int(self._limits.lease_seconds * 1000),
-            self._gateway,
-            *words,
-        )
+    async def _script(self, name: ScriptName, model: str, *words: Argument) -> Any:
+        keys = self._key_names.get(model)
+        if keys is None:
+            keys = self._key_names[model] = self._keys.queue(model)
+        return await self._pipe.ask_script(name, keys, *self._first_words, *words)

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from backends.protocol import Role
 from gateway.admission.client import listen
 from gateway.admission.pipe import Argument, Pipe
-from gateway.admission.scripts import Keys, lifetime_ms
+from gateway.admission.scripts import Keys, ScriptName, lifetime_ms
 from gateway.errors import QueueUnavailable
 
 log = structlog.get_logger()
@@ -97,7 +97,7 @@ class Registration:
     async def _withdraw(self) -> None:
         await self._script("withdraw", self._record.incarnation)
 
-    async def _script(self, name: Any, *words: Argument) -> Any:
+    async def _script(self, name: ScriptName, *words: Argument) -> Any:
         keys = self._keys
         return await self._pipe.ask_script(
             name,

@@ -1,0 +1,151 @@
+"""The command line: `baton serve | gateway | worker | check | settings`.
+
+Exit codes: 0 when it was told to stop, 1 when something failed, 2 when the configuration is
+wrong. This is the only place that knows both the gateway and the worker host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gateway.config import Config
+from gateway.logs import configure
+from gateway.redis_server import DataDirInUse, RedisNotFound
+from gateway.settings import ConfigError, Problem, load
+
+BAD_CONFIG = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    from gateway.cli.status import Reporter
+
+    options = _parser().parse_args(arguments)
+    if options.command == "settings":
+        from gateway.cli.table import settings_table
+
+        print(settings_table())
+        return 0
+    reporter = Reporter()
+    try:
+        config = _load(options)
+        configure(config.log.level, config.log.format)
+        return _run(options, config, reporter)
+    except ConfigError as error:
+        reporter.failed(str(error))
+        print(f"baton: the configuration is wrong\n{error}", file=sys.stderr)
+        return BAD_CONFIG
+    except (DataDirInUse, RedisNotFound, PermissionError) as error:
+        reporter.failed(str(error))
+        print(f"baton: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace, config: Config, reporter: Any) -> int:
+    match options.command:
+        case "serve":
+            return _serve(config)
+        case "check":
+            return _check(config)
+        case "gateway":
+            from gateway.cli.front import run_gateway
+
+            run_gateway(_with_redis(config), reporter)
+        case "worker":
+            from gateway.cli.worker import run_worker
+
+            run_worker(_with_redis(config), options.name, reporter)
+    return 0
+
+
+def _serve(config: Config) -> int:
+    from gateway.cli.check import problems
+    from gateway.cli.supervisor import StartFailed, serve
+
+    found = problems(config)
+    if found:
+        raise ConfigError(*found)
+    try:
+        serve(config)
+    except StartFailed as error:
+        print(f"\nbaton: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _check(config: Config) -> int:
+    from gateway.cli.check import problems, summary
+
+    found = problems(config)
+    if found:
+        raise ConfigError(*found)
+    print(f"ok\n{summary(config)}")
+    return 0
+
+
+def _with_redis(config: Config) -> Config:
+    if not config.redis.url:
+        message = "is required here; only `baton serve` starts a Redis of its own"
+        raise ConfigError(Problem("redis.url", "", message))
+    return config
+
+
+def _load(options: argparse.Namespace) -> Config:
+    flags: dict[str, Any] = {}
+    if options.command == "worker":
+        options.name = options.name or options.role or ""
+        if not options.name:
+            raise ConfigError(Problem("", "", "give --role, or --name of a configured worker"))
+        for field in ("role", "backend", "listen", "data_host"):
+            if getattr(options, field) is not None:
+                flags[f"workers.{options.name}.{field}"] = getattr(options, field)
+    for flag, path in (
+        ("data_dir", "data_dir"),
+        ("model", "model.source"),
+        ("redis_url", "redis.url"),
+        ("host", "gateway.host"),
+        ("port", "gateway.port"),
+    ):
+        if getattr(options, flag, None) is not None:
+            flags[path] = getattr(options, flag)
+    config = load(options.config, flags=flags, with_workers=options.command in ("serve", "check"))
+    if options.command == "worker" and options.name not in config.workers:
+        message = "there is no such worker; give --role to describe one here"
+        raise ConfigError(Problem(f"workers.{options.name}", "", message))
+    return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton",
+        description="Serve large language models with prefill and decode on different devices.",
+    )
+    parser.add_argument("--version", action="version", version=f"baton {version('baton-gateway')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+    common.add_argument("--data-dir", metavar="DIR", help="folder for logs and data")
+    common.add_argument("--model", metavar="SOURCE", help="`bundled`, a .gguf file or a folder")
+    common.add_argument("--redis-url", metavar="URL", help="a Redis server of your own")
+    web = argparse.ArgumentParser(add_help=False)
+    web.add_argument("--host", help="address to listen on")
+    web.add_argument("--port", type=int, help="TCP port to listen on")
+    commands.add_parser("serve", parents=[common, web], help="run everything on this machine")
+    commands.add_parser("gateway", parents=[common, web], help="run the HTTP side alone")
+    worker = commands.add_parser("worker", parents=[common], help="run one worker")
+    worker.add_argument("--role", choices=("prefill", "decode", "both"))
+    worker.add_argument("--backend", metavar="NAME", help="plug-in that computes")
+    worker.add_argument("--name", help="its name, and its section [workers.NAME]; default: role")
+    worker.add_argument("--listen", metavar="ADDRESS", help="unix:/path or tcp:host:port")
+    worker.add_argument("--data-host", metavar="HOST", help="address for KV from other workers")
+    commands.add_parser(
+        "check", parents=[common, web], help="say what is wrong with the configuration"
+    )
+    commands.add_parser("settings", help="print the table of all settings")
+    return parser

@@ -1,0 +1,112 @@
+"""What can be found wrong before anything is started: files, ports, plug-ins, Redis.
+
+Nothing here loads a model or imports a plug-in. Start with `problems`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from redis.exceptions import RedisError
+
+from gateway.admission import RedisUnsuitable, open_redis
+from gateway.admission.client import check_server
+from gateway.cli.model import find_model
+from gateway.config import Config
+from gateway.redis_server import RedisNotFound, find_server
+from gateway.settings import Problem
+
+BACKENDS = "baton.backends"
+
+
+def problems(config: Config) -> list[Problem]:
+    """Everything that would keep `baton serve` from working with this configuration."""
+    checks = (_model, _backends, _data_dir, _port, _redis)
+    return [problem for check in checks for problem in check(config)]
+
+
+def summary(config: Config) -> str:
+    """What the configuration amounts to, for people."""
+    redis = config.redis.url.rsplit("@", 1)[-1] or f"embedded ({find_server()})"
+    lines = [
+        f"model    {config.model.name} from {find_model(config.model.source)}",
+        f"gateway  {config.gateway.host}:{config.gateway.port}",
+        f"redis    {redis}",
+        f"data     {config.data_dir}",
+    ]
+    lines += [
+        f"worker   {name}: {worker.role} on {worker.backend}"
+        for name, worker in config.workers.items()
+    ]
+    return "\n".join(lines)
+
+
+def port_problem(host: str, port: int) -> str:
+    """Why nobody can listen there; empty when one can."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        return f"cannot listen on {host}:{port}: {error.strerror or error}"
+    return ""
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    try:
+        find_model(config.model.source)
+    except ValueError as error:
+        yield Problem("model.source", "", str(error))
+
+
+def _backends(config: Config) -> Iterator[Problem]:
+    installed = sorted({point.name for point in entry_points(group=BACKENDS)})
+    for name, worker in config.workers.items():
+        if worker.backend not in installed:
+            message = f"no backend is called {worker.backend!r}; installed: {', '.join(installed)}"
+            yield Problem(f"workers.{name}.backend", "", message)
+    roles = {worker.role for worker in config.workers.values()}
+    for role in ("prefill", "decode"):
+        if not roles & {role, "both"}:
+            yield Problem("workers", "", f"none of them does {role}")
+
+
+def _data_dir(config: Config) -> Iterator[Problem]:
+    path = Path(config.data_dir)
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        yield Problem("data_dir", "", f"{existing} is not a folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem("data_dir", "", f"{existing} is not writable")
+
+
+def _port(config: Config) -> Iterator[Problem]:
+    message = port_problem(config.gateway.host, config.gateway.port)
+    if message:
+        yield Problem("gateway.port", "", message)
+
+
+def _redis(config: Config) -> Iterator[Problem]:
+    try:
+        if config.redis.url:
+            asyncio.run(_ask_redis(config))
+        else:
+            find_server()
+    except (RedisNotFound, RedisUnsuitable) as error:
+        yield Problem("redis.url", "", str(error))
+    except (RedisError, OSError, ValueError) as error:
+        yield Problem("redis.url", "", f"Redis cannot be reached: {error}")
+
+
+async def _ask_redis(config: Config) -> None:
+    async with asyncio.timeout(config.redis.timeout_seconds), open_redis(config.redis) as redis:
+        # The client has already parsed this answer; the queue's own connection reads its text.
+        facts = await redis.info("server")
+    check_server("\n".join(f"{name}:{value}" for name, value in facts.items()).encode())

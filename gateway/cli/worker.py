@@ -1,0 +1,112 @@
+"""`baton worker`: one backend in a worker host, with its record in Redis beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvloop
+
+from gateway.admission import Registration, WorkerRecord, open_redis
+from gateway.cli.model import find_model
+from gateway.cli.status import Reporter
+from gateway.config import Config, WorkerSection
+from gateway.redis_server import run_dir
+from gateway.settings import ConfigError, Problem
+
+log = structlog.get_logger()
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+TAKES_MODEL = frozenset({"emulation"})
+
+
+def run_worker(config: Config, name: str, reporter: Reporter) -> None:
+    """Load the backend of `[workers.NAME]` and serve until told to stop.
+
+    Raises:
+        ConfigError: the backend, its options or the model cannot be used.
+    """
+    worker = config.workers[name]
+    if worker.cpus:
+        os.sched_setaffinity(0, worker.cpus)
+    if worker.threads:  # numeric libraries read this when they are imported, which is below
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(worker.threads)))
+
+    from backends.errors import BackendMisconfigured, BackendNotFound
+    from backends.host import load_backend
+
+    structlog.contextvars.bind_contextvars(worker=name)
+    try:
+        backend = load_backend(worker.backend, _options(config, worker), reporter.progress)
+    except (BackendMisconfigured, BackendNotFound) as error:
+        raise ConfigError(Problem(f"workers.{name}", "", str(error))) from error
+    uvloop.run(_serve(config, name, worker, backend, reporter))
+
+
+def _options(config: Config, worker: WorkerSection) -> dict[str, Any]:
+    options = dict(worker.options)
+    if worker.backend in TAKES_MODEL and "model" not in options:
+        try:
+            options["model"] = str(find_model(config.model.source))
+        except ValueError as error:
+            raise ConfigError(Problem("model.source", "", str(error))) from error
+    return options
+
+
+async def _serve(
+    config: Config, name: str, worker: WorkerSection, backend: Any, reporter: Reporter
+) -> None:
+    from backends.host import HostConfig, WorkerHost
+
+    host_config = HostConfig(
+        id=name,
+        role=worker.role,
+        listen=worker.listen or f"unix:{run_dir(Path(config.data_dir)) / name}.sock",
+        data_host=worker.data_host,
+        secret=config.security.secret,
+        lease_seconds=worker.lease_seconds,
+        step_tokens=worker.step_tokens,
+        max_waiting=worker.max_waiting,
+        faults=worker.faults,
+    )
+    host = WorkerHost(host_config, backend)
+    listening, stop = asyncio.Event(), asyncio.Event()
+
+    def wind_down() -> None:
+        stop.set()
+        host.drain()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, wind_down)
+    async with (
+        open_redis(config.redis) as redis,
+        asyncio.TaskGroup() as tasks,
+    ):
+        serving = tasks.create_task(host.run(listening.set))
+        await listening.wait()
+        prefill_tokens, decode_tokens = host.record_load()
+        record = WorkerRecord(
+            id=name,
+            incarnation=host.incarnation,
+            role=worker.role,
+            model=config.model.name,
+            address=host.address,
+            prefill_tokens=prefill_tokens,
+            decode_tokens=decode_tokens,
+        )
+        registration = Registration(
+            redis,
+            config.deployment,
+            record,
+            lease_seconds=config.queue.lease_seconds,
+            timeout_seconds=config.redis.timeout_seconds,
+        )
+        tasks.create_task(registration.run(stop))
+        reporter.ready(host.address)
+        await asyncio.wait([serving])
+        stop.set()
