@@ -45,7 +45,7 @@ class StartFailed(Exception):
         self.exit_code = exit_code
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error: somebody pressed Ctrl-C while we loaded
+class _Stopped(Exception):
     """The order to stop came before everything was up."""
 
 

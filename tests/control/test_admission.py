@@ -318,24 +318,27 @@ async def test_leases_of_a_dead_gateway_are_reaped(redis: Redis) -> None:
 
 
 async def test_a_dead_gateway_s_waiting_requests_do_not_take_room(redis: Redis) -> None:
-    async with workers(redis, decode=10), gateway(redis, "alive") as alive:
-        async with asyncio.TaskGroup() as tasks:
-            first = Turn(tasks, alive, ticket("first"))
-            await first.inside.wait()
-            dead = Admission(redis, "test", "dead", LIMITS)
-            running = asyncio.ensure_future(dead.run())
-            await asyncio.wait_for(dead.until_available(), 5)
-            ghost = Turn(tasks, dead, ticket("ghost", seconds=60))
-            await until(lambda: dead.waiting == 1)
-            running.cancel()
-            await asyncio.wait([running])
-            async with asyncio.timeout(5):
-                while await redis.exists("baton:{test}:gateway:dead"):
-                    await asyncio.sleep(0.02)
-            first.leave.set()
-            async with asyncio.timeout(1), alive.turn(ticket("next")):
-                pass
-            ghost.task.cancel()
+    async with (
+        workers(redis, decode=10),
+        gateway(redis, "alive") as alive,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, alive, ticket("first"))
+        await first.inside.wait()
+        dead = Admission(redis, "test", "dead", LIMITS)
+        running = asyncio.ensure_future(dead.run())
+        await asyncio.wait_for(dead.until_available(), 5)
+        ghost = Turn(tasks, dead, ticket("ghost", seconds=60))
+        await until(lambda: dead.waiting == 1)
+        running.cancel()
+        await asyncio.wait([running])
+        async with asyncio.timeout(5):
+            while await redis.exists("baton:{test}:gateway:dead"):
+                await asyncio.sleep(0.02)
+        first.leave.set()
+        async with asyncio.timeout(1), alive.turn(ticket("next")):
+            pass
+        ghost.task.cancel()
 
 
 async def test_renewed_leases_last(redis: Redis) -> None:
@@ -410,26 +413,31 @@ async def test_gateways_claim_what_a_server_has_lost(mortal_server: LiveServer) 
 
 async def test_a_lost_redis_fails_the_waiting_after_a_while(mortal_server: LiveServer) -> None:
     limits = Limits(lease_seconds=1.5, outage_seconds=0.2)
-    async with open_redis(RedisSection(url=mortal_server.url)) as redis:
-        async with gateway(redis, limits=limits) as admission, asyncio.TaskGroup() as tasks:
-            turn = Turn(tasks, admission, ticket())
-            await until(lambda: admission.waiting == 1)
-            mortal_server.kill()
-            await until(turn.task.done)
-            assert isinstance(turn.error, QueueUnavailable)
-            await mortal_server.start()
-            await until(lambda: admission.available)
+    async with (
+        open_redis(RedisSection(url=mortal_server.url)) as redis,
+        gateway(redis, limits=limits) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        turn = Turn(tasks, admission, ticket())
+        await until(lambda: admission.waiting == 1)
+        mortal_server.kill()
+        await until(turn.task.done)
+        assert isinstance(turn.error, QueueUnavailable)
+        await mortal_server.start()
+        await until(lambda: admission.available)
 
 
 async def test_a_mute_server_is_given_up(mortal_server: LiveServer) -> None:
     limits = Limits(lease_seconds=1.5, timeout_seconds=0.4)
-    async with open_redis(RedisSection(url=mortal_server.url)) as redis:
-        async with gateway(redis, limits=limits) as admission:
-            assert mortal_server.process is not None
-            mortal_server.process.send_signal(signal.SIGSTOP)
-            async with asyncio.timeout(2):
-                with pytest.raises(QueueUnavailable):
-                    async with admission.turn(ticket()):
-                        pass
-            mortal_server.process.send_signal(signal.SIGCONT)
-            await until(lambda: admission.available)
+    async with (
+        open_redis(RedisSection(url=mortal_server.url)) as redis,
+        gateway(redis, limits=limits) as admission,
+    ):
+        assert mortal_server.process is not None
+        mortal_server.process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(2):
+            with pytest.raises(QueueUnavailable):
+                async with admission.turn(ticket()):
+                    pass
+        mortal_server.process.send_signal(signal.SIGCONT)
+        await until(lambda: admission.available)

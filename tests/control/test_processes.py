@@ -25,7 +25,10 @@ from gateway.redis_server import (
 
 from .conftest import LiveServer
 
-READY = 'import os; os.write(int(os.environ[\'BATON_STATUS_FD\']), b\'{"type":"ready","address":"here"}\\n\');'
+READY = (
+    "import os; os.write(int(os.environ['BATON_STATUS_FD']),"
+    """ b'{"type": "ready", "address": "here"}\\n');"""
+)
 
 
 async def until(fact: Callable[[], object], seconds: float = 10.0) -> None:
