@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from transfer.contract import KVSlice, Source
 from transfer.layout import Landing
-from transfer.numbers import Words, cast, pair
 from transfer.plan import Plan
+from transfer.rounding import Words, cast, pair
 from transfer.rows import WORD, Addresses, Rows, table
 
 FRAME_BYTES = 1 << 20

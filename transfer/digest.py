@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from transfer.contract import Buffer, KVSlice
 from transfer.convert import CACHED_ROWS, check_part
 from transfer.layout import Landing
-from transfer.numbers import Words, cast, pair
 from transfer.plan import Plan
+from transfer.rounding import Words, cast, pair
 from transfer.rows import WORD, Addresses, Rows, table
 
 U64 = NDArray[np.uint64]
@@ -32,6 +32,7 @@ U64 = NDArray[np.uint64]
 PIECE_BYTES = 1 << 19
 DIGEST_BYTES = 16
 TOKEN_BITS = 32
+ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class PrefixDigest:
@@ -143,8 +144,9 @@ class _Key:
         whole: U64 = np.einsum("ij,j->i", tiles, self._whole)
         tiles >>= np.uint64(32)
         upper: U64 = np.einsum("ij,j->i", tiles, self._upper)
+        places *= ODD
         places += self._seed
-        first = _mix(_mix(places) + whole)
+        first = _mix(places + whole)
         second = _mix(first + upper)
         return int(np.add.reduce(first)), int(np.add.reduce(second))
 

@@ -1,0 +1,85 @@
+import asyncio
+import contextlib
+
+import pytest
+import uvloop
+
+from transfer.landings import Landings
+from transfer.layout import Epoch
+from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
+from transfer.stage import Pair
+from transfer.tcp import TcpReceiver, TcpSender
+from transfer.testing import PROMISES, BrokenPromise, check_transport
+
+
+@contextlib.asynccontextmanager
+async def memory(layout):
+    network = MemoryNetwork()
+    async with MemoryReceiver(network, layout) as receiver, MemorySender(network) as sender:
+        yield Pair(sender, receiver)
+
+
+@contextlib.asynccontextmanager
+async def tcp(layout):
+    async with (
+        TcpReceiver(layout, secret="between workers") as receiver,
+        TcpSender(secret="between workers") as sender,
+    ):
+        yield Pair(sender, receiver)
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda it: it.__name__)
+@pytest.mark.parametrize("transport", [memory, tcp], ids=lambda it: it.__name__)
+async def test_a_transport_keeps_every_promise(transport, promise):
+    await promise(transport)
+
+
+def test_tcp_keeps_every_promise_on_the_loop_that_production_uses():
+    assert uvloop.run(check_transport(tcp)) == [it.__name__ for it in PROMISES]
+
+
+class ForgetsWhatIsUnderWay(MemoryReceiver):
+    async def quiesce(self, landing_id):
+        pass
+
+
+class CallsTwice(MemoryReceiver):
+    def expect(self, landing, pool, *, touched, arrived, failed):
+        def twice(arrival):
+            arrived(arrival)
+            return arrived(arrival)
+
+        super().expect(landing, pool, touched=touched, arrived=twice, failed=failed)
+
+
+class AnyEpochWillDo(MemoryReceiver):
+    def __init__(self, network, layout):
+        super().__init__(network, layout)
+        self.landings = ForgivingBook(layout)
+
+
+class ForgivingBook(Landings):
+    def claim(self, landing_id, epoch, secret, writer):
+        return super().claim(landing_id, Epoch(7, 1), secret, writer)
+
+
+@pytest.mark.parametrize(
+    ("receiver", "promise"),
+    [
+        (ForgetsWhatIsUnderWay, "no_write_lands_after_quiesce"),
+        (CallsTwice, "a_handoff_arrives_bit_for_bit"),
+        (AnyEpochWillDo, "wrong_epoch_is_refused"),
+    ],
+    ids=lambda it: getattr(it, "__name__", it),
+)
+async def test_the_kit_finds_a_transport_that_breaks_its_promise(receiver, promise):
+    @contextlib.asynccontextmanager
+    async def broken(layout):
+        network = MemoryNetwork()
+        async with receiver(network, layout) as there, MemorySender(network) as sender:
+            yield Pair(sender, there)
+
+    check = next(it for it in PROMISES if it.__name__ == promise)
+    with pytest.raises(BrokenPromise):
+        await check(broken)

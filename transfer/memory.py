@@ -1,0 +1,291 @@
+"""The transport within one process, for tests; as nasty as a network card.
+
+A write is posted and lands later, by itself: cancelling the writer does not stop it, nor does
+withdrawing the landing. Only `quiesce` says that it is over. What a transport over real hardware
+must survive, the code above it meets here first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+
+from transfer.contract import Arrival, Buffer, KVSlice, Receipt, Source
+from transfer.convert import Conversion, Frame, Tamper, check_part
+from transfer.digest import PrefixDigest, landing_key
+from transfer.errors import LandingGone, PeerLost
+from transfer.landings import Expected, Landings
+from transfer.layout import Endpoint, KVLayout, Landing
+from transfer.plan import Plan, plan
+from transfer.rows import scatter
+
+
+class MemoryNetwork:
+    """What connects the senders and receivers of one process: names."""
+
+    def __init__(self) -> None:
+        """Begin with nobody."""
+        self.receivers: dict[str, MemoryReceiver] = {}
+
+    def find(self, endpoint: Endpoint | None) -> MemoryReceiver:
+        """The receiver at `endpoint`.
+
+        Raises:
+            PeerLost: nobody is there.
+        """
+        address = endpoint.address if endpoint is not None else "nowhere"
+        receiver = self.receivers.get(address)
+        if receiver is None:
+            raise PeerLost(f"nobody answers at memory {address}")
+        return receiver
+
+
+class MemoryReceiver:
+    """Takes writes `delay_seconds` after they were posted."""
+
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        layout: KVLayout,
+        *,
+        name: str = "decode",
+        delay_seconds: float = 0.002,
+    ) -> None:
+        """Answer to `name` in `network` from now on."""
+        self.layout = layout
+        self.landings = Landings(layout)
+        self._network = network
+        self._name = name
+        self._delay_seconds = delay_seconds
+        self._landing: dict[str, set[asyncio.Future[None]]] = {}
+        self._writers: set[MemoryWriter] = set()
+        network.receivers[name] = self
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exit_: object) -> None:
+        await self.close()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where senders reach this receiver."""
+        return Endpoint("memory", self._name)
+
+    def expect(
+        self,
+        landing: Landing,
+        pool: Buffer,
+        *,
+        touched: Callable[[], None],
+        arrived: Callable[[Arrival], bytes],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """As `Receiver.expect`.
+
+        Raises:
+            ValueError: it is expected already, or contradicts the pool or this layout.
+        """
+        self.landings.expect(landing, pool, touched, arrived, failed)
+
+    def withdraw(self, landing_id: str) -> None:
+        """As `Receiver.withdraw`. What was posted before still lands."""
+        self.landings.withdraw(landing_id)
+
+    async def quiesce(self, landing_id: str) -> None:
+        """As `Receiver.quiesce`: waits for what was posted."""
+        while posted := self._landing.get(landing_id):
+            await asyncio.wait(posted)
+
+    async def close(self) -> None:
+        """As `Receiver.close`."""
+        self._network.receivers.pop(self._name, None)
+        for writer in list(self._writers):
+            writer.lose(PeerLost(f"{self._name} was closed"))
+        for landing_id in list(self._landing):
+            await self.quiesce(landing_id)
+
+    def join(self, writer: MemoryWriter) -> None:
+        """Tell `writer` when this receiver is closed."""
+        self._writers.add(writer)
+
+    def leave(self, writer: MemoryWriter) -> None:
+        """The writer is through."""
+        self._writers.discard(writer)
+
+    def post(self, entry: Expected, frame: Frame) -> asyncio.Future[None]:
+        """Have a frame land later, whatever happens meanwhile; done when it has.
+
+        Raises:
+            LandingGone: the landing is over.
+            PeerMisbehaved: the frame leaves the landing.
+        """
+        if entry.state != "open":
+            raise LandingGone(f"landing {entry.landing.id} is over")
+        entry.check(frame.offsets, frame.lengths)
+        loop = asyncio.get_running_loop()
+        landed: asyncio.Future[None] = loop.create_future()
+        self._landing.setdefault(entry.landing.id, set()).add(landed)
+        loop.call_later(self._delay_seconds, self._land, entry, frame, frame.data.copy(), landed)
+        return landed
+
+    def _land(
+        self, entry: Expected, frame: Frame, data: Buffer, landed: asyncio.Future[None]
+    ) -> None:
+        scatter(data, entry.bytes, frame.offsets, frame.lengths)
+        if entry.state == "open":
+            entry.touched()
+        posted = self._landing[entry.landing.id]
+        posted.discard(landed)
+        if not posted:
+            del self._landing[entry.landing.id]
+        landed.set_result(None)
+
+
+class MemorySender:
+    """Finds receivers by name. `tamper` is for drills."""
+
+    def __init__(self, network: MemoryNetwork, *, allow_unlike_weights: bool = False) -> None:
+        """Send to the receivers of `network`."""
+        self.tamper: Tamper | None = None
+        self._network = network
+        self._allow_unlike_weights = allow_unlike_weights
+        self._writers: set[MemoryWriter] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exit_: object) -> None:
+        await self.close()
+
+    async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
+        """As `Sender.connect`."""
+        agreed = self._plan(source, target)
+        if self._network.find(endpoint).layout != target:
+            raise PeerLost(f"{endpoint.address} refused us: it has another layout")
+        return agreed.line
+
+    async def open(self, landing: Landing, source: Source) -> MemoryWriter:
+        """As `Sender.open`."""
+        agreed = self._plan(source.layout, landing.layout)
+        endpoint = next((it for it in landing.endpoints if it.transport == "memory"), None)
+        receiver = self._network.find(endpoint)
+        writer = MemoryWriter(receiver, agreed, landing, source, self.tamper, self._writers.discard)
+        self._writers.add(writer)
+        return writer
+
+    async def close(self) -> None:
+        """As `Sender.close`."""
+        for writer in list(self._writers):
+            writer.lose(PeerLost("this sender was closed"))
+
+    def _plan(self, source: KVLayout, target: KVLayout) -> Plan:
+        return plan(source, target, allow_unlike_weights=self._allow_unlike_weights)
+
+
+class MemoryWriter:
+    """The sender's end of one handoff."""
+
+    def __init__(
+        self,
+        receiver: MemoryReceiver,
+        agreed: Plan,
+        landing: Landing,
+        source: Source,
+        tamper: Tamper | None,
+        ended: Callable[[MemoryWriter], None],
+    ) -> None:
+        """Show the right to `landing`; a refusal is raised by the first write or commit."""
+        self._receiver = receiver
+        self._landing = landing
+        self._layers = agreed.target.layers
+        self._tamper = tamper
+        self._ended = ended
+        self._conversion = Conversion(agreed, source, landing)
+        self._digest = PrefixDigest(
+            agreed,
+            source.pool,
+            source.pool_blocks,
+            source.blocks,
+            source.tokens,
+            landing_key(landing),
+        )
+        self._error: Exception | None = None
+        self._entry: Expected | None = None
+        receiver.join(self)
+        try:
+            self._entry = receiver.landings.claim(landing.id, landing.epoch, landing.secret, self)
+        except LandingGone as error:
+            self._error = error
+
+    async def write(self, part: KVSlice) -> None:
+        """As `Writer.write`; returns when all of `part` has landed. Each slice is written once."""
+        check_part(part, self._layers, self._conversion.tokens)
+        entry = self._live()
+        self._digest.add(part)
+        posted = [self._receiver.post(entry, frame) for frame in self._frames(part)]
+        if posted:
+            await asyncio.wait(posted)  # which leaves them alone when it is cancelled
+
+    async def commit(self, note: bytes, seconds: float) -> Receipt:
+        """As `Writer.commit`."""
+        entry = self._live()
+        async with asyncio.timeout(seconds):
+            await self._receiver.quiesce(self._landing.id)
+        entry = self._live()
+        entry.begin_verifying()
+        begun = time.monotonic()
+        found = entry.digest()
+        took = time.monotonic() - begun
+        self._error = LandingGone(f"landing {self._landing.id} was used already")
+        try:
+            answer = entry.settle(found, self._digest.result(), note, took)
+        finally:
+            self._receiver.landings.forget(entry)
+            self._leave()
+        return Receipt(took, answer, self._landing.tokens * self._landing.layout.token_bytes)
+
+    async def abort(self) -> None:
+        """As `Writer.abort`."""
+        self.lose(LandingGone("the sender gave up"))
+        await self._receiver.quiesce(self._landing.id)
+
+    def lose(self, reason: PeerLost | LandingGone) -> None:
+        """Write no more; the landing fails if it is not over yet."""
+        self._error = self._error or reason
+        self._leave()
+        if self._entry is not None and self._entry.state == "open":
+            self._entry.fail(reason)
+            self._receiver.landings.forget(self._entry)
+
+    def _leave(self) -> None:
+        self._receiver.leave(self)
+        self._ended(self)
+
+    def _live(self) -> Expected:
+        if self._error is not None:
+            raise self._error
+        if self._entry is None or self._entry.state != "open":
+            raise LandingGone(f"landing {self._landing.id} is over")
+        return self._entry
+
+    def _frames(self, part: KVSlice) -> list[Frame]:
+        """All frames of a slice, each with bytes of its own."""
+        frames = []
+        for frame in self._conversion.frames(part):
+            own = Frame(frame.layer, frame.offsets, frame.lengths, np.array(frame.data))
+            if self._tamper is not None:
+                try:
+                    damaged = self._tamper(self._landing.id, own)
+                except ConnectionError as error:
+                    self.lose(PeerLost(f"the connection broke: {error}"))
+                    raise PeerLost(f"the connection broke: {error}") from error
+            else:
+                damaged = own
+            if damaged is not None:
+                frames.append(damaged)
+        return frames
