@@ -182,20 +182,22 @@ async def test_a_finished_prefill_makes_room_for_the_next_one(redis: Redis) -> N
 
 
 async def test_grants_reach_the_gateway_that_owns_the_connection(redis: Redis) -> None:
+    rarely = Limits(lease_seconds=60.0)  # so that no renewal brings the grant instead
     async with (
-        workers(redis, decode=10),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
+        workers(redis, decode=10, lease_seconds=60.0),
+        gateway(redis, "g1", rarely) as one,
+        gateway(redis, "g2", rarely) as two,
         asyncio.TaskGroup() as tasks,
     ):
         await asyncio.sleep(0.1)  # both subscriptions stand
         first = Turn(tasks, one, ticket())
         await first.inside.wait()
         second = Turn(tasks, two, ticket())
+        await until(lambda: two.waiting == 1)
         await asyncio.sleep(0.05)
         assert not second.inside.is_set()
         first.leave.set()
-        await asyncio.wait_for(second.inside.wait(), 0.4)  # sooner than any renewal
+        await asyncio.wait_for(second.inside.wait(), 2)
         second.leave.set()
 
 
@@ -382,6 +384,30 @@ async def test_a_restart_of_redis_keeps_leases_and_places(mortal_server: LiveSer
         first.leave.set()
         await asyncio.wait_for(second.inside.wait(), 5)
         second.leave.set()
+
+
+async def test_an_outage_costs_nobody_a_lease_for_one_period(mortal_server: LiveServer) -> None:
+    """A gateway that finds its way back more slowly than another keeps what it held."""
+    lease_seconds = LIMITS.lease_seconds
+    async with (
+        open_redis(RedisSection(url=mortal_server.url)) as redis,
+        workers(redis, decode=10),
+        gateway(redis, "fast") as fast,
+        AsyncExitStack() as stack,
+    ):
+        slow = Admission(redis, "test", "slow", LIMITS)
+        running = asyncio.ensure_future(slow.run())
+        await asyncio.wait_for(slow.until_available(), 5)
+        await stack.enter_async_context(slow.turn(ticket("held")))
+        mortal_server.kill()
+        running.cancel()
+        await asyncio.wait([running])
+        await asyncio.sleep(lease_seconds * 1.2)
+        await mortal_server.start()
+        await until(lambda: fast.available)
+        back = asyncio.get_running_loop().time()
+        async with fast.turn(ticket("next")):
+            assert asyncio.get_running_loop().time() - back > lease_seconds * 0.8
 
 
 async def test_gateways_claim_what_a_server_has_lost(mortal_server: LiveServer) -> None:
