@@ -129,9 +129,9 @@ class RedisSection(Section, frozen=True):
 class QueueSection(Section, frozen=True):
     """`[queue]`: who waits, and for how long."""
 
-    max_waiting: Annotated[int, about("Most requests that wait at once; more get 503.", ge=0)] = (
-        1024
-    )
+    max_waiting: Annotated[
+        int, about("Most requests that wait at once for one model; more get 503.", ge=0)
+    ] = 1024
     lease_seconds: Annotated[
         float,
         about(

@@ -44,11 +44,13 @@ class Pipe:
         self,
         redis: Redis,
         *,
+        use: str,
         timeout_seconds: float,
         greet: Callable[[], Awaitable[None]] = _nothing,
         lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._redis = redis
+        self._log = log.bind(use=use)
         self._timeout = timeout_seconds
         self._greet = greet
         self._lost = lost
@@ -151,7 +153,7 @@ class Pipe:
         await self._load()
         await self._greet()
         self._ready.set()
-        log.info("redis.connected")
+        self._log.info("redis.connected")
 
     async def _load(self) -> None:
         for name in SCRIPTS:
@@ -207,8 +209,8 @@ class Pipe:
             first = first.exceptions[0]
         cause = str(first) or type(first).__name__
         if was_ready:
-            log.warning("redis.lost", cause=cause)
+            self._log.warning("redis.lost", cause=cause)
             self._lost()
         elif cause != self._cause:
-            log.warning("redis.unreachable", cause=cause)
+            self._log.warning("redis.unreachable", cause=cause)
         self._cause = cause

@@ -124,6 +124,7 @@ class Admission:
         self._giving_up: asyncio.TimerHandle | None = None
         self._pipe = Pipe(
             redis,
+            use="queue",
             timeout_seconds=limits.timeout_seconds,
             greet=self._claim,
             lost=self._on_lost,
@@ -318,10 +319,10 @@ class Admission:
 
     async def _claim(self) -> None:
         """First on a new connection: say what we hold, before anybody is served or reaped."""
+        await self._renew()
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
-        await self._renew()
 
     async def _renew(self) -> None:
         models = {turn.ticket.model for turn in self._turns.values()} or set(self._depth)
@@ -362,6 +363,8 @@ class Admission:
             log.warning("request.unqueued", request=turn.ticket.id, cause=str(error))
 
     def _on_lost(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
         loop = asyncio.get_running_loop()
         self._giving_up = loop.call_later(self._limits.outage_seconds, self._give_up)
 

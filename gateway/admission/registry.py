@@ -56,7 +56,9 @@ class Registration:
         self._keys = Keys(deployment)
         self._record = record
         self._lease_seconds = lease_seconds
-        self._pipe = Pipe(redis, timeout_seconds=timeout_seconds, greet=self._publish)
+        self._pipe = Pipe(
+            redis, use="registration", timeout_seconds=timeout_seconds, greet=self._publish
+        )
 
     async def run(self, stop: asyncio.Event) -> None:
         """Repeat the record until `stop` is set, then take it back.
@@ -125,7 +127,11 @@ class Registry:
         self._keys = Keys(deployment)
         self._lease_seconds = lease_seconds
         self._pipe = Pipe(
-            redis, timeout_seconds=timeout_seconds, greet=self._on_connect, lost=self._on_lost
+            redis,
+            use="registry",
+            timeout_seconds=timeout_seconds,
+            greet=self._on_connect,
+            lost=self._on_lost,
         )
         self._nudged = asyncio.Event()
         self._was_lost = False

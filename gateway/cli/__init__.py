@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gateway.admission import RedisUnsuitable
 from gateway.config import Config
 from gateway.logs import configure
 from gateway.redis_server import DataDirInUse, RedisNotFound
@@ -43,8 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
         reporter.failed(str(error))
         print(f"baton: {error}", file=sys.stderr)
         return BAD_CONFIG
+    except ExceptionGroup as group:
+        unsuitable, others = group.split(RedisUnsuitable)
+        if unsuitable is None or others is not None:
+            raise
+        reporter.failed(_first(unsuitable))
+        print(f"baton: {_first(unsuitable)}", file=sys.stderr)
+        return BAD_CONFIG
     except KeyboardInterrupt:
         return 130
+
+
+def _first(group: BaseException) -> str:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return str(group)
 
 
 def _run(options: argparse.Namespace, config: Config, reporter: Any) -> int:
@@ -54,8 +68,12 @@ def _run(options: argparse.Namespace, config: Config, reporter: Any) -> int:
         case "check":
             return _check(config)
         case "gateway":
+            from gateway.cli.check import port_problem
             from gateway.cli.front import run_gateway
 
+            taken = port_problem(config.gateway.host, config.gateway.port)
+            if taken:
+                raise ConfigError(Problem("gateway.port", "", taken))
             run_gateway(_with_redis(config), reporter)
         case "worker":
             from gateway.cli.worker import run_worker

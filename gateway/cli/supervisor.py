@@ -79,6 +79,8 @@ class Supervisor:
         """Start everything, say so, keep it running, and stop it when told to."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # as `nohup` wants it
             loop.add_signal_handler(number, self._on_signal)
         try:
             async with asyncio.TaskGroup() as tasks:
