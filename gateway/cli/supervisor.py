@@ -37,6 +37,9 @@ TRIM_EVERY_SECONDS = 5.0
 READY_REQUEST = "GET /health/ready HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
 
 
+PROGRAM = (sys.executable, "-m", "gateway.cli")
+
+
 class StartFailed(Exception):
     """A part did not come up; says which, and what it logged last."""
 
@@ -64,7 +67,10 @@ def serve(config: Config) -> None:
 class Supervisor:
     """The parent of all processes."""
 
-    def __init__(self, config: Config, sockets: Path, lock_fd: int) -> None:
+    def __init__(
+        self, config: Config, sockets: Path, lock_fd: int, program: tuple[str, ...] = PROGRAM
+    ) -> None:
+        self._program = program
         self._sockets = sockets
         self._lock_fd = lock_fd
         self._logs = Path(config.data_dir) / "logs"
@@ -169,6 +175,7 @@ class Supervisor:
         self._stop.set()
 
     async def _stop_all(self) -> None:
+        self._screen.close()
         await self._gateway.stop()
         await asyncio.gather(*(child.stop() for child in self._workers))
         if self._redis is not None:
@@ -196,8 +203,7 @@ class Supervisor:
         return config
 
     def _own_child(self, name: str, role: str) -> Child:
-        words = [sys.executable, "-m", "gateway.cli", role]
-        words += ["--config", str(self._sockets / "config.json")]
+        words = [*self._program, role, "--config", str(self._sockets / "config.json")]
         stop_seconds = WORKER_STOP_SECONDS
         if role == "worker":
             words += ["--name", name]
