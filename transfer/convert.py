@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.contract import KVSlice, Source
-from transfer.layout import Landing
+from transfer.errors import PeerMisbehaved
+from transfer.layout import Axis, Landing
 from transfer.plan import Plan
 from transfer.rounding import Words, cast, pair
 from transfer.rows import WORD, Addresses, Rows, table
@@ -60,19 +61,16 @@ class Conversion:
         """Prepare; touches no memory of the pool.
 
         Raises:
-            ValueError: pool, blocks and tokens of either side contradict each other.
+            ValueError: pool, blocks and tokens of the source contradict each other.
+            PeerMisbehaved: those of the landing do, or it is for another number of tokens.
         """
-        if source.tokens != landing.tokens:
-            raise ValueError(f"tokens: {source.tokens} here, {landing.tokens} in the landing")
         inner = plan.inner
         self._plan = plan
         self._rows = table(source.pool, source.layout, source.pool_blocks, inner)
         self._from = Addresses(
             source.layout, source.pool_blocks, source.blocks, source.tokens, inner
         )
-        self._to = Addresses(
-            landing.layout, landing.pool_blocks, landing.blocks, landing.tokens, inner
-        )
+        self._to = _addresses_of(landing, source.tokens, inner)
         self._row_bytes = plan.row_items * plan.target.item_bytes
         self._frame_rows = max(1, min(FRAME_BYTES // self._row_bytes, FRAME_RUNS))
         self._scratch = np.empty(
@@ -152,6 +150,18 @@ class Conversion:
                 rows[first_of_run] * self._row_bytes,
                 counts * self._row_bytes,
             )
+
+
+def _addresses_of(landing: Landing, tokens: int, inner: tuple[Axis, ...]) -> Addresses:
+    """Where to write. A landing comes from another worker: what is wrong with it is not ours."""
+    if landing.tokens != tokens:
+        raise PeerMisbehaved(
+            f"landing {landing.id}: tokens: {landing.tokens}, for a prefix of {tokens}"
+        )
+    try:
+        return Addresses(landing.layout, landing.pool_blocks, landing.blocks, tokens, inner)
+    except ValueError as error:
+        raise PeerMisbehaved(f"landing {landing.id}: {error}") from error
 
 
 def check_part(part: KVSlice, layers: int, tokens: int) -> None:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -63,7 +65,7 @@ class PrefixDigest:
         wide = -(-plan.source.head_dim * plan.source.item_bytes // 8)
         self._scratch = np.empty(self._piece_rows * wide, dtype=np.uint64)
         self._cached = (0, 0)
-        self._pieces: list[tuple[Rows, U64, NDArray[np.bool_] | None]] = []
+        self._pieces: list[_Piece] = []
         self._lanes = [0, 0]
 
     def add(self, part: KVSlice) -> None:
@@ -74,9 +76,9 @@ class PrefixDigest:
         """
         check_part(part, self._plan.target.layers, self._tokens)
         layer_places = np.uint64((part.layer * 2 * self._plan.target.kv_heads) << TOKEN_BITS)
-        for rows, places, keys in self._pieces_of(part.start, part.end):
-            tiles = self._gather(rows + part.layer * self._where.layer_rows, keys)
-            for lane, total in enumerate(self._key.sums(tiles, places + layer_places)):
+        for piece in self._pieces_of(part.start, part.end):
+            tiles = self._gather(piece.rows + part.layer * self._where.layer_rows, piece.keys)
+            for lane, total in enumerate(self._key.sums(tiles, piece.places + layer_places)):
                 self._lanes[lane] = (self._lanes[lane] + total) % (1 << 64)
 
     def add_all(self) -> None:
@@ -105,10 +107,23 @@ class PrefixDigest:
             return padded.view(np.uint64)
         return words.view(np.uint64)
 
-    def _pieces_of(self, start: int, end: int) -> list[tuple[Rows, U64, NDArray[np.bool_] | None]]:
-        """Rows in the order of this pool, and the place of each; the same for every layer."""
+    def _pieces_of(self, start: int, end: int) -> Iterator[_Piece]:
+        """Rows and places of layer 0, in pieces; kept, as the next layer usually asks the same."""
         if self._cached == (start, end):
-            return self._pieces
+            yield from self._pieces
+            return
+        tokens = max(1, self._piece_rows // self._where.rows_per_token)
+        keep = (end - start) * self._where.rows_per_token <= CACHED_ROWS
+        made: list[_Piece] = []
+        for first in range(start, end, tokens):
+            for piece in self._make(first, min(end, first + tokens)):
+                if keep:
+                    made.append(piece)
+                yield piece
+        if keep:
+            self._cached, self._pieces = (start, end), made
+
+    def _make(self, start: int, end: int) -> Iterator[_Piece]:
         rows = self._where.rows(start, end)
         kv, token, head = np.ix_(
             np.arange(2, dtype=np.uint64),
@@ -116,17 +131,20 @@ class PrefixDigest:
             np.arange(rows.shape[2], dtype=np.uint64),
         )
         heads = np.uint64(rows.shape[2])
-        places = ((kv * heads + head) << np.uint64(TOKEN_BITS)) + token
-        order = np.argsort(rows, axis=None, kind="stable")
-        rows, places = rows.reshape(-1)[order], places.reshape(-1)[order]
+        places = (((kv * heads + head) << np.uint64(TOKEN_BITS)) + token).reshape(-1)
         keys = (places >> np.uint64(TOKEN_BITS)) < heads
-        pieces = []
+        rows = rows.reshape(-1)
         for first in range(0, len(rows), self._piece_rows):
             cut = slice(first, first + self._piece_rows)
-            pieces.append((rows[cut], places[cut], keys[cut] if self._plan.pairing else None))
-        if len(rows) <= CACHED_ROWS:
-            self._cached, self._pieces = (start, end), pieces
-        return pieces
+            yield _Piece(rows[cut], places[cut], keys[cut] if self._plan.pairing else None)
+
+
+class _Piece(msgspec.Struct, frozen=True, eq=False):
+    """Tiles of a slice, the same for every layer but for a constant."""
+
+    rows: Rows
+    places: U64
+    keys: NDArray[np.bool_] | None
 
 
 class _Key:

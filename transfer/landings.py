@@ -111,6 +111,9 @@ class Landings:
         self._layout = layout
         self._book: dict[str, Expected] = {}
 
+    def __len__(self) -> int:
+        return len(self._book)
+
     def expect(
         self,
         landing: Landing,

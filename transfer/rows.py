@@ -19,6 +19,9 @@ from transfer.layout import Axis, KVLayout
 Rows = NDArray[np.int64]
 Words = NDArray[Any]
 
+MAX_POOL_BYTES = 1 << 62
+"""Beyond this, places would not fit into 64 bits."""
+
 WORD: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
 
 
@@ -72,6 +75,8 @@ class Addresses:
         Raises:
             ValueError: the blocks are too few for the tokens, or not all of the pool.
         """
+        if pool_blocks * layout.block_bytes >= MAX_POOL_BYTES:
+            raise ValueError(f"pool_blocks: {pool_blocks} is more than memory can hold")
         self._layout = layout
         self._blocks = np.asarray(blocks, dtype=np.int64)
         if len(blocks) < layout.blocks_for(tokens):

@@ -10,6 +10,8 @@ from hypothesis import strategies as some
 from transfer.contract import KVSlice, Source
 from transfer.convert import Conversion
 from transfer.digest import PrefixDigest
+from transfer.errors import PeerMisbehaved
+from transfer.landings import Expected
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
 from transfer.rounding import cast, pair
@@ -113,9 +115,11 @@ def test_a_conversion_agrees_with_the_oracle(drawn):
         numbers[number_at(*here, *to)] = rounded[number_at(*there, *place)]
 
     conversion = Conversion(plan(ours, theirs), source, landing)
+    expected = Expected(landing, got, lambda: None, lambda _: b"", lambda _: None)
     for part in slices:
         for frame in conversion.frames(part):
             assert frame.data.size == frame.lengths.sum()
+            expected.check(frame.offsets, frame.lengths)
             scatter(frame.data, got, frame.offsets, frame.lengths)
 
     assert (got == wanted).all()
@@ -245,15 +249,21 @@ def test_contradictions_between_pool_blocks_and_tokens_are_refused():
     good = source_of(layout, 4, (0, 1, 2), 12)
     landing = landing_of(layout, 4, (3, 2, 1), 12)
     agreed = plan(layout, layout)
-    for source, where, field in (
-        (source_of(layout, 4, (0, 1), 12), landing, "blocks"),
-        (source_of(layout, 4, (0, 1, 4), 12), landing, "blocks"),
-        (Source(layout, np.zeros(7, np.uint8), 4, (0, 1, 2), 12), landing, "pool"),
-        (source_of(layout, 4, (0, 1, 2), 11), landing, "tokens"),
-        (good, landing_of(layout, 4, (3, -1, 1), 12), "blocks"),
+    for field, source in (
+        ("blocks", source_of(layout, 4, (0, 1), 12)),
+        ("blocks", source_of(layout, 4, (0, 1, 4), 12)),
+        ("pool", Source(layout, np.zeros(7, np.uint8), 4, (0, 1, 2), 12)),
     ):
         with pytest.raises(ValueError, match=f"^{field}: "):
-            Conversion(agreed, source, where)
+            Conversion(agreed, source, landing)
+    for field, wrong in (
+        ("tokens", landing_of(layout, 4, (3, 2, 1), 11)),
+        ("blocks", landing_of(layout, 4, (3, -1, 1), 12)),
+        ("blocks", landing_of(layout, 4, (3, 1), 12)),
+        ("pool_blocks", landing_of(layout, 1 << 60, (3, 2, 1), 12)),
+    ):
+        with pytest.raises(PeerMisbehaved, match=f"^landing l: {field}: "):
+            Conversion(agreed, good, wrong)
 
 
 def test_bfloat16_rounds_to_nearest_even_and_keeps_nan_and_infinity():

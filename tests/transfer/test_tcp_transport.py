@@ -145,6 +145,38 @@ async def test_long_runs_are_received_in_place(sender):
         assert not owner.pool[2 * block : 3 * block].any()
 
 
+async def test_handoffs_larger_than_any_socket_buffer_arrive_side_by_side(sender):
+    tokens, blocks = 4096, tuple(range(512))
+    random = np.random.default_rng(6)
+    pool = random.integers(0, 256, 512 * WIDE.block_bytes, dtype=np.uint8)
+    async with TcpReceiver(WIDE) as receiver:
+
+        async def hand_over(name):
+            landing = msgspec.structs.replace(
+                landing_at(receiver.endpoint, tokens), id=name, blocks=blocks[::-1]
+            )
+            there = np.zeros_like(pool)
+            receiver.expect(
+                landing,
+                there,
+                touched=lambda: None,
+                arrived=lambda it: it.note,
+                failed=lambda _: None,
+            )
+            writer = await sender.open(landing, Source(WIDE, pool, 512, blocks, tokens))
+            for part in whole(WIDE.layers, tokens):
+                await writer.write(part)
+            receipt = await writer.commit(name.encode(), 10.0)
+            assert receipt.answer == name.encode()
+            wanted = pool.reshape(512, -1)[::-1]
+            assert (there.reshape(512, -1) == wanted).all()
+
+        async with asyncio.TaskGroup() as group:
+            for name in ("a", "b", "c"):
+                group.create_task(hand_over(name))
+        assert len(receiver.landings) == 0
+
+
 @pytest.mark.parametrize("run_bytes", [16384, 1024], ids=["in place", "staged"])
 async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_bytes):
     async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
@@ -253,6 +285,7 @@ async def test_a_connection_that_breaks_within_a_payload_fails_its_landings_once
             await eventually(lambda: owner.touches == 1, "the write was not begun")
         await eventually(lambda: bool(owner.failures), "the owner was not told")
         assert [type(it) for it in owner.failures] == [PeerLost]
+        assert len(receiver.landings) == 0
 
 
 async def test_a_stranger_who_says_nothing_is_sent_away():

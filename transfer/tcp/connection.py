@@ -43,6 +43,7 @@ class Connection(asyncio.Protocol):
         self._listeners: dict[int, Listener] = {}
         self._received = bytearray()
         self._transport: asyncio.BaseTransport | None = None
+        self._broken = False
         self.backlog = Backlog(backlog_bytes)
         self.lost: PeerLost | None = None
         self.welcomed: asyncio.Future[None] = self._loop.create_future()
@@ -51,12 +52,17 @@ class Connection(asyncio.Protocol):
     # ---- what asyncio calls -----------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
         # A second object for the same socket: the thread waits on it, with a time limit, while
         # the event loop reads from the first.
-        self._socket = wire.twin(transport)
-        self._socket.settimeout(self._stall_seconds)
-        wire.notice_death(self._socket, self._stall_seconds)
+        try:
+            self._socket = wire.twin(transport)
+            self._socket.settimeout(self._stall_seconds)
+            wire.notice_death(self._socket, self._stall_seconds)
+        except OSError as error:
+            transport.close()
+            self.lose(PeerLost(f"no socket for {self._endpoint.address}: {error}"))
+        else:
+            self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -89,7 +95,17 @@ class Connection(asyncio.Protocol):
         """
         if self.lost is not None:
             raise PeerLost(str(self.lost))
-        return self._loop.run_in_executor(self._thread, job, *arguments)
+        return self._loop.run_in_executor(self._thread, self._do, job, *arguments)
+
+    def _do(self, job: Callable[..., None], *arguments: Any) -> None:
+        """In the thread: after a write that failed half-way there must not be another."""
+        if self._broken:
+            raise ConnectionAbortedError("an earlier write failed")
+        try:
+            job(*arguments)
+        except OSError:
+            self._broken = True
+            raise
 
     def send(self, message: wire.Message, payload: Any = b"") -> None:
         """Send a frame. Only for jobs: blocks, in the thread.

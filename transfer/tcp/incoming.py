@@ -104,12 +104,15 @@ class Incoming(asyncio.BufferedProtocol):
         self._transport = made
         # Answers are small: one that piles up behind this is not being read.
         made.set_write_buffer_limits(high=4 * wire.MAX_NOTE_BYTES)
-        with wire.twin(transport) as sock:
-            wire.notice_death(sock, self._receiver.stall_seconds)
-        if self._crowded:
-            self.deny("too many connections")
         loop = asyncio.get_running_loop()
         self._patience = loop.call_later(self._receiver.stall_seconds, self._lose_patience)
+        try:
+            with wire.twin(transport) as sock:
+                wire.notice_death(sock, self._receiver.stall_seconds)
+        except OSError as error:
+            self.deny(f"no socket: {error}")
+        if self._crowded:
+            self.deny("too many connections")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._writing is not None and self._writing.state != "open":

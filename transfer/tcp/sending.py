@@ -100,12 +100,22 @@ class TcpSender:
                 if self._closed:
                     connection.lose(PeerLost("this sender was closed"))
                     raise PeerLost("this sender was closed")
+                self._drop_lost()
                 self._connections[key] = connection
         return connection
 
+    def _drop_lost(self) -> None:
+        """Forget peers that are gone, so that restarts do not add up."""
+        kept = {key: it for key, it in self._connections.items() if it.lost is None}
+        busy = {key: it for key, it in self._meeting.items() if key in kept or it.locked()}
+        self._connections, self._meeting = kept, busy
+
     async def _dial(self, endpoint: Endpoint, target: KVLayout) -> Connection:
         """Connect and be welcomed."""
-        host, port = wire.host_and_port(endpoint)
+        try:
+            host, port = wire.host_and_port(endpoint)
+        except ValueError as error:
+            raise PeerLost(str(error)) from error
         connection = Connection(endpoint, self._backlog_bytes, self._stall_seconds)
         loop = asyncio.get_running_loop()
         try:
@@ -159,8 +169,11 @@ class TcpWriter:
             landing_key(landing),
         )
         self._jobs: set[asyncio.Future[None]] = set()
-        self._answer: asyncio.Future[wire.Answer] | None = None
+        loop = asyncio.get_running_loop()
+        self._answer: asyncio.Future[wire.Answer] = loop.create_future()
+        self._put_down: asyncio.Future[None] = loop.create_future()
         self._error: BaseException | None = None
+        self._committed = False
         self._stopped = False
         self._settled = False
         self._ticket = connection.enter(self)
@@ -188,10 +201,10 @@ class TcpWriter:
         if len(note) > wire.MAX_NOTE_BYTES:
             raise ValueError(f"note: {len(note)} bytes, at most {wire.MAX_NOTE_BYTES}")
         self._raise_if_over()
+        self._committed = True
         self._submit(0, self._send_commit, note)
-        said = self._expect_answer()
         async with asyncio.timeout(seconds):
-            answer = await said
+            answer = await self._answer
         self._settle()
         if answer.outcome == "mismatch":
             raise DigestMismatch(answer.detail)
@@ -204,7 +217,7 @@ class TcpWriter:
             try:
                 async with asyncio.timeout(self._stall_seconds):
                     self._submit(0, self._connection.send, wire.Abort(self._ticket))
-                    await self._expect_answer()
+                    await self._put_down
             except (TransferError, OSError) as error:
                 self._connection.lose(PeerLost(f"an abort was not answered: {error!r}"))
         self._settle()
@@ -216,14 +229,17 @@ class TcpWriter:
 
     def answered(self, answer: wire.Answer) -> None:
         """Hear how the handoff ended."""
-        if answer.outcome == "gone":
+        if answer.outcome == "aborted":
+            self._release()
+        elif answer.outcome == "gone":
             self._fail(LandingGone(answer.detail))
-        elif self._answer is not None and not self._answer.done():
+        elif self._committed and not self._answer.done():
             self._answer.set_result(answer)
 
     def lost(self, reason: PeerLost) -> None:
         """Hear that the connection broke."""
         self._fail(reason)
+        self._release()
 
     # ---- in the connection's thread ---------------------------------------------------------
 
@@ -261,24 +277,25 @@ class TcpWriter:
         elif error is not None:
             self._fail(error)
 
-    def _expect_answer(self) -> asyncio.Future[wire.Answer]:
-        self._answer = asyncio.get_running_loop().create_future()
-        return self._answer
-
     def _raise_if_over(self) -> None:
         if isinstance(self._error, TransferError):
             raise type(self._error)(str(self._error)) from self._error
         if self._error is not None:
             raise self._error
-        if self._settled or self._stopped:
+        if self._committed or self._stopped:
             raise LandingGone(f"landing {self._landing.id} was used already")
 
     def _settle(self) -> None:
         self._settled = True
         self._connection.leave(self._ticket)
 
+    def _release(self) -> None:
+        """Let an abort return."""
+        if not self._put_down.done():
+            self._put_down.set_result(None)
+
     def _fail(self, error: BaseException) -> None:
         if self._error is None:
             self._error = error
-        if self._answer is not None and not self._answer.done():
+        if self._committed and not self._answer.done():
             self._answer.set_exception(error)
