@@ -186,7 +186,11 @@ class WorkerSection(Section, frozen=True):
     ] = ""
     data_host: Annotated[
         str,
-        about("Address on which other workers reach its KV pool.", min_length=1),
+        about(
+            "Address of this machine on which other workers reach its KV pool; gateways use it too"
+            " when `listen` is every address (`tcp:0.0.0.0:port`).",
+            min_length=1,
+        ),
     ] = "127.0.0.1"
     lease_seconds: Annotated[
         float,

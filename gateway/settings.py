@@ -113,6 +113,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_wildcard(host: str) -> bool:
+    """Whether `host` means every address of this machine, and so leads nobody to it."""
+    return host.strip("[]") in ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
+
+
 def split_address(listen: str) -> tuple[str, str, int]:
     """`("unix", path, 0)` or `("tcp", host, port)`.
 
@@ -285,6 +290,12 @@ def _worker_contradictions(
         else:
             if kind == "tcp":
                 hosts["listen"] = host
+                if is_wildcard(host) and is_loopback(worker.data_host):
+                    yield problem(
+                        f"{path}.data_host",
+                        f"must be the address under which others reach this machine, since"
+                        f" {path}.listen is every address of it",
+                    )
             elif len(worker.listen) - len("unix:") > 100:
                 yield problem(f"{path}.listen", "a Unix socket's path has at most 100 characters")
     for field, host in hosts.items():

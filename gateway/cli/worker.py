@@ -16,7 +16,7 @@ from gateway.cli.model import find_model
 from gateway.cli.status import Reporter
 from gateway.config import Config, WorkerSection
 from gateway.redis_server import run_dir
-from gateway.settings import ConfigError, Problem
+from gateway.settings import ConfigError, Problem, is_wildcard, split_address
 
 log = structlog.get_logger()
 
@@ -57,6 +57,12 @@ def _options(config: Config, worker: WorkerSection) -> dict[str, Any]:
     return options
 
 
+def _reachable(address: str, data_host: str) -> str:
+    """The control address as gateways on other machines must write it."""
+    kind, host, port = split_address(address)
+    return f"tcp:{data_host}:{port}" if kind == "tcp" and is_wildcard(host) else address
+
+
 async def _serve(
     config: Config, name: str, worker: WorkerSection, backend: Any, reporter: Reporter
 ) -> None:
@@ -95,7 +101,7 @@ async def _serve(
             incarnation=host.incarnation,
             role=worker.role,
             model=config.model.name,
-            address=host.address,
+            address=_reachable(host.address, worker.data_host),
             prefill_tokens=prefill_tokens,
             decode_tokens=decode_tokens,
         )

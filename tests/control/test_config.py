@@ -110,6 +110,15 @@ def test_beyond_loopback_keys_and_a_secret_are_needed() -> None:
     assert "data_host" in complaints(environ={"BATON__WORKERS__DECODE__DATA_HOST": "10.0.0.1"})
 
 
+def test_a_worker_on_every_address_says_under_which_it_is_reached() -> None:
+    everywhere = {
+        "BATON__WORKERS__DECODE__LISTEN": "tcp:0.0.0.0:7000",
+        "BATON__SECURITY__SECRET": "s",
+    }
+    assert complaints(environ=everywhere).startswith("workers.decode.data_host")
+    assert load(environ={**everywhere, "BATON__WORKERS__DECODE__DATA_HOST": "decode-1"})
+
+
 def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# people\nann:k1\n\nk2  # a machine\n")
