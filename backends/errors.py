@@ -19,3 +19,7 @@ class StepFailed(BackendError):
 
 class PoolExhausted(BackendError):
     """Not enough free blocks. Waiting, or another worker, helps."""
+
+
+class ProtocolError(BackendError):
+    """The other end of a control connection does not speak our protocol. It is disconnected."""

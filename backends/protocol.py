@@ -8,12 +8,15 @@ chooses `handle`, a number that names one request on this connection; a sequence
 
 from __future__ import annotations
 
+import asyncio
 import struct
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from backends.api import BackendInfo, Logprob, Sampling
+from backends.errors import ProtocolError
 from transfer.layout import Endpoint, KVLayout, Landing
 
 VERSION = 1
@@ -23,6 +26,7 @@ LENGTH = struct.Struct(">I")
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 20)]
 Role = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length"]
+Phase = Literal["reserve", "prefill", "handoff", "decode"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -65,7 +69,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 # ---- gateway to worker ---------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First on the connection, with the shared secret (empty when none is set)."""
 
     version: int
@@ -73,7 +77,7 @@ class Hello(Message):
     secret: str = ""
 
 
-class Meet(Message):
+class Meet(Message, frozen=True):
     """To a prefill worker: connect to this decode worker now, before a request needs it."""
 
     worker: str
@@ -82,13 +86,13 @@ class Meet(Message):
     endpoints: tuple[Endpoint, ...]
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True):
     """To a decode worker: set blocks aside for this request's prefix and answer with a landing."""
 
     spec: RequestSpec
 
 
-class Prefill(Message):
+class Prefill(Message, frozen=True):
     """To a prefill worker: compute the prefix and hand it over into `landing`.
 
     Without a landing the first token is all that is wanted (`prefill`), or the same worker
@@ -100,14 +104,14 @@ class Prefill(Message):
     decode_here: bool = False
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """Stop this request, or those of its sequences that `indexes` names, and free its blocks."""
 
     handle: int
     indexes: tuple[int, ...] | None = None
 
 
-class Flow(Message):
+class Flow(Message, frozen=True):
     """Pause one sequence, or let it go on: its client reads too slowly."""
 
     handle: int
@@ -115,7 +119,7 @@ class Flow(Message):
     paused: bool
 
 
-class Inspect(Message):
+class Inspect(Message, frozen=True):
     """Ask for the ledger."""
 
     ticket: int
@@ -124,7 +128,7 @@ class Inspect(Message):
 # ---- worker to gateway ---------------------------------------------------------------------
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """First from the worker: who it is and what its backend states."""
 
     version: int
@@ -135,13 +139,13 @@ class Welcome(Message):
     endpoints: tuple[Endpoint, ...] = ()
 
 
-class Rejected(Message):
+class Rejected(Message, frozen=True):
     """Instead of `Welcome`: why this connection is refused. The worker closes it."""
 
     reason: str
 
 
-class Met(Message):
+class Met(Message, frozen=True):
     """Answer to `Meet`: the plan in one line, or why the pair can never be placed."""
 
     worker: str
@@ -150,14 +154,14 @@ class Met(Message):
     refusal: str = ""
 
 
-class Granted(Message):
+class Granted(Message, frozen=True):
     """Answer to `Reserve`."""
 
     handle: int
     landing: Landing
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """Answer to `Reserve` or `Prefill`: not now (`full`) or not ever (`invalid`)."""
 
     handle: int
@@ -174,7 +178,7 @@ class First(msgspec.Struct, frozen=True, array_like=True):
     logprob: Logprob | None = None
 
 
-class FirstToken(Message):
+class FirstToken(Message, frozen=True):
     """From the prefill worker, before the commit; its durations in seconds.
 
     `first` is empty when the sequences' next tokens were already bound.
@@ -187,7 +191,7 @@ class FirstToken(Message):
     prompt_logprobs: tuple[Logprob, ...] = ()
 
 
-class HandedOver(Message):
+class HandedOver(Message, frozen=True):
     """From the prefill worker, after the commit: its part in the handoff is over.
 
     `exposed` is the time from the last layer's being final to the last write; `overlapped` the
@@ -201,7 +205,7 @@ class HandedOver(Message):
     verify: float
 
 
-class Landed(Message):
+class Landed(Message, frozen=True):
     """From the decode worker: the prefix is verified and admitted."""
 
     handle: int
@@ -219,28 +223,28 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     logprob: Logprob | None = None
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True):
     """All that one decode step gave to this gateway."""
 
     step: int
     rows: tuple[Token, ...]
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """A request, or some of its sequences, ended badly here. `retry`: prefill again may help.
 
     `landing`: the handoff failed before the prefix was admitted.
     """
 
     handle: int
-    phase: Literal["reserve", "prefill", "handoff", "decode"]
+    phase: Phase
     code: str
     detail: str
     retry: bool
     indexes: tuple[int, ...] | None = None
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """How full the worker is; sent once a second and when it changes much."""
 
     free_blocks: int
@@ -251,7 +255,7 @@ class Load(Message):
     draining: bool = False
 
 
-class Ledger(Message):
+class Ledger(Message, frozen=True):
     """Answer to `Inspect`: holders, their reasons and block counts, and whether it balances."""
 
     ticket: int
@@ -278,3 +282,106 @@ ToGateway = (
     | Load
     | Ledger
 )
+
+
+# ---- framing -------------------------------------------------------------------------------
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: Message) -> bytes:
+    """`message` as it travels."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+class Frames:
+    """Cuts a stream of bytes into message bodies. Holds at most one unfinished frame."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies that are complete with `data`.
+
+        Raises:
+            ProtocolError: a frame claims to be longer than `MAX_FRAME_BYTES`.
+        """
+        view = bytes(self._rest) + data if self._rest else data
+        at = 0
+        while len(view) - at >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(view, at)
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+            end = at + LENGTH.size + length
+            if end > len(view):
+                break
+            yield view[at + LENGTH.size : end]
+            at = end
+        self._rest = view[at:]
+
+
+class Link(asyncio.Protocol):
+    """One control connection: messages in by callback, in order; messages out by `send`.
+
+    `lost` is called once, with the reason, when the connection has ended for whatever cause; no
+    message is delivered after it. A peer that sends garbage is disconnected, and so is one that
+    lets `MAX_UNSENT_BYTES` pile up.
+    """
+
+    MAX_UNSENT_BYTES = 64 * 1024 * 1024
+
+    def __init__(
+        self,
+        accepts: Any,
+        message: Callable[[Link, Any], None],
+        lost: Callable[[Link, str], None],
+    ) -> None:
+        self._decoder = msgspec.msgpack.Decoder(accepts)
+        self._message = message
+        self._lost = lost
+        self._frames = Frames()
+        self._transport: asyncio.Transport | None = None
+        self._reason = "the peer closed the connection"
+
+    @property
+    def open(self) -> bool:
+        """Whether messages can still be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, message: Message) -> None:
+        """Queue `message`; dropped in silence once the connection is lost (`lost` has told)."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_write_buffer_size() > self.MAX_UNSENT_BYTES:
+            self._fail("the peer does not read")
+            return
+        transport.write(frame(message))
+
+    def close(self) -> None:
+        """Send what is queued, then end the connection."""
+        if self._transport is not None:
+            self._reason = "we closed the connection"
+            self._transport.close()
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport  # uvloop's class is no asyncio.Transport, it only behaves so
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._frames.feed(data):
+                if not self.open:
+                    return
+                self._message(self, self._decoder.decode(body))
+        except (ProtocolError, msgspec.DecodeError) as error:
+            self._fail(f"the peer sent what it must not: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._lost(self, str(exc) if exc else self._reason)
+
+    def _fail(self, reason: str) -> None:
+        self._reason = reason
+        if self._transport is not None:
+            self._transport.abort()

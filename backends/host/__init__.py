@@ -1,0 +1,12 @@
+"""The worker: it hosts one backend and keeps every promise that a plug-in need not know.
+
+`worker.py` puts the parts together and answers messages; `ledger.py` knows who holds which
+block; `steps.py` runs the backend; `landings.py` is the receiving end of handoffs, `handoff.py`
+the sending end. Everything but the backend's step runs on the event loop.
+"""
+
+from backends.host.config import HostConfig
+from backends.host.plugins import load_backend
+from backends.host.worker import WorkerHost
+
+__all__ = ["HostConfig", "WorkerHost", "load_backend"]

@@ -1,0 +1,32 @@
+"""What a worker must be told."""
+
+from __future__ import annotations
+
+import msgspec
+
+from backends.protocol import Role
+
+
+class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's settings.
+
+    `listen` is the control address, `unix:/path` or `tcp:host:port`; `data_host` the address
+    on which KV arrives. `step_tokens` bounds the prompt tokens of one step; `max_waiting` the
+    prefills that wait for memory or their turn. A landing is freed `lease_seconds` after it was
+    granted or last written to. A step that lasts `step_timeout_seconds` ends the process.
+    `landing_share` is the part of the pool that may wait in landings. `faults` damages
+    handoffs on purpose, for drills (see `transfer.faults`).
+    """
+
+    id: str
+    role: Role
+    listen: str
+    data_host: str = "127.0.0.1"
+    secret: str = ""
+    lease_seconds: float = 60.0
+    step_tokens: int = 2048
+    max_waiting: int = 1024
+    step_timeout_seconds: float = 120.0
+    commit_timeout_seconds: float = 30.0
+    landing_share: float = 0.8
+    faults: str = ""

@@ -1,0 +1,179 @@
+"""The receiving end of handoffs: landings granted, renewed, expired, quarantined.
+
+A landing ends once: its prefix arrives, or it is withdrawn. A withdrawn one keeps its blocks in
+quarantine until its transport says that no late write can reach them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from backends.api import BackendInfo
+from backends.errors import PoolExhausted
+from backends.host.config import HostConfig
+from backends.host.janitor import Janitor
+from backends.host.ledger import Holder, Ledger
+from backends.host.work import deadline_of, owner
+from backends.protocol import Link, RequestSpec
+from transfer.contract import Arrival, Buffer, Receiver
+from transfer.errors import LandingGone
+from transfer.layout import Epoch, Landing
+
+log = structlog.get_logger()
+
+SWEEP_SECONDS = 0.25
+
+
+@dataclass(slots=True, eq=False)
+class Reserved:
+    """A landing that was granted and has not ended yet."""
+
+    link: Link
+    spec: RequestSpec
+    landing: Landing
+    holder: Holder
+    headroom: Holder
+    expires: float
+    deadline: float
+
+
+class Landings:
+    """All landings of one worker."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        info: BackendInfo,
+        pool: Buffer,
+        ledger: Ledger,
+        janitor: Janitor,
+        incarnation: int,
+        *,
+        admit: Callable[[Reserved, Arrival], None],
+        failed: Callable[[Reserved, str, str], None],
+    ) -> None:
+        self._config = config
+        self._info = info
+        self._pool = pool
+        self._ledger = ledger
+        self._janitor = janitor
+        self._incarnation = incarnation
+        self._admit = admit
+        self._failed = failed
+        self._count = 0
+        self._open: dict[str, Reserved] = {}
+        self.receivers: list[Receiver] = []
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def reserve(self, link: Link, spec: RequestSpec) -> Reserved:
+        """Set aside the prefix's blocks, and one more for each sequence to grow into.
+
+        Raises:
+            PoolExhausted: not now.
+            ValueError: never: this pool is too small.
+        """
+        tokens = len(spec.prefix)
+        wanted = self._info.layout.blocks_for(tokens)
+        headroom = len(spec.sequences)
+        if wanted + headroom > self._info.pool_blocks:
+            raise ValueError(
+                f"{wanted + headroom} blocks wanted, the pool has {self._info.pool_blocks}"
+            )
+        waiting = self._ledger.held_for("landing", "headroom", "quarantine")
+        if waiting and waiting + wanted > self._config.landing_share * self._info.pool_blocks:
+            raise PoolExhausted(f"{waiting} blocks wait in landings already")
+        if self._ledger.free < wanted + headroom:
+            raise PoolExhausted(f"{wanted + headroom} blocks wanted, {self._ledger.free} free")
+        who = owner(link, spec)
+        holder, spare = Holder("landing", who), Holder("headroom", who)
+        blocks = self._ledger.take(wanted, holder)
+        self._ledger.take(headroom, spare)
+        reserved = Reserved(
+            link,
+            spec,
+            self._mint(blocks, tokens),
+            holder,
+            spare,
+            time.monotonic() + self._config.lease_seconds,
+            deadline_of(spec),
+        )
+        self._expect(reserved)
+        return reserved
+
+    def withdraw(self, landing_id: str) -> None:
+        """End a landing; its blocks are quarantined until they are quiet. Safe to call twice."""
+        reserved = self._open.pop(landing_id, None)
+        if reserved is None:
+            return
+        for receiver in self.receivers:
+            receiver.withdraw(landing_id)
+        self._ledger.release(reserved.headroom)
+        quarantine = Holder("quarantine", landing_id)
+        self._ledger.move(reserved.holder, quarantine)
+        self._janitor.hand(lambda: self._quiesce(landing_id, quarantine))
+
+    async def reap(self) -> None:
+        """Withdraw what has expired, until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = time.monotonic()
+            for landing_id, reserved in list(self._open.items()):
+                if now > min(reserved.expires, reserved.deadline):
+                    self.withdraw(landing_id)
+                    self._failed(reserved, "landing_expired", "nobody wrote to the landing in time")
+
+    def _mint(self, blocks: list[int], tokens: int) -> Landing:
+        self._count += 1
+        return Landing(
+            id=f"{self._incarnation:x}-{self._count:x}",
+            epoch=Epoch(self._incarnation, self._count),
+            secret=secrets.token_bytes(16),
+            worker=self._config.id,
+            endpoints=tuple(receiver.endpoint for receiver in self.receivers),
+            layout=self._info.layout,
+            pool_blocks=self._info.pool_blocks,
+            blocks=tuple(blocks),
+            tokens=tokens,
+            lease_seconds=self._config.lease_seconds,
+        )
+
+    def _expect(self, reserved: Reserved) -> None:
+        landing_id = reserved.landing.id
+        self._open[landing_id] = reserved
+
+        def touched() -> None:
+            reserved.expires = time.monotonic() + self._config.lease_seconds
+
+        def arrived(arrival: Arrival) -> bytes:
+            try:
+                self._admit(reserved, arrival)
+            except LandingGone as error:
+                failed(error)
+                raise
+            del self._open[landing_id]
+            for receiver in self.receivers:
+                receiver.withdraw(landing_id)
+            return b""
+
+        def failed(error: BaseException) -> None:
+            self.withdraw(landing_id)
+            self._failed(reserved, type(error).__name__, str(error))
+
+        for receiver in self.receivers:
+            receiver.expect(
+                reserved.landing, self._pool, touched=touched, arrived=arrived, failed=failed
+            )
+
+    async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:
+        for receiver in self.receivers:
+            await receiver.quiesce(landing_id)
+        self._ledger.release(quarantine)
+        log.debug("landing.quiesced", landing=landing_id)

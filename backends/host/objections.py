@@ -1,0 +1,37 @@
+"""Why a request can never run on this worker, before anything is taken for it."""
+
+from __future__ import annotations
+
+from backends.api import BackendInfo, Sampling
+from backends.protocol import RequestSpec, Role
+
+DEFAULTS = Sampling()
+
+
+def unsupported(sampling: Sampling, info: BackendInfo) -> list[str]:
+    """Fields of `sampling` that change something and that the backend does not honour."""
+    return [
+        name
+        for name in Sampling.__struct_fields__
+        if getattr(sampling, name) != getattr(DEFAULTS, name) and name not in info.sampling
+    ]
+
+
+def objection(spec: RequestSpec, info: BackendInfo, role: Role, *, decode: bool) -> str:
+    """One reason in words; empty when there is none."""
+    lengths = {len(one.generated) for one in spec.sequences}
+    prefix = len(spec.prompt) + max(0, max(lengths) - 1)
+    if role == "prefill" and decode:
+        return "this worker does not decode"
+    if not spec.prompt:
+        return "prompt: must have at least one token"
+    if prefix >= info.context_tokens:
+        return f"prompt: {prefix} tokens exceed the context of {info.context_tokens}"
+    if len(lengths) > 1 or (len(spec.sequences) > 1 and max(lengths) > 1):
+        return "sequences: unlike ones cannot share a prefix"
+    if not all(0 <= token < info.vocabulary for token in spec.prefix):
+        return f"prompt: token ids must lie in 0..{info.vocabulary - 1}"
+    wrong = unsupported(spec.sampling, info)
+    if wrong:
+        return f"{wrong[0]}: not supported by this worker's backend"
+    return ""

@@ -1,0 +1,70 @@
+"""Find the plug-in that was named, and only that one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from backends.api import BackendMisconfigured, BackendNotFound, SteppedBackend
+
+GROUP = "baton.backends"
+MEMBERS = ("info", "pool", "step", "ingest", "copy_blocks", "close")
+
+
+def find_backend(name: str) -> EntryPoint:
+    """The entry point called `name`.
+
+    Raises:
+        BackendNotFound: there is none; lists those there are.
+    """
+    installed = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in installed:
+        raise BackendNotFound(
+            f"no backend is called {name!r}; installed: {', '.join(sorted(installed)) or 'none'}"
+        )
+    return installed[name]
+
+
+def load_backend(
+    name: str,
+    options: Mapping[str, Any],
+    progress: Callable[[str, float], None] | None = None,
+) -> SteppedBackend:
+    """Import the plug-in and construct it. Its own import error comes out unchanged.
+
+    `progress(phase, fraction)` is passed on where the plug-in takes an argument of that name.
+
+    Raises:
+        BackendNotFound: no such entry point.
+        BackendMisconfigured: it refuses an option, or lacks a member of the contract.
+    """
+    factory = find_backend(name).load()
+    arguments = dict(options)
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [] if takes_any else sorted(set(arguments) - set(parameters))
+    if unknown:
+        raise BackendMisconfigured(
+            f"backend {name!r} has no option {unknown[0]!r}; it has: {', '.join(parameters)}"
+        )
+    if progress is not None and (takes_any or "progress" in parameters):
+        arguments["progress"] = progress
+    backend = factory(**arguments)
+    missing = [member for member in MEMBERS if not hasattr(backend, member)]
+    if missing:
+        raise BackendMisconfigured(f"backend {name!r} lacks {', '.join(missing)}")
+    assert_pool_fits(name, backend)
+    return backend
+
+
+def assert_pool_fits(name: str, backend: SteppedBackend) -> None:
+    """Refuse a pool whose size is not what the stated layout takes."""
+    info = backend.info
+    expected = info.layout.block_bytes * info.pool_blocks
+    actual = memoryview(backend.pool).nbytes
+    if actual != expected:
+        raise BackendMisconfigured(
+            f"backend {name!r}: pool has {actual} bytes, its layout and pool_blocks say {expected}"
+        )

@@ -1,0 +1,233 @@
+"""The worker host: one control endpoint around one backend.
+
+It greets gateways and hands their messages on to `requests.py`. What a gateway holds here ends
+with its connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from backends.api import SteppedBackend
+from backends.host.config import HostConfig
+from backends.host.janitor import Janitor
+from backends.host.ledger import Ledger
+from backends.host.listening import listen
+from backends.host.peers import Peers
+from backends.host.requests import Requests
+from backends.protocol import (
+    VERSION,
+    Cancel,
+    Flow,
+    Hello,
+    Inspect,
+    Link,
+    Load,
+    Meet,
+    Message,
+    Prefill,
+    Refused,
+    Rejected,
+    Reserve,
+    ToWorker,
+    Welcome,
+)
+from backends.protocol import Ledger as LedgerAnswer
+
+log = structlog.get_logger()
+
+HELLO_SECONDS = 5.0
+LOAD_SECONDS = 1.0
+POLL_SECONDS = 0.05
+
+
+class WorkerHost:
+    """Hosts `backend` until drained or cancelled."""
+
+    def __init__(self, config: HostConfig, backend: SteppedBackend) -> None:
+        self.config = config
+        self.incarnation = time.time_ns()
+        self.address = ""
+        self._backend = backend
+        self._info = backend.info
+        self._ledger = Ledger(backend.info.pool_blocks)
+        self._janitor = Janitor()
+        self._tasks = asyncio.TaskGroup()
+        self._peers = Peers(config, backend.info.layout)
+        self._requests = Requests(
+            config,
+            backend,
+            self._ledger,
+            self._janitor,
+            self._peers.sender,
+            self.incarnation,
+            self._tasks.create_task,
+        )
+        self._links: set[Link] = set()
+        self._strangers: dict[Link, asyncio.TimerHandle] = {}
+        self._draining = False
+
+    # ---- life of the worker
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Listen, call `ready`, serve. Returns after `drain`; a part that dies ends it all."""
+        sys.setswitchinterval(0.0005)  # the step thread's Python must not delay tokens by 5 ms
+        if self.config.role != "prefill":
+            self._requests.landings.receivers = [*await self._peers.listen()]
+        server, self.address = await listen(self.config.listen, self._new_link)
+        try:
+            async with self._tasks as tasks:
+                parts = [
+                    tasks.create_task(part)
+                    for part in (
+                        self._requests.steps.run(),
+                        self._requests.landings.reap(),
+                        self._janitor.run(),
+                        self._sweep(),
+                    )
+                ]
+                log.info("worker.started", worker=self.config.id, address=self.address)
+                ready()
+                while not self._done:  # noqa: ASYNC110 -- three parts must be idle at once
+                    await asyncio.sleep(POLL_SECONDS)
+                for part in parts:
+                    part.cancel()
+        finally:
+            server.close()
+            for link in [*self._links, *self._strangers]:
+                link.close()
+            await self._peers.close()
+            self._backend.close()
+            log.info("worker.stopped", worker=self.config.id)
+
+    def drain(self) -> None:
+        """Take no new work; `run` returns when the rest is done."""
+        self._draining = True
+        self._broadcast(self._load())
+
+    def record_load(self) -> tuple[int, int]:
+        """The budgets to publish: tokens whose prefill may be under way, tokens of decode KV."""
+        capacity = self._info.pool_blocks * self._info.layout.block_tokens
+        role = self.config.role
+        return (0 if role == "decode" else capacity, 0 if role == "prefill" else capacity)
+
+    @property
+    def _done(self) -> bool:
+        return self._draining and self._requests.idle and self._janitor.idle
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(LOAD_SECONDS)
+            self._requests.expire()
+            self._broadcast(self._load())
+
+    def _load(self) -> Load:
+        steps = self._requests.steps
+        return Load(
+            free_blocks=self._ledger.free,
+            pool_blocks=self._ledger.blocks,
+            running=steps.running,
+            waiting=steps.waiting,
+            waiting_tokens=steps.waiting_tokens,
+            draining=self._draining,
+        )
+
+    def _broadcast(self, message: Message) -> None:
+        for link in self._links:
+            link.send(message)
+
+    # ---- connections
+
+    def _new_link(self) -> Link:
+        link = Link(ToWorker, self._on_message, self._on_lost)
+        timer = asyncio.get_running_loop().call_later(
+            HELLO_SECONDS, self._reject, link, f"no Hello within {HELLO_SECONDS} s"
+        )
+        self._strangers[link] = timer
+        return link
+
+    def _on_lost(self, link: Link, reason: str) -> None:
+        timer = self._strangers.pop(link, None)
+        if timer is not None:
+            timer.cancel()
+        if link in self._links:
+            self._links.discard(link)
+            self._requests.cancel_all(link)
+            log.info("gateway.lost", reason=reason)
+
+    def _greet(self, link: Link, message: Message) -> None:
+        if not isinstance(message, Hello):
+            self._reject(link, "the first message must be Hello")
+        elif message.version != VERSION:
+            self._reject(link, f"protocol version {message.version}; this worker speaks {VERSION}")
+        elif not hmac.compare_digest(message.secret.encode(), self.config.secret.encode()):
+            self._reject(link, "wrong secret")
+        else:
+            self._strangers.pop(link).cancel()
+            self._links.add(link)
+            link.send(self._welcome())
+            link.send(self._load())
+            log.info("gateway.connected", gateway=message.gateway)
+
+    def _welcome(self) -> Welcome:
+        return Welcome(
+            version=VERSION,
+            worker=self.config.id,
+            incarnation=self.incarnation,
+            role=self.config.role,
+            info=self._info,
+            endpoints=tuple(one.endpoint for one in self._requests.landings.receivers),
+        )
+
+    def _reject(self, link: Link, reason: str) -> None:
+        log.warning("gateway.rejected", reason=reason)
+        link.send(Rejected(reason=reason))
+        link.close()
+
+    # ---- messages
+
+    def _on_message(self, link: Link, message: Any) -> None:
+        if link in self._strangers:
+            self._greet(link, message)
+            return
+        match message:
+            case Reserve() | Prefill() if self._draining:
+                handle = message.spec.handle
+                link.send(Refused(handle=handle, kind="draining", detail="this worker drains"))
+            case Reserve():
+                self._requests.reserve(link, message)
+            case Prefill():
+                self._requests.prefill(link, message)
+            case Cancel():
+                self._requests.cancel(link, message)
+            case Flow():
+                self._requests.flow(link, message)
+            case Meet():
+                self._tasks.create_task(self._meet(link, message))
+            case Inspect():
+                link.send(self._inspect(message.ticket))
+            case _:
+                log.warning("gateway.dropped", message=type(message).__name__)
+                link.close()
+
+    async def _meet(self, link: Link, message: Meet) -> None:
+        link.send(await self._peers.meet(message))
+
+    def _inspect(self, ticket: int) -> LedgerAnswer:
+        wrong = self._ledger.audit()
+        return LedgerAnswer(
+            ticket=ticket,
+            worker=self.config.id,
+            pool_blocks=self._ledger.blocks,
+            free_blocks=self._ledger.free,
+            holders=self._ledger.holders(),
+            balanced=not wrong,
+            note="; ".join(wrong[:5]),
+        )
