@@ -1,0 +1,238 @@
+"""A backend without weights: tokens, KV and timing by formula, for load tests.
+
+Tokens are a function of prompt, seed and position. The KV of a position is a function of the
+tokens up to it, and the next position is computed from what lies in the pool, so that a wrong
+page shows. numpy only; nothing here knows torch or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.api import BackendInfo, Logprob, Output, Ready, Row, Sampled, Sampling, Sequence
+from backends.emulation.options import (
+    DEFAULT_AXES,
+    blocks_in,
+    checked_layout,
+    seconds,
+    token_ids,
+    whole,
+)
+from backends.emulation.pattern import Pattern, mix, prefix_states
+from backends.errors import BackendMisconfigured, StepFailed
+
+HIDDEN_GAP_SECONDS = 0.010
+"""What the host may do between two steps without their ticks moving."""
+
+
+class SyntheticBackend:
+    """Deterministic tokens at a set pace, with KV bytes of a given shape really written.
+
+    A step takes `step_seconds`, plus `step_seconds_per_row` for each decode row, plus
+    `prefill_seconds_per_token` for each token of a prefill chunk; steps that follow each other
+    closely tick at absolute times. Every field of `Sampling` is accepted, but only `logprobs`,
+    `min_tokens`, `stop_token_ids` and `ignore_eos` change anything. With `verify_kv` the first
+    decode row of each sequence checks every number of its prefix in the pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "synthetic",
+        layers: int = 2,
+        kv_heads: int = 2,
+        head_dim: int = 64,
+        dtype: str = "float16",
+        block_tokens: int = 16,
+        axes: str = DEFAULT_AXES,
+        pool_tokens: int = 65536,
+        vocabulary: int = 49152,
+        context_tokens: int = 8192,
+        max_batch: int = 1024,
+        step_seconds: float = 0.0,
+        step_seconds_per_row: float = 0.0,
+        prefill_seconds_per_token: float = 0.0,
+        end_tokens: Items[int] = (),
+        verify_kv: bool = False,
+    ) -> None:
+        """Make the pool.
+
+        Raises:
+            BackendMisconfigured: names the option that cannot be used.
+        """
+        if not isinstance(verify_kv, bool):
+            raise BackendMisconfigured(f"verify_kv must be true or false; got {verify_kv!r}")
+        self._vocabulary = whole("vocabulary", vocabulary, 2)
+        layout = checked_layout(
+            model=f"{model}/{vocabulary}",
+            weights="synthetic",
+            layers=layers,
+            kv_heads=kv_heads,
+            head_dim=whole("head_dim", head_dim, 8, 4096),
+            dtype=dtype,
+            block_tokens=block_tokens,
+            rope="half",
+            axes=axes,
+        )
+        ends = token_ids("end_tokens", end_tokens, vocabulary)
+        if len(ends) >= self._vocabulary:
+            raise BackendMisconfigured("end_tokens must leave some token of the vocabulary")
+        self.info = BackendInfo(
+            layout=layout,
+            pool_blocks=blocks_in(pool_tokens, block_tokens),
+            vocabulary=vocabulary,
+            context_tokens=whole("context_tokens", context_tokens, 1),
+            end_tokens=ends,
+            rng="positional",
+            continuation="exact",
+            sampling=frozenset(Sampling.__struct_fields__),
+            max_batch=whole("max_batch", max_batch, 1, 1 << 16),
+            emulated=True,
+        )
+        self._step_seconds = seconds("step_seconds", step_seconds)
+        self._row_seconds = seconds("step_seconds_per_row", step_seconds_per_row)
+        self._token_seconds = seconds("prefill_seconds_per_token", prefill_seconds_per_token)
+        self._verify = verify_kv
+        self.pool: NDArray[np.uint8] = np.zeros(layout.block_bytes * self.info.pool_blocks, "u1")
+        self._pattern = Pattern(layout, self.pool, self.info.pool_blocks)
+        self._due = 0.0
+        # Hashes of prompts by the identity of their sequence, which the entry keeps alive.
+        self._known: dict[int, tuple[Sequence, int]] = {}
+
+    def step(self, batch: Items[Row], ready: Ready) -> list[Output]:
+        """Write the KV of every row, tick, and say the tokens.
+
+        Raises:
+            StepFailed: a block is out of range, or a prefix is not what its tokens say.
+        """
+        try:
+            places = self._pattern.place(batch)
+        except IndexError as error:
+            raise StepFailed(f"a row's blocks do not cover its positions: {error}") from error
+        if self._verify:
+            for row in batch:
+                self._check(row)
+        starts, due = self._schedule(batch)
+        chunks = [index for index, row in enumerate(batch) if len(row.tokens) > 1]
+        if chunks:
+            layers = self.info.layout.layers
+            for layer in range(layers):
+                self._pattern.write(places, layer)
+                _sleep_until(starts + (due - starts) * (layer + 1) / layers)
+                for index in chunks:
+                    ready(index, layer)
+        else:
+            self._pattern.write(places)
+        outputs = self._outputs(batch)
+        _sleep_until(due)
+        return outputs
+
+    def ingest(self, blocks: Items[int]) -> None:
+        """Nothing to do: the pool is what is computed from."""
+
+    def copy_blocks(self, pairs: Items[tuple[int, int]]) -> None:
+        """Copy blocks inside the pool."""
+        self._pattern.copy(pairs)
+
+    def close(self) -> None:
+        """Forget the sequences; the pool goes with its last reader."""
+        self._known.clear()
+
+    # ---- time
+
+    def _schedule(self, batch: Items[Row]) -> tuple[float, float]:
+        """When this step began and when it ends, on the monotonic clock."""
+        single = sum(1 for row in batch if len(row.tokens) == 1)
+        tokens = sum(len(row.tokens) for row in batch) - single
+        lasts = self._step_seconds + self._row_seconds * single + self._token_seconds * tokens
+        now = time.monotonic()
+        gap = now - self._due
+        starts = self._due if gap < min(lasts / 2, HIDDEN_GAP_SECONDS) else now
+        self._due = starts + lasts
+        return starts, self._due
+
+    # ---- tokens
+
+    def _outputs(self, batch: Items[Row]) -> list[Output]:
+        sequences = [one for row in batch for one in row.sequences]
+        tokens = iter(self._tokens(sequences))
+        outputs = []
+        for row in batch:
+            sampled = tuple([self._sampled(one, next(tokens)) for one in row.sequences])
+            prompt: tuple[Logprob, ...] = ()
+            if row.prompt_logprobs is not None:
+                prompt = tuple(self._logprob(t, row.prompt_logprobs) for t in row.following)
+            outputs.append(Output(sampled, prompt))
+        return outputs
+
+    def _tokens(self, sequences: list[Sequence]) -> list[int]:
+        count = len(sequences)
+        keys = np.fromiter((self._prompt_hash(one) for one in sequences), np.uint64, count)
+        seeds = np.fromiter((one.seed & MASK for one in sequences), np.uint64, count)
+        positions = np.fromiter(
+            (len(one.prompt) + len(one.generated) for one in sequences), np.uint64, count
+        )
+        draws = mix(mix(keys ^ mix(seeds)) + positions)
+        tokens: list[int] = (draws % np.uint64(self._vocabulary)).tolist()
+        return tokens
+
+    def _prompt_hash(self, sequence: Sequence) -> int:
+        known = self._known.get(id(sequence))
+        if known is None:
+            if len(self._known) >= 4 * self.info.max_batch:
+                del self._known[next(iter(self._known))]
+            known = sequence, _hash(sequence.prompt)
+            self._known[id(sequence)] = known
+        return known[1]
+
+    def _sampled(self, sequence: Sequence, token: int) -> Sampled:
+        sampling = sequence.sampling
+        if sampling.min_tokens > len(sequence.generated):
+            banned = {*self.info.end_tokens, *sampling.stop_token_ids}
+            for _ in range(len(banned)):
+                if token not in banned:
+                    break
+                token = (token + 1) % self._vocabulary
+        if sampling.logprobs is None:
+            return Sampled(token)
+        return Sampled(token, self._logprob(token, sampling.logprobs))
+
+    def _logprob(self, token: int, alternatives: int) -> Logprob:
+        """Of a made-up distribution: the token comes first, and the sum stays below 1."""
+        count = min(alternatives, self._vocabulary)
+        top = [((token + rank) % self._vocabulary, -0.5 - rank) for rank in range(count)]
+        return Logprob(token, -0.5, tuple(top))
+
+    # ---- checks
+
+    def _check(self, row: Row) -> None:
+        if len(row.tokens) > 1 or not row.start:
+            return
+        for sequence in row.sequences:
+            if id(sequence) in self._known:
+                continue
+            prefix = [*sequence.prompt, *sequence.generated][: row.start]
+            wrong = self._pattern.first_difference(prefix, row.blocks)
+            if wrong is not None:
+                position, layer = wrong
+                raise StepFailed(
+                    f"the KV of position {position} in layer {layer} is not that of its tokens"
+                )
+
+
+MASK = (1 << 64) - 1
+
+
+def _hash(tokens: list[int]) -> int:
+    states = prefix_states(np.array(tokens, np.uint64), 0, 0)
+    return int(states[-1]) if len(tokens) else 0
+
+
+def _sleep_until(due: float) -> None:
+    left = due - time.monotonic()
+    if left > 0:
+        time.sleep(left)
