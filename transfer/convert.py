@@ -16,8 +16,8 @@ from transfer.contract import KVSlice, Source
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Axis, Landing
 from transfer.plan import Plan
-from transfer.rounding import Words, cast, pair
-from transfer.rows import WORD, Addresses, Rows, table
+from transfer.rounding import cast, pair
+from transfer.rows import WORD, Addresses, Rows, Words, table
 
 FRAME_BYTES = 1 << 20
 """About how much is converted at a time: what was gathered is still in cache when it is sent."""

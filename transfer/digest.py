@@ -26,8 +26,8 @@ from transfer.contract import Buffer, KVSlice
 from transfer.convert import CACHED_ROWS, check_part
 from transfer.layout import Landing
 from transfer.plan import Plan
-from transfer.rounding import Words, cast, pair
-from transfer.rows import WORD, Addresses, Rows, table
+from transfer.rounding import cast, pair
+from transfer.rows import WORD, Addresses, Rows, Words, table
 
 U64 = NDArray[np.uint64]
 
@@ -75,16 +75,28 @@ class PrefixDigest:
             ValueError: `part` is not a part of the prefix.
         """
         check_part(part, self._plan.target.layers, self._tokens)
-        layer_places = np.uint64((part.layer * 2 * self._plan.target.kv_heads) << TOKEN_BITS)
-        for piece in self._pieces_of(part.start, part.end):
-            tiles = self._gather(piece.rows + part.layer * self._where.layer_rows, piece.keys)
-            for lane, total in enumerate(self._key.sums(tiles, piece.places + layer_places)):
-                self._lanes[lane] = (self._lanes[lane] + total) % (1 << 64)
+        self._add(part.layer, part.layer + 1, part.start, part.end)
 
     def add_all(self) -> None:
-        """Add the whole prefix."""
-        for layer in range(self._plan.target.layers):
-            self.add(KVSlice(layer, 0, self._tokens))
+        """Add the whole prefix; of a short one, several layers at a time."""
+        layers = self._plan.target.layers
+        step = max(1, self._piece_rows // (self._tokens * self._where.rows_per_token))
+        for first in range(0, layers, step):
+            self._add(first, min(layers, first + step), 0, self._tokens)
+
+    def _add(self, first: int, last: int, start: int, end: int) -> None:
+        """Add tokens `start` to `end` of layers `first` to `last`, all ends exclusive."""
+        layers = np.arange(first, last, dtype=np.int64)[:, None]
+        layer_places = layers.astype(np.uint64) * np.uint64(
+            (2 * self._plan.target.kv_heads) << TOKEN_BITS
+        )
+        for piece in self._pieces_of(start, end):
+            rows = (layers * self._where.layer_rows + piece.rows).reshape(-1)
+            keys = None if piece.keys is None else np.tile(piece.keys, last - first)
+            tiles = self._gather(rows, keys)
+            sums = self._key.sums(tiles, (layer_places + piece.places).reshape(-1))
+            for lane, total in enumerate(sums):
+                self._lanes[lane] = (self._lanes[lane] + total) % (1 << 64)
 
     def result(self) -> bytes:
         """The sum so far."""

@@ -7,22 +7,28 @@ would disagree about its payload, so that two machines round alike to the bit.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
 import numpy as np
-from numpy.typing import NDArray
 
-from transfer.layout import DType
+from transfer.layout import ITEM_BYTES, DType
 from transfer.plan import Pairing
+from transfer.rows import WORD, Words
 
-Words = NDArray[Any]
+CHUNK = 16384
+"""Numbers rounded at a time: what lies between the steps stays in the nearest cache."""
 
 
 def cast(words: Words, source: DType, target: DType) -> Words:
     """Numbers of type `source` as numbers of type `target`, both as words; shape is kept."""
     if source == target:
         return words
-    return _narrow(_widen(words, source), target)
+    flat = words.reshape(-1)
+    rounded: Words = np.empty(flat.size, dtype=WORD[ITEM_BYTES[target]])
+    for first in range(0, flat.size, CHUNK):
+        piece = slice(first, first + CHUNK)
+        rounded[piece] = _narrow(_widen(flat[piece], source), target)
+    return rounded.reshape(words.shape)
 
 
 def pair(words: Words, pairing: Pairing) -> Words:
@@ -55,15 +61,19 @@ def _narrow(wide: Words, target: DType) -> Words:
         rounded = (wide >> np.uint32(16)) & np.uint32(1)
         rounded += np.uint32(0x7FFF)
         rounded += wide
-        rounded >>= np.uint32(16)
-        narrow: Words = rounded.astype(np.uint16)
+        narrow: Words = _upper_halves(rounded)
         quiet = 0x7FC0
     else:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             narrow = wide.view(np.float32).astype(np.float16).view(np.uint16)
         quiet = 0x7E00
-    nan = (wide & np.uint32(0x7FFFFFFF)) > 0x7F800000
+    nan = np.isnan(wide.view(np.float32))
     if nan.any():
         sign = (wide[nan] >> np.uint32(16)).astype(np.uint16) & np.uint16(0x8000)
         narrow[nan] = sign | np.uint16(quiet)
     return narrow
+
+
+def _upper_halves(wide: Words) -> Words:
+    upper = 1 if sys.byteorder == "little" else 0
+    return np.ascontiguousarray(wide.view(np.uint16).reshape(*wide.shape, 2)[..., upper])

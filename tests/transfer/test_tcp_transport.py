@@ -145,11 +145,14 @@ async def test_long_runs_are_received_in_place(sender):
         assert not owner.pool[2 * block : 3 * block].any()
 
 
-async def test_handoffs_larger_than_any_socket_buffer_arrive_side_by_side(sender):
-    tokens, blocks = 4096, tuple(range(512))
+async def test_handoffs_larger_than_the_socket_s_buffer_arrive_side_by_side(sender):
+    tokens, blocks = 1024, tuple(range(128))
     random = np.random.default_rng(6)
-    pool = random.integers(0, 256, 512 * WIDE.block_bytes, dtype=np.uint8)
+    pool = random.integers(0, 256, 128 * WIDE.block_bytes, dtype=np.uint8)
     async with TcpReceiver(WIDE) as receiver:
+        await sender.connect(receiver.endpoint, WIDE, WIDE)
+        [connection] = sender._connections.values()
+        connection._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
 
         async def hand_over(name):
             landing = msgspec.structs.replace(
@@ -163,13 +166,13 @@ async def test_handoffs_larger_than_any_socket_buffer_arrive_side_by_side(sender
                 arrived=lambda it: it.note,
                 failed=lambda _: None,
             )
-            writer = await sender.open(landing, Source(WIDE, pool, 512, blocks, tokens))
+            writer = await sender.open(landing, Source(WIDE, pool, 128, blocks, tokens))
             for part in whole(WIDE.layers, tokens):
                 await writer.write(part)
             receipt = await writer.commit(name.encode(), 10.0)
             assert receipt.answer == name.encode()
-            wanted = pool.reshape(512, -1)[::-1]
-            assert (there.reshape(512, -1) == wanted).all()
+            wanted = pool.reshape(128, -1)[::-1]
+            assert (there.reshape(128, -1) == wanted).all()
 
         async with asyncio.TaskGroup() as group:
             for name in ("a", "b", "c"):
