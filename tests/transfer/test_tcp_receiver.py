@@ -1,0 +1,234 @@
+"""What a TCP receiver has to bear beyond what every transport promises."""
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+
+import msgspec
+import numpy as np
+import pytest
+from tcp_desk import WIDE, Owner, Stranger, landing_at, opening, runs, wide_source
+
+from transfer.contract import Source, whole
+from transfer.errors import PeerLost, PeerMisbehaved
+from transfer.layout import Epoch
+from transfer.stage import TARGET, Pair, Stage, eventually
+from transfer.tcp import TcpReceiver, wire
+
+
+async def test_long_runs_are_received_in_place(sender):
+    async with TcpReceiver(WIDE) as receiver:
+        owner, source = Owner(receiver), wide_source()
+        writer = await sender.open(owner.landing, source)
+        for part in whole(WIDE.layers, 24):
+            await writer.write(part)
+        receipt = await writer.commit(b"", 5.0)
+        assert receipt.bytes == 24 * WIDE.token_bytes
+        block = WIDE.block_bytes
+        for here, there in zip(source.blocks, owner.landing.blocks, strict=True):
+            ours = source.pool[here * block : (here + 1) * block]
+            assert (owner.pool[there * block : (there + 1) * block] == ours).all()
+        assert not owner.pool[2 * block : 3 * block].any()
+
+
+async def test_handoffs_larger_than_the_socket_s_buffer_arrive_side_by_side(sender):
+    tokens, blocks = 1024, tuple(range(128))
+    random = np.random.default_rng(6)
+    pool = random.integers(0, 256, 128 * WIDE.block_bytes, dtype=np.uint8)
+    async with TcpReceiver(WIDE) as receiver:
+        await sender.connect(receiver.endpoint, WIDE, WIDE)
+        [connection] = sender._connections.values()
+        connection._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+
+        async def hand_over(name):
+            landing = msgspec.structs.replace(
+                landing_at(receiver.endpoint, tokens), id=name, blocks=blocks[::-1]
+            )
+            there = np.zeros_like(pool)
+            receiver.expect(
+                landing,
+                there,
+                touched=lambda: None,
+                arrived=lambda it: it.note,
+                failed=lambda _: None,
+            )
+            writer = await sender.open(landing, Source(WIDE, pool, 128, blocks, tokens))
+            for part in whole(WIDE.layers, tokens):
+                await writer.write(part)
+            receipt = await writer.commit(name.encode(), 10.0)
+            assert receipt.answer == name.encode()
+            wanted = pool.reshape(128, -1)[::-1]
+            assert (there.reshape(128, -1) == wanted).all()
+
+        async with asyncio.TaskGroup() as group:
+            for name in ("a", "b", "c"):
+                group.create_task(hand_over(name))
+        assert len(receiver.landings) == 0
+
+
+@pytest.mark.parametrize("run_bytes", [16384, 1024], ids=["in place", "staged"])
+async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_bytes):
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        pieces = runs(*((at, run_bytes) for at in range(0, 32768, run_bytes)))
+        stranger.say(opening(owner.landing))
+        stranger.say(wire.write_message(0, *pieces), 32768)
+        stranger.writer.write(b"\xaa" * 20000)
+        await eventually(lambda: owner.touches == 1, "the write was not begun")
+        if run_bytes == 16384:
+            await eventually(lambda: owner.pool[19999] == 0xAA, "it was not received in place")
+        receiver.withdraw("wide")
+        await receiver.quiesce("wide")
+        owner.pool[:] = 0xEE
+        stranger.writer.write(b"\xaa" * 12768)
+        gone = await stranger.hear()
+        assert (gone.ticket, gone.outcome) == (0, "gone")
+        stranger.say(wire.Abort(0))
+        assert (await stranger.hear()).outcome == "aborted"
+        assert (owner.pool == 0xEE).all()
+        assert not owner.failures
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        bytes(8),
+        struct.pack(">II", 0xFFFFFFFF, 0),
+        struct.pack(">II", wire.MAX_STRANGER_BYTES + 1, 0),
+        struct.pack(">II", 4, 0xFFFFFFFF) + b"\x00" * 4,
+        struct.pack(">II", 4, 0) + b"\xc1\xc1\xc1\xc1",
+        wire.frame(wire.Abort(0)),
+        wire.frame(wire.Hello(wire.VERSION, b"", TARGET.fingerprint), 8),
+    ],
+)
+async def test_nonsense_closes_its_connection_and_no_other(receiver, sender, nonsense):
+    stage = Stage(Pair(sender, receiver))
+    writer = await sender.open(stage.landing, stage.source)
+    async with Stranger(receiver) as stranger:
+        stranger.writer.write(nonsense)
+        assert await stranger.closed()
+    await stage.write_all(writer)
+    await writer.commit(b"", 5.0)
+
+
+def claims(message, payload=0):
+    return message, payload
+
+
+@pytest.mark.parametrize(
+    ("message", "payload"),
+    [
+        claims(wire.write_message(0, *runs((0, 64))), 65),
+        claims(wire.write_message(0, *runs((0, 64))), 63),
+        claims(wire.Write(0, b"", b""), 0),
+        claims(wire.Write(0, bytes(7), bytes(4)), 4),
+        claims(wire.Write(0, bytes(16), bytes(4)), 4),
+        claims(wire.write_message(5, *runs((0, 64))), 64),
+        claims(wire.write_message(0, *runs((0, 0))), 0),
+        claims(wire.write_message(0, *runs((-64, 64))), 64),
+        claims(wire.write_message(0, *runs((2 * WIDE.block_bytes - 1, 2))), 2),
+        claims(wire.write_message(0, *runs((4 * WIDE.block_bytes - 1, 2))), 2),
+        claims(wire.write_message(0, *runs((0, 64), (2 * WIDE.block_bytes, 64))), 128),
+        claims(wire.Hello(wire.VERSION, b"", WIDE.fingerprint)),
+        claims(wire.Open(0, "wide", Epoch(1, 1), b"")),
+        claims(wire.Commit(9, b"", b"")),
+    ],
+)
+async def test_a_sender_that_lies_is_cut_off_and_its_landing_freed(message, payload):
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        stranger.say(opening(owner.landing))
+        stranger.say(message, payload)
+        stranger.writer.write(b"\xaa" * payload)
+        assert await stranger.closed()
+        assert [type(it) for it in owner.failures] == [PeerMisbehaved]
+        assert not owner.pool.any()
+
+
+async def test_runs_may_span_neighbouring_blocks_of_the_landing():
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        stranger.say(opening(owner.landing))
+        at = WIDE.block_bytes - 32  # from block 0 into block 1
+        stranger.say(wire.write_message(0, *runs((at, 64))), 64)
+        stranger.writer.write(b"\xaa" * 64)
+        await eventually(lambda: bool((owner.pool[at : at + 64] == 0xAA).all()), "not written")
+        assert owner.pool.sum() == 64 * 0xAA
+
+
+async def test_a_connection_that_breaks_within_a_payload_fails_its_landings_once():
+    async with TcpReceiver(WIDE) as receiver:
+        owner = Owner(receiver)
+        async with Stranger(receiver) as stranger:
+            await stranger.greeted()
+            stranger.say(opening(owner.landing))
+            stranger.say(wire.write_message(0, *runs((0, 16384))), 16384)
+            stranger.writer.write(b"\xaa" * 5000)
+            await eventually(lambda: owner.touches == 1, "the write was not begun")
+        await eventually(lambda: bool(owner.failures), "the owner was not told")
+        assert [type(it) for it in owner.failures] == [PeerLost]
+        assert len(receiver.landings) == 0
+
+
+async def test_a_stranger_who_says_nothing_is_sent_away():
+    async with TcpReceiver(WIDE, stall_seconds=0.05) as receiver, Stranger(receiver) as stranger:
+        assert isinstance(await stranger.hear(), wire.Denied)
+        assert await stranger.closed()
+
+
+async def test_one_connection_too_many_is_denied():
+    async with (
+        TcpReceiver(WIDE, max_connections=1) as receiver,
+        Stranger(receiver) as one,
+        Stranger(receiver) as other,
+    ):
+        await one.greeted()
+        assert await other.hear() == wire.Denied("too many connections")
+
+
+async def test_a_receiver_on_every_address_must_say_its_name():
+    with pytest.raises(ValueError, match=r"^advertise"):
+        TcpReceiver(WIDE, host="0.0.0.0")
+    async with TcpReceiver(WIDE, host="0.0.0.0", advertise="127.0.0.1") as receiver:
+        assert receiver.endpoint.address.startswith("127.0.0.1:")
+
+
+async def test_a_sender_that_is_killed_frees_its_landing():
+    async with TcpReceiver(WIDE) as receiver:
+        owner = Owner(receiver)
+        script = f"""
+            import asyncio, numpy, msgspec
+            from transfer.contract import KVSlice, Source
+            from transfer.layout import Landing
+            from transfer.tcp import TcpSender
+            landing = msgspec.json.decode({msgspec.json.encode(owner.landing)!r}, type=Landing)
+            pool = numpy.ones(3 * landing.layout.block_bytes, numpy.uint8)
+            async def main():
+                async with TcpSender() as sender:
+                    source = Source(landing.layout, pool, 3, (0, 1, 2), 24)
+                    writer = await sender.open(landing, source)
+                    await writer.write(KVSlice(0, 0, 24))
+                    await asyncio.sleep(60)
+            asyncio.run(main())
+        """
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        try:
+            await eventually(lambda: owner.touches > 0, "the child wrote nothing")
+            child.send_signal(signal.SIGKILL)
+            await eventually(lambda: bool(owner.failures), "the owner was not told")
+        finally:
+            child.kill()
+            child.wait()
+        assert [type(it) for it in owner.failures] == [PeerLost]

@@ -1,0 +1,221 @@
+"""What a TCP sender has to bear beyond what every transport promises."""
+
+import asyncio
+import contextlib
+import os
+import socket
+
+import msgspec
+import numpy as np
+import pytest
+from tcp_desk import WIDE, Owner, Stranger, landing_at, wide_source
+
+from transfer.contract import KVSlice, Source, whole
+from transfer.errors import LandingGone, LayoutMismatch, PeerLost
+from transfer.layout import Endpoint
+from transfer.stage import SOURCE, TARGET, eventually
+from transfer.tcp import TcpReceiver, TcpSender, wire
+
+
+@contextlib.asynccontextmanager
+async def fake(behave):
+    """A receiver that does as `behave(reader, writer)` says, and its endpoint."""
+    connections = []
+
+    async def serve(reader, writer):
+        connections.append(writer)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await behave(reader, writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1024)
+    try:
+        yield wire.address(*server.sockets[0].getsockname()[:2])
+    finally:
+        server.close()
+        for writer in connections:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+async def take(reader):
+    size, payload = wire.PREFIX.unpack(await reader.readexactly(wire.PREFIX.size))
+    message = wire.to_receiver(await reader.readexactly(size))
+    while payload:
+        payload -= len(await reader.read(min(payload, 65536)))
+    return message
+
+
+async def welcome(reader, writer):
+    assert isinstance(await take(reader), wire.Hello)
+    writer.write(wire.frame(wire.Welcome(wire.VERSION)))
+
+
+async def welcome_and_listen(reader, writer):
+    await welcome(reader, writer)
+    while True:
+        message = await take(reader)
+        if isinstance(message, wire.Abort):
+            writer.write(wire.frame(wire.Answer(message.ticket, "aborted")))
+
+
+async def welcome_and_read_nothing(reader, writer):
+    await welcome(reader, writer)
+    await asyncio.Event().wait()
+
+
+async def answer_nonsense(reader, writer):
+    await welcome(reader, writer)
+    assert isinstance(await take(reader), wire.Open)
+    writer.write(b"\xff" * 64)
+    await asyncio.Event().wait()
+
+
+async def say_nothing(reader, writer):
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "reason"),
+    [("a", "b", "wrong shared secret"), ("a", "", "wrong shared secret"), ("", "b", "wrong")],
+)
+async def test_a_wrong_shared_secret_is_refused_with_the_reason(server, client, reason):
+    async with TcpReceiver(WIDE, secret=server) as receiver, TcpSender(secret=client) as sender:
+        with pytest.raises(PeerLost, match=reason):
+            await sender.connect(receiver.endpoint, WIDE, WIDE)
+
+
+async def test_another_layout_than_expected_is_refused_with_the_reason(receiver, sender):
+    other = msgspec.structs.replace(TARGET, block_tokens=5)
+    with pytest.raises(PeerLost, match="layout"):
+        await sender.connect(receiver.endpoint, SOURCE, other)
+
+
+async def test_another_version_is_refused_with_the_reason(receiver):
+    async with Stranger(receiver) as stranger:
+        stranger.say(wire.Hello(wire.VERSION + 1, b"", TARGET.fingerprint))
+        denied = await stranger.hear()
+        assert isinstance(denied, wire.Denied)
+        assert "version" in denied.reason
+
+
+async def test_unlike_layouts_never_touch_the_network(sender):
+    nowhere = Endpoint("tcp", "127.0.0.1:1")
+    with pytest.raises(LayoutMismatch):
+        await sender.connect(nowhere, msgspec.structs.replace(WIDE, model="other"), WIDE)
+
+
+async def test_nobody_there_is_a_lost_peer(sender):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        where = wire.address(*unused.getsockname())
+        with pytest.raises(PeerLost, match="cannot be reached"):
+            await sender.connect(where, WIDE, WIDE)
+
+
+async def test_a_peer_that_does_not_greet_is_lost_in_time():
+    async with fake(say_nothing) as endpoint, TcpSender(connect_seconds=0.05) as sender:
+        with pytest.raises(PeerLost, match="in time"):
+            await sender.connect(endpoint, WIDE, WIDE)
+
+
+async def test_a_peer_that_answers_nonsense_is_lost(sender):
+    async with fake(answer_nonsense) as endpoint:
+        writer = await sender.open(landing_at(endpoint), wide_source())
+        with pytest.raises(PeerLost, match="misbehaved"):
+            await writer.commit(b"", 5.0)
+        await writer.abort()
+
+
+async def test_a_commit_without_an_answer_ends_at_its_deadline(sender):
+    async with fake(welcome_and_listen) as endpoint:
+        writer = await sender.open(landing_at(endpoint), wide_source())
+        with pytest.raises(TimeoutError):
+            await writer.commit(b"", 0.05)
+        await writer.abort()
+        again = await sender.open(landing_at(endpoint), wide_source())
+        await again.write(KVSlice(0, 0, 24))
+        await again.abort()
+
+
+async def test_a_peer_that_reads_nothing_holds_up_writers_and_is_then_lost():
+    tokens = 16384
+    blocks = tuple(range(WIDE.blocks_for(tokens)))
+    pool = np.zeros(len(blocks) * WIDE.block_bytes, np.uint8)
+    source = Source(WIDE, pool, len(blocks), blocks, tokens)
+    slice_bytes = tokens * WIDE.token_bytes // WIDE.layers
+    async with (
+        fake(welcome_and_read_nothing) as endpoint,
+        TcpSender(stall_seconds=0.2, backlog_bytes=slice_bytes) as sender,
+    ):
+        writer = await sender.open(landing_at(endpoint, tokens), source)
+        await writer.write(KVSlice(0, 0, tokens))
+        with pytest.raises(PeerLost):
+            await writer.write(KVSlice(1, 0, tokens))
+        await writer.abort()
+
+
+async def test_a_writer_that_is_aborted_sends_nothing_of_what_is_queued(sender):
+    heard = []
+
+    async def listen(reader, writer):
+        await welcome(reader, writer)
+        while True:
+            heard.append(await take(reader))
+            if isinstance(heard[-1], wire.Abort):
+                writer.write(wire.frame(wire.Answer(0, "aborted")))
+
+    async with fake(listen) as endpoint:
+        writer = await sender.open(landing_at(endpoint), wide_source())
+        for _ in range(50):
+            await writer.write(KVSlice(0, 0, 24))
+        await writer.abort()
+        kinds = [type(it) for it in heard]
+        assert kinds[-1] is wire.Abort
+        assert kinds.count(wire.Write) < 50
+        with pytest.raises(LandingGone):
+            await writer.write(KVSlice(0, 0, 24))
+
+
+async def test_a_receiver_that_comes_back_is_met_again(sender):
+    async with TcpReceiver(WIDE) as first:
+        await sender.connect(first.endpoint, WIDE, WIDE)
+        port = wire.host_and_port(first.endpoint)[1]
+        owner = Owner(first)
+        writer = await sender.open(owner.landing, wide_source())
+        await writer.write(KVSlice(0, 0, 24))
+        await eventually(lambda: owner.touches > 0, "the write was not begun")
+    await eventually(lambda: bool(owner.failures), "the owner was not told")
+    with pytest.raises(PeerLost):
+        await writer.commit(b"", 5.0)
+    await writer.abort()
+    async with TcpReceiver(WIDE, port=port) as second:
+        owner = Owner(second)
+        writer = await sender.open(owner.landing, wide_source())
+        for part in whole(WIDE.layers, 24):
+            await writer.write(part)
+        await writer.commit(b"", 5.0)
+        assert len(owner.arrivals) == 1
+
+
+async def test_a_pair_has_one_connection_however_many_meet_at_once(receiver, sender):
+    async with asyncio.TaskGroup() as group:
+        for _ in range(10):
+            group.create_task(sender.connect(receiver.endpoint, SOURCE, TARGET))
+    assert len(receiver._connections) == 1
+
+
+async def test_closing_leaves_no_thread_and_no_descriptor():
+    def open_things():
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    async with TcpReceiver(WIDE):
+        pass
+    before = open_things()
+    for _ in range(3):
+        async with TcpReceiver(WIDE) as receiver, TcpSender() as sender:
+            owner = Owner(receiver)
+            writer = await sender.open(owner.landing, wide_source())
+            for part in whole(WIDE.layers, 24):
+                await writer.write(part)
+            await writer.commit(b"", 5.0)
+    await eventually(lambda: open_things() == before, f"{open_things()}, before {before}")
