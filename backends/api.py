@@ -14,7 +14,8 @@ All other calls come from one thread, the step thread, never two at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from typing import Any, Literal, Protocol
 
 import msgspec

@@ -15,9 +15,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from backends.api import BackendInfo, Logprob, Sampling
+from backends.api import BackendInfo as BackendInfo
+from backends.api import Logprob as Logprob
+from backends.api import Sampling as Sampling
 from backends.errors import ProtocolError
-from transfer.layout import Endpoint, KVLayout, Landing
+from transfer.layout import Endpoint, KVLayout
+from transfer.layout import Landing as Landing
 
 VERSION = 1
 MAX_FRAME_BYTES = 16 * 1024 * 1024

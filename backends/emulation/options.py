@@ -1,85 +1,120 @@
-"""Check what the operator wrote under `[workers.X.options]`, naming the option that is wrong."""
+"""The options of the emulation backend, checked before anything is loaded."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any, get_args
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import msgspec
 
 from backends.errors import BackendMisconfigured
-from transfer.layout import DType, KVLayout
+from transfer.layout import AXES, DType
+
+Progress = Callable[[str, float], None]
 
 DEFAULT_AXES = "block layer kv head token dim"
-MOST_TOKENS = 1 << 31
+DEFAULT_POOL_TOKENS = 16384
+
+ComputeDType = Literal["float32", "bfloat16"]
+_MOST_THREADS = 1024
+_MOST_TOKENS = 1 << 32
 
 
-def whole(name: str, value: Any, least: int, most: int = MOST_TOKENS) -> int:
-    """`value` as an integer between `least` and `most`.
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What `[workers.X.options]` may say; see `EmulationBackend`."""
 
-    Raises:
-        BackendMisconfigured: it is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise BackendMisconfigured(
-            f"{name} must be a whole number from {least} to {most}; got {value!r}"
-        )
-    return value
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kv_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None
+    pool_tokens: int | None = None
+    pool_blocks: int | None = None
+    block_tokens: int = 16
+    axes: str = DEFAULT_AXES
+    context_tokens: int | None = None
+    rope: Literal["auto", "half", "interleaved"] = "auto"
+    max_batch: int = 256
 
-
-def seconds(name: str, value: Any) -> float:
-    """`value` as a finite duration.
-
-    Raises:
-        BackendMisconfigured: it is negative, endless or no number.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise BackendMisconfigured(f"{name} must be a number of seconds, 0 or more; got {value!r}")
-    return float(value)
-
-
-def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """`value`, which is among `allowed`.
-
-    Raises:
-        BackendMisconfigured: it is not.
-    """
-    names = tuple(allowed)
-    if value not in names:
-        raise BackendMisconfigured(f"{name} must be one of {', '.join(names)}; got {value!r}")
-    return str(value)
+    @property
+    def blocks(self) -> int:
+        """Blocks in the pool, from whichever of the two options was given."""
+        if self.pool_blocks is not None:
+            return self.pool_blocks
+        return -(-(self.pool_tokens or DEFAULT_POOL_TOKENS) // self.block_tokens)
 
 
-def token_ids(name: str, value: Any, vocabulary: int) -> tuple[int, ...]:
-    """`value` as ids below `vocabulary`.
+def read_options(values: Mapping[str, Any]) -> Options:
+    """Check the keyword arguments of a backend.
 
     Raises:
-        BackendMisconfigured: it is no list, or an id is out of range.
+        BackendMisconfigured: names the first option that is wrong, and says how.
     """
-    if not isinstance(value, (list, tuple)):
-        raise BackendMisconfigured(f"{name} must be a list of token ids; got {value!r}")
-    return tuple(whole(f"{name}[{i}]", token, 0, vocabulary - 1) for i, token in enumerate(value))
-
-
-def checked_layout(**fields: Any) -> KVLayout:
-    """A layout whose every field was checked.
-
-    Raises:
-        BackendMisconfigured: names the field.
-    """
-    one_of("dtype", fields["dtype"], get_args(DType))
     try:
-        return msgspec.convert(fields, KVLayout)
+        options = msgspec.convert(values, Options)
     except msgspec.ValidationError as error:
-        raise BackendMisconfigured(str(error)) from error
+        raise BackendMisconfigured(_readable(str(error))) from None
+    for name, most in (
+        ("threads", _MOST_THREADS),
+        ("pool_tokens", _MOST_TOKENS),
+        ("pool_blocks", _MOST_TOKENS),
+        ("block_tokens", 256),
+        ("context_tokens", 1 << 24),
+        ("max_batch", 1 << 16),
+    ):
+        check_whole(name, getattr(options, name), most)
+    check_axes(options.axes)
+    if options.pool_tokens is not None and options.pool_blocks is not None:
+        raise BackendMisconfigured("pool_tokens and pool_blocks exclude each other: give one")
+    return options
 
 
-def blocks_in(pool_tokens: Any, block_tokens: int) -> int:
-    """How many blocks a pool of `pool_tokens` has.
+def check_whole(name: str, value: int | None, most: int, least: int = 1) -> None:
+    """Refuse a number outside its bounds. None is an option that was not given."""
+    if value is not None and not (type(value) is int and least <= value <= most):
+        raise BackendMisconfigured(f"{name} must be a whole number {least} to {most}, is {value!r}")
 
-    Raises:
-        BackendMisconfigured: not one.
-    """
-    return whole("pool_tokens", pool_tokens, block_tokens) // block_tokens
+
+def check_axes(axes: str) -> None:
+    """Refuse an order of axes that `KVLayout` would."""
+    words = axes.split()
+    if len(words) != len(AXES) or set(words) != AXES or words[-1] != "dim":
+        raise BackendMisconfigured(
+            f"axes must name {', '.join(sorted(AXES))} once each, dim last; is {axes!r}"
+        )
+
+
+def check_memory(name: str, wanted_bytes: int) -> None:
+    """Refuse a pool larger than this machine's memory, before the kernel kills the process."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted_bytes > installed:
+        raise BackendMisconfigured(
+            f"{name}: the pool would take {wanted_bytes / 1e9:.1f} GB of"
+            f" {installed / 1e9:.1f} GB of memory"
+        )
+
+
+def check_model_path(model: str) -> Path:
+    """A `.gguf` file or a folder with `config.json`."""
+    path = Path(model).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    raise BackendMisconfigured(
+        f"model: {model!r} is neither a .gguf file nor a folder with config.json"
+    )
+
+
+def as_dtype(name: str) -> DType:
+    """A checked dtype option, as the layout's type."""
+    assert name in get_args(DType)
+    return cast("DType", name)
+
+
+def _readable(message: str) -> str:
+    """Turn "Expected `int`, got `str` - at `$.threads`" into one that begins with the option."""
+    problem, _, place = message.partition(" - at `$.")
+    return f"{place.rstrip('`')}: {problem}" if place else message

@@ -192,7 +192,8 @@ class SyntheticBackend:
     def _sampled(self, sequence: Sequence, token: int) -> Sampled:
         sampling = sequence.sampling
         if sampling.min_tokens > len(sequence.generated):
-            banned = {*self.info.end_tokens, *sampling.stop_token_ids}
+            ends = () if sampling.ignore_eos else self.info.end_tokens
+            banned = {*ends, *sampling.stop_token_ids}
             for _ in range(len(banned)):
                 if token not in banned:
                     break

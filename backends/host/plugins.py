@@ -51,7 +51,7 @@ def load_backend(
         )
     if progress is not None and (takes_any or "progress" in parameters):
         arguments["progress"] = progress
-    backend = factory(**arguments)
+    backend: SteppedBackend = factory(**arguments)
     missing = [member for member in MEMBERS if not hasattr(backend, member)]
     if missing:
         raise BackendMisconfigured(f"backend {name!r} lacks {', '.join(missing)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from backends.host.ledger import Ledger
 from backends.host.listening import listen
 from backends.host.peers import Peers
 from backends.host.requests import Requests
+from backends.host.steps import DeviceHangs
 from backends.protocol import (
     VERSION,
     Cancel,
@@ -87,7 +89,7 @@ class WorkerHost:
                 parts = [
                     tasks.create_task(part)
                     for part in (
-                        self._requests.steps.run(),
+                        self._step(),
                         self._requests.landings.reap(),
                         self._janitor.run(),
                         self._sweep(),
@@ -121,6 +123,13 @@ class WorkerHost:
     @property
     def _done(self) -> bool:
         return self._draining and self._requests.idle and self._janitor.idle
+
+    async def _step(self) -> None:
+        try:
+            await self._requests.steps.run()
+        except DeviceHangs as error:
+            log.critical("worker.hung", worker=self.config.id, cause=str(error))
+            os._exit(os.EX_SOFTWARE)  # a thread that does not return would keep the process alive
 
     async def _sweep(self) -> None:
         while True:

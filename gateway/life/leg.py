@@ -1,0 +1,271 @@
+"""One attempt to bring some sequences of a job to their end, on workers chosen for it.
+
+A leg reserves, prefills, hands over and decodes. It ends when all of its sequences have, or
+fails as a whole; what its sequences have got so far is kept by their lines, and the next leg
+goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from backends.protocol import (
+    Cancel,
+    Failed,
+    FirstToken,
+    Flow,
+    Granted,
+    HandedOver,
+    Landed,
+    Landing,
+    Prefill,
+    Refused,
+    RequestSpec,
+    Reserve,
+    SequenceSpec,
+    Token,
+)
+from gateway.life.fleet import Fleet, LegMessage, Worker
+from gateway.life.line import Line, Run
+from gateway.life.states import Life, State
+
+log = structlog.get_logger()
+
+
+class LegFailed(Exception):
+    """The leg cannot go on. `full`: a worker had no room, and nothing is wrong with it."""
+
+    def __init__(self, phase: str, worker: str, cause: str, *, retry: bool, full: bool) -> None:
+        super().__init__(f"{phase} on {worker}: {cause}")
+        self.phase = phase
+        self.worker = worker
+        self.cause = cause
+        self.retry = retry
+        self.full = full
+
+
+class Leg:
+    """See the module. `orphaned` takes lines that a worker gave up while it keeps the others."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        run: Run,
+        life: Life,
+        lines: list[Line],
+        prefill: Worker,
+        decode: Worker | None,
+        orphaned: Callable[[list[Line]], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._run = run
+        self._life = life
+        self._lines = {line.index: line for line in lines}
+        self._prefill = prefill
+        self._decode = decode
+        self._orphaned = orphaned
+        self._handle = fleet.next_handle()
+        self._granted: asyncio.Future[Landing] = loop.create_future()
+        self._over: asyncio.Future[None] = loop.create_future()
+        self._landed = False
+        self._stopped = False
+        self._told: set[int] = set()
+
+    async def go(self) -> None:
+        """Bring every line to its end.
+
+        Raises:
+            LegFailed: see there; everything on the workers has been cancelled.
+        """
+        clean = False
+        self._enter()
+        try:
+            landing = await self._reserve()
+            self._life.become(State.PREFILLING)
+            decode_here = self._decode is None and self._prefill.welcome.role == "both"
+            self._prefill.send(Prefill(spec=self._spec(), landing=landing, decode_here=decode_here))
+            await self._over
+            clean = not self._stopped
+        finally:
+            self._leave(clean=clean)
+
+    def pause(self, index: int, paused: bool) -> None:
+        """Stop or resume decoding one of its sequences."""
+        decode = self._decode or self._prefill
+        decode.send(Flow(handle=self._handle, index=index, paused=paused))
+
+    # ---- entering and leaving
+
+    @property
+    def _workers(self) -> tuple[Worker, ...]:
+        return (self._prefill,) if self._decode is None else (self._prefill, self._decode)
+
+    def _enter(self) -> None:
+        for worker in self._workers:
+            worker.legs[self._handle] = self
+        for line in self._lines.values():
+            line.leg = self
+        self._prefill.prefilling[self._handle] = len(self._run.job.prompt)
+
+    def _leave(self, *, clean: bool) -> None:
+        for worker in self._workers:
+            worker.legs.pop(self._handle, None)
+            if not clean:
+                worker.send(Cancel(handle=self._handle))
+        self._prefill.prefilling.pop(self._handle, None)
+        for future in (self._granted, self._over):
+            future.cancel()
+
+    def _spec(self) -> RequestSpec:
+        job = self._run.job
+        wants = None if self._run.has_prompt_logprobs else job.prompt_logprobs
+        return RequestSpec(
+            handle=self._handle,
+            request=job.id,
+            prompt=job.prompt,
+            sequences=tuple(
+                SequenceSpec(index=line.index, seed=line.seed, generated=line.generated)
+                for line in self._lines.values()
+            ),
+            sampling=job.sampling,
+            max_tokens=job.max_tokens,
+            deadline_seconds=max(0.0, job.deadline - asyncio.get_running_loop().time()),
+            prompt_logprobs=wants,
+        )
+
+    async def _reserve(self) -> Landing | None:
+        if self._decode is None:
+            return None
+        began = asyncio.get_running_loop().time()
+        self._decode.send(Reserve(spec=self._spec()))
+        done, _ = await asyncio.wait(
+            (self._granted, self._over), return_when=asyncio.FIRST_COMPLETED
+        )
+        if self._over in done:
+            self._over.result()
+        self._run.timeline.reserve = asyncio.get_running_loop().time() - began
+        return self._granted.result()
+
+    # ---- what workers say (`fleet.LegPort`)
+
+    def token(self, row: Token) -> None:
+        """Take a token in its place; one that overtook others waits for them."""
+        line = self._lines.get(row.index)
+        if line is None:
+            return
+        if line.ended:
+            self._stop(line.index)
+            return
+        if row.position != len(line.generated):
+            if row.position > len(line.generated):
+                line.early[row.position] = row
+            return
+        self._accept(line, row)
+        while line.early and not line.ended:
+            early = line.early.pop(len(line.generated), None)
+            if early is None:
+                return
+            self._accept(line, early)
+
+    def heard(self, worker: Worker, message: LegMessage) -> None:
+        """Anything but tokens."""
+        match message:
+            case Granted():
+                if not self._granted.done():
+                    self._granted.set_result(message.landing)
+            case FirstToken():
+                self._on_first(message)
+            case HandedOver():
+                timeline = self._run.timeline
+                timeline.exposed_transfer = message.exposed
+                timeline.overlapped_transfer = message.overlapped
+                timeline.verify = message.verify
+            case Landed():
+                self._landed = True
+                self._become(State.DECODING)
+            case Refused():
+                phase = "reserve" if worker is self._decode else "prefill"
+                retry = message.kind != "invalid"
+                self._fail(phase, worker, message.detail, retry=retry, full=message.kind == "full")
+            case Failed():
+                self._on_failed(worker, message)
+
+    def lost(self, worker: Worker, reason: str) -> None:
+        """After the handoff the prefill worker is no longer needed."""
+        if worker is self._prefill and self._decode is not None and self._landed:
+            return
+        phase = "decode" if worker is self._decode else "prefill"
+        self._fail(phase, worker, f"the worker was lost: {reason}", retry=True)
+
+    def _on_first(self, message: FirstToken) -> None:
+        run = self._run
+        self._prefill.prefilling.pop(self._handle, None)
+        run.prefilled(message)
+        here = self._decode is None
+        self._become(State.DECODING if here else State.HANDING_OVER)
+        for first in message.first:
+            self.token(
+                Token(self._handle, first.index, 0, first.token, first.finish, first.logprob)
+            )
+
+    def _on_failed(self, worker: Worker, message: Failed) -> None:
+        if message.indexes is None:
+            detail = f"{message.code}: {message.detail}"
+            self._fail(message.phase, worker, detail, retry=message.retry)
+            return
+        given_up = [
+            line
+            for index in message.indexes
+            if (line := self._lines.pop(index, None)) is not None and not line.ended
+        ]
+        log.info(
+            "sequence.preempted",
+            request=self._run.job.id,
+            worker=worker.id,
+            indexes=message.indexes,
+            code=message.code,
+        )
+        if given_up:
+            self._orphaned(given_up)
+        self._end_if_over()
+
+    # ---- inside
+
+    def _accept(self, line: Line, row: Token) -> None:
+        line.generated.append(row.token)
+        if self._run.first_token is None:
+            self._run.first_token = asyncio.get_running_loop().time()
+        stopped = self._run.listener.token(row.index, row.token, row.finish, row.logprob)
+        if stopped and row.finish is None:
+            self._stop(line.index)
+        if stopped or row.finish is not None:
+            line.ended = True
+            self._end_if_over()
+
+    def _stop(self, index: int) -> None:
+        """Have the workers end a sequence that the listener has seen enough of."""
+        self._stopped = True
+        if index not in self._told and self._landed:
+            self._told.add(index)
+            decode = self._decode or self._prefill
+            decode.send(Cancel(handle=self._handle, indexes=(index,)))
+
+    def _end_if_over(self) -> None:
+        if all(line.ended for line in self._lines.values()) and not self._over.done():
+            if self._lines:
+                self._become(State.DONE)
+            self._over.set_result(None)
+
+    def _become(self, state: State) -> None:
+        # Lives of a leg that was split by a preemption, or overtaken, may be there already.
+        if self._life.state not in (state, State.DECODING, State.DONE) or state is State.DONE:
+            self._life.become(state)
+
+    def _fail(
+        self, phase: str, worker: Worker, cause: str, *, retry: bool, full: bool = False
+    ) -> None:
+        if not self._over.done():
+            self._over.set_exception(LegFailed(phase, worker.id, cause, retry=retry, full=full))

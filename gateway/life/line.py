@@ -1,0 +1,51 @@
+"""What the gateway knows of a job while it runs: its sequences and their tokens so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from backends.protocol import FirstToken, Token
+from gateway.life.job import Job, Listener, Timeline
+
+if TYPE_CHECKING:
+    from gateway.life.leg import Leg
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One sequence. `generated` has been given to the listener and is binding."""
+
+    index: int
+    seed: int
+    generated: list[int] = field(default_factory=list)
+    early: dict[int, Token] = field(default_factory=dict)
+    ended: bool = False
+    leg: Leg | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One job on its way."""
+
+    job: Job
+    listener: Listener
+    lines: tuple[Line, ...]
+    timeline: Timeline
+    first_token: float | None = None
+    has_prompt_logprobs: bool = False
+
+    @classmethod
+    def of(cls, job: Job, listener: Listener) -> Run:
+        """A run that has not begun."""
+        lines = tuple(Line(index, seed) for index, seed in enumerate(job.seeds))
+        return cls(job, listener, lines, Timeline())
+
+    def prefilled(self, message: FirstToken) -> None:
+        """Note the durations, and pass the prompt's logprobs on, once."""
+        if self.timeline.prefill is None:
+            self.timeline.prefill_wait = message.wait
+            self.timeline.prefill = message.prefill
+        if message.prompt_logprobs and not self.has_prompt_logprobs:
+            self.has_prompt_logprobs = True
+            self.listener.prompt_logprobs(message.prompt_logprobs)

@@ -1,0 +1,133 @@
+"""Choose the workers for a prefix: filter, score, pick, and say why.
+
+Pure functions over a snapshot: no I/O and no clock, so that a simulation runs the same code.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from backends.protocol import BackendInfo, Role, Sampling
+
+DEFAULTS = Sampling()
+
+
+class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one connected worker. `queued_tokens` wait for prefill there."""
+
+    id: str
+    role: Role
+    info: BackendInfo
+    queued_tokens: int
+    running: int
+    free_blocks: int
+    draining: bool = False
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """The connected workers, and the pairs of ids that have met and can hand over."""
+
+    workers: tuple[WorkerView, ...]
+    pairs: frozenset[tuple[str, str]]
+
+
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be placed: a prefix of `tokens` tokens for `sequences` sequences.
+
+    `decodes` is false when the first token is all that is wanted.
+    """
+
+    tokens: int
+    sequences: int
+    sampling: Sampling
+    decodes: bool = True
+    avoid: frozenset[str] = frozenset()
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where a prefix goes. `decode` is None when `prefill` does all that is left."""
+
+    prefill: str
+    decode: str | None
+    reason: str
+
+
+class Unplaceable(msgspec.Struct, frozen=True):
+    """Why nothing can be chosen. `field` is set when the request itself is the reason."""
+
+    reason: str
+    field: str | None = None
+
+
+def place(snapshot: Snapshot, wish: Wish) -> Placement | Unplaceable:
+    """The least loaded pair that can do it, else the least loaded worker that does both."""
+    refusals: list[Unplaceable] = []
+    able: dict[str, WorkerView] = {}
+    for worker in snapshot.workers:
+        refusal = _refusal(worker, wish)
+        if refusal is None:
+            able[worker.id] = worker
+        else:
+            refusals.append(refusal)
+    options = [*_pairs(snapshot, able, wish), *_alone(able, wish)]
+    if options:
+        return min(options, key=lambda option: option[0])[1]
+    for refusal in refusals:
+        if refusal.field and len(refusals) == len(snapshot.workers):
+            return refusal
+    if refusals and len(refusals) == len(snapshot.workers):
+        return refusals[0]
+    return Unplaceable(_missing(snapshot))
+
+
+Option = tuple[tuple[int, int, float, str], Placement]
+
+
+def _pairs(snapshot: Snapshot, able: dict[str, WorkerView], wish: Wish) -> list[Option]:
+    found: list[Option] = []
+    for prefill_id, decode_id in sorted(snapshot.pairs) if wish.decodes else ():
+        prefill, decode = able.get(prefill_id), able.get(decode_id)
+        if prefill is None or decode is None:
+            continue
+        avoided = (prefill_id in wish.avoid) + (decode_id in wish.avoid)
+        fill = 1 - decode.free_blocks / decode.info.pool_blocks
+        score = (avoided, prefill.queued_tokens, fill, prefill_id + decode_id)
+        reason = f"{prefill.queued_tokens} tokens wait there, decode pool {fill:.0%} full"
+        found.append((score, Placement(prefill_id, decode_id, reason)))
+    return found
+
+
+def _alone(able: dict[str, WorkerView], wish: Wish) -> list[Option]:
+    found: list[Option] = []
+    for worker in able.values():
+        if worker.role == "decode" or (wish.decodes and worker.role != "both"):
+            continue
+        fill = 1 - worker.free_blocks / worker.info.pool_blocks
+        score = (int(worker.id in wish.avoid), worker.queued_tokens, fill, worker.id)
+        reason = "nothing to hand over" if not wish.decodes else "prefills and decodes in place"
+        found.append((score, Placement(worker.id, None, reason)))
+    return found
+
+
+def _refusal(worker: WorkerView, wish: Wish) -> Unplaceable | None:
+    info = worker.info
+    if worker.draining:
+        return Unplaceable(f"{worker.id} is draining")
+    for name in Sampling.__struct_fields__:
+        if name not in info.sampling and getattr(wish.sampling, name) != getattr(DEFAULTS, name):
+            return Unplaceable(f"{name} is not supported by {worker.id}", field=name)
+    if wish.tokens >= info.context_tokens:
+        return Unplaceable(
+            f"{wish.tokens} tokens exceed the context of {info.context_tokens}", field="messages"
+        )
+    if info.layout.blocks_for(wish.tokens) + wish.sequences > info.pool_blocks:
+        return Unplaceable(f"{wish.tokens} tokens exceed the pool of {worker.id}", field="messages")
+    return None
+
+
+def _missing(snapshot: Snapshot) -> str:
+    roles = {worker.role for worker in snapshot.workers}
+    for role in ("prefill", "decode"):
+        if role not in roles and "both" not in roles:
+            return f"no {role} worker is connected"
+    return "no prefill worker has met a decode worker yet"

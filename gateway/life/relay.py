@@ -1,0 +1,226 @@
+"""Carry one request through queue, prefill, handoff and decode, whatever happens on the way.
+
+A job's sequences travel together in one leg. When a leg fails, those that have not ended start
+another one elsewhere, from exactly the tokens they have; once they have diverged, each alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import structlog
+
+from gateway.admission import Admission, Grant, Ticket
+from gateway.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    GatewayError,
+    NoWorkers,
+    WorkerFailed,
+)
+from gateway.life.fleet import Fleet, Worker
+from gateway.life.job import Job, Listener, Timeline
+from gateway.life.leg import Leg, LegFailed
+from gateway.life.line import Line, Run
+from gateway.life.placement import Placement, Unplaceable, Wish, place
+from gateway.life.states import Life, State
+
+log = structlog.get_logger()
+
+ROOM_POLL_SECONDS = 0.05
+
+
+class Relay:
+    """Fulfils `job.Carrier`."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        fleet: Fleet,
+        *,
+        max_retries: int,
+        worker_wait_seconds: float,
+    ) -> None:
+        self._admission = admission
+        self._fleet = fleet
+        self._max_retries = max_retries
+        self._worker_wait = worker_wait_seconds
+        self._runs: dict[str, Run] = {}
+
+    @property
+    def running(self) -> int:
+        """Jobs under way, those that wait included."""
+        return len(self._runs)
+
+    async def carry(self, job: Job, listener: Listener) -> Timeline:
+        """See `job.Carrier.carry`."""
+        loop = asyncio.get_running_loop()
+        run, life = Run.of(job, listener), Life()
+        self._runs[job.id] = run
+        began = loop.time()
+        try:
+            async with (
+                asyncio.timeout_at(job.deadline),
+                self._admission.turn(_ticket(job)) as grant,
+            ):
+                run.timeline.queue = loop.time() - began
+                await self._travel(run, life, grant)
+        except TimeoutError:
+            phase, life.state = life.state, State.EXPIRED
+            raise DeadlineExceeded(phase.replace("_", " ")) from None
+        finally:
+            if self._runs.get(job.id) is run:
+                del self._runs[job.id]
+            if run.first_token is not None:
+                run.timeline.first_token = run.first_token - began
+        return run.timeline
+
+    def pause(self, job_id: str, index: int, paused: bool) -> None:
+        """See `job.Carrier.pause`."""
+        run = self._runs.get(job_id)
+        if run is not None and index < len(run.lines):
+            leg = run.lines[index].leg
+            if leg is not None:
+                leg.pause(index, paused)
+
+    # ---- legs
+
+    async def _travel(self, run: Run, life: Life, grant: Grant) -> None:
+        """Bring all lines to their end; lines that must go apart do so side by side."""
+        life.become(State.PLACED)
+        try:
+            async with asyncio.TaskGroup() as journeys:
+
+                def apart(lines: list[Line]) -> None:
+                    for line in lines:
+                        journeys.create_task(self._finish(run, Life(State.PLACED), [line], apart))
+
+                journeys.create_task(self._finish(run, life, list(run.lines), apart, grant))
+        except ExceptionGroup as group:
+            raise _first_error(group) from None
+
+    async def _finish(
+        self,
+        run: Run,
+        life: Life,
+        lines: list[Line],
+        apart: Callable[[list[Line]], None],
+        grant: Grant | None = None,
+    ) -> None:
+        """Start legs for `lines` until they have ended."""
+        failures = 0
+        avoid: set[str] = set()
+        while lines:
+            prefill, decode = await self._place(run, lines, avoid)
+            leg = Leg(self._fleet, run, life, lines, prefill, decode, apart)
+            try:
+                await leg.go()
+            except LegFailed as failure:
+                failures += not failure.full
+                await self._after_failure(run, failure, failures)
+                avoid = set() if failure.full else {failure.worker}
+                run.timeline.retries += not failure.full
+                life.become(State.PLACED)
+            finally:
+                if grant is not None:
+                    grant.prefilled()
+            lines = [line for line in lines if not line.ended and line.leg is leg]
+            for line in lines:
+                line.early.clear()
+            if len(lines) > 1 and any(len(line.generated) > 1 for line in lines):
+                apart(lines)
+                return
+
+    async def _after_failure(self, run: Run, failure: LegFailed, failures: int) -> None:
+        if not failure.full:
+            log.warning(
+                "leg.failed",
+                request=run.job.id,
+                phase=failure.phase,
+                worker=failure.worker,
+                cause=failure.cause,
+                retry=failure.retry,
+            )
+        if not failure.retry or failures > self._max_retries:
+            raise WorkerFailed(failure.phase, failure.worker, failure.cause) from failure
+        if failure.full:
+            await asyncio.sleep(ROOM_POLL_SECONDS * random.uniform(0.5, 1.5))
+
+    async def _place(
+        self, run: Run, lines: list[Line], avoid: set[str]
+    ) -> tuple[Worker, Worker | None]:
+        """Choose workers, waiting for some to be there.
+
+        Raises:
+            BadRequest: no worker that is there could ever do it.
+            NoWorkers: none came in time.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        job = run.job
+        left = job.max_tokens - len(lines[0].generated)
+        wish = Wish(
+            tokens=len(job.prompt) + max(0, len(lines[0].generated) - 1),
+            sequences=len(lines),
+            sampling=job.sampling,
+            decodes=left > 1 or bool(lines[0].generated),
+            avoid=frozenset(avoid),
+        )
+        while True:
+            chosen = place(self._fleet.snapshot(), wish)
+            if isinstance(chosen, Placement):
+                pair = self._pair(chosen)
+                run.timeline.place = loop.time() - began
+                run.timeline.prefill_worker = chosen.prefill
+                run.timeline.decode_worker = chosen.decode or chosen.prefill
+                log.debug("request.placed", request=job.id, reason=chosen.reason)
+                return pair
+            _refuse(chosen)
+            patience = began + self._worker_wait - loop.time()
+            try:
+                async with asyncio.timeout(max(0.0, patience)):
+                    await self._fleet.changed()
+            except TimeoutError:
+                if loop.time() >= job.deadline:
+                    raise
+                raise NoWorkers(chosen.reason) from None
+
+    def _pair(self, chosen: Placement) -> tuple[Worker, Worker | None]:
+        prefill = self._fleet.worker(chosen.prefill)
+        decode = self._fleet.worker(chosen.decode) if chosen.decode is not None else None
+        assert prefill is not None
+        return prefill, decode
+
+
+def _ticket(job: Job) -> Ticket:
+    return Ticket(
+        id=job.id,
+        model=job.model,
+        tenant=job.tenant,
+        prefill_tokens=len(job.prompt),
+        decode_tokens=len(job.prompt) + job.n * job.decode_estimate,
+        deadline=job.deadline,
+        priority=job.priority,
+    )
+
+
+def _refuse(chosen: Unplaceable) -> None:
+    if chosen.field is not None:
+        raise BadRequest(chosen.reason, field=chosen.field, code="unsupported_value")
+
+
+def _first_error(group: ExceptionGroup[Exception]) -> Exception:
+    """The reason a job failed: one of ours where there is one, else the bug."""
+    leaves: list[Exception] = []
+    queue: list[Exception] = [group]
+    while queue:
+        error = queue.pop(0)
+        if isinstance(error, ExceptionGroup):
+            queue += error.exceptions
+        else:
+            leaves.append(error)
+    ours = [error for error in leaves if isinstance(error, GatewayError)]
+    bugs = [error for error in leaves if not isinstance(error, GatewayError | TimeoutError)]
+    return (bugs or ours or leaves)[0]

@@ -1,0 +1,117 @@
+"""What Prometheus is told. Names are the field's where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gateway.life.fleet import Worker
+from gateway.life.job import Timeline
+
+SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+PHASES = (
+    *("queue", "place", "reserve", "prefill_wait", "prefill"),
+    *("exposed_transfer", "overlapped_transfer", "verify"),
+)
+
+
+class Metrics:
+    """The gateway's metrics; `registry` is what `/metrics` shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "baton_requests", "Requests by route and HTTP status.", ("route", "status"),
+            registry=self.registry,
+        )  # fmt: skip
+        self._first = Histogram(
+            "baton_time_to_first_token_seconds", "From a request's arrival to its first token.",
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._total = Histogram(
+            "baton_request_latency_seconds", "From a request's arrival to its last token.",
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._phases = Histogram(
+            "baton_phase_seconds", "Time in each phase of a request.", ("phase",),
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._prompt = Counter(
+            "baton_prompt_tokens", "Prompt tokens of answered requests.", registry=self.registry
+        )
+        self._generated = Counter(
+            "baton_generation_tokens", "Tokens sent to clients.", registry=self.registry
+        )
+        self._retries = Counter(
+            "baton_retries", "Times that a request was placed again.", registry=self.registry
+        )
+
+    def observe(
+        self,
+        route: str,
+        status: int,
+        timeline: Timeline | None,
+        prompt_tokens: int,
+        completion_tokens: int,
+        seconds_to_first_token: float | None,
+        total_seconds: float,
+    ) -> None:
+        """Count one request that has ended. `status` 499: its client left."""
+        self._requests.labels(route, str(status)).inc()
+        self._prompt.inc(prompt_tokens)
+        self._generated.inc(completion_tokens)
+        self._total.observe(total_seconds)
+        if seconds_to_first_token is not None:
+            self._first.observe(seconds_to_first_token)
+        if timeline is not None:
+            self._retries.inc(timeline.retries)
+            for phase in PHASES:
+                seconds = getattr(timeline, phase)
+                if seconds is not None:
+                    self._phases.labels(phase).observe(seconds)
+
+    def watch(
+        self, workers: Callable[[], Iterable[Worker]], gauges: dict[str, Callable[[], float]]
+    ) -> None:
+        """Show the workers' loads, and `gauges` (name to value), as they are when asked."""
+        self.registry.register(_Live(workers, gauges))
+
+
+class _Live(Collector):
+    """Gauges that are read when somebody looks."""
+
+    def __init__(
+        self, workers: Callable[[], Iterable[Worker]], gauges: dict[str, Callable[[], float]]
+    ) -> None:
+        self._workers = workers
+        self._gauges = gauges
+
+    def collect(self) -> Iterable[Metric]:
+        """What there is now."""
+        for name, value in self._gauges.items():
+            yield GaugeMetricFamily(
+                f"baton_{name}", name.replace("_", " ").capitalize() + ".", value()
+            )
+        free = GaugeMetricFamily(
+            "baton_worker_free_blocks", "Free blocks of each worker's pool.", labels=["worker"]
+        )
+        running = GaugeMetricFamily(
+            "baton_worker_running", "Sequences that each worker decodes.", labels=["worker"]
+        )
+        waiting = GaugeMetricFamily(
+            "baton_worker_waiting_tokens",
+            "Prompt tokens that wait for prefill at each worker.",
+            labels=["worker"],
+        )
+        for worker in self._workers():
+            if worker.load is not None:
+                free.add_metric([worker.id], worker.load.free_blocks)
+                running.add_metric([worker.id], worker.load.running)
+                waiting.add_metric([worker.id], worker.load.waiting_tokens)
+        yield from (free, running, waiting)

@@ -1,0 +1,153 @@
+"""Put one gateway together and run it.
+
+Each part runs under one task group: when one dies, the process does, loudly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from backends.protocol import Sampling
+from gateway.admission import Admission, Limits, Registry, WorkerRecord, open_redis
+from gateway.api.app import Service, build_app
+from gateway.config import Config
+from gateway.life.fleet import Fleet
+from gateway.life.placement import Placement, Wish, place
+from gateway.life.relay import Relay
+from gateway.metrics import Metrics
+from gateway.settings import api_keys
+from gateway.text import load_text
+
+log = structlog.get_logger()
+
+
+async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None:
+    """Serve HTTP until cancelled, then let running requests end for `gateway.drain_seconds`.
+
+    `ready` is called with the address once connections are accepted.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    text = await asyncio.to_thread(load_text, config.model.source)
+    gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
+    structlog.contextvars.bind_contextvars(gateway=gateway_id)
+    async with open_redis(config.redis) as redis, asyncio.TaskGroup() as tasks:
+        admission = Admission(redis, config.deployment, gateway_id, Limits.of(config))
+        registry = Registry(
+            redis,
+            config.deployment,
+            lease_seconds=config.queue.lease_seconds,
+            timeout_seconds=config.redis.timeout_seconds,
+        )
+        fleet = Fleet(gateway_id, config.security.secret)
+        relay = Relay(
+            admission,
+            fleet,
+            max_retries=config.gateway.max_retries,
+            worker_wait_seconds=config.queue.worker_wait_seconds,
+        )
+
+        def learn(records: Mapping[str, WorkerRecord]) -> None:
+            mine = {i: r for i, r in records.items() if r.model == config.model.name}
+            fleet.update(mine)
+
+        parts = [
+            tasks.create_task(part)
+            for part in (admission.run(), registry.watch(learn), fleet.run())
+        ]
+        try:
+            service = _service(config, text, relay, fleet, admission)
+            await _serve_http(config, build_app(service), relay, ready)
+        finally:
+            await admission.flush()
+            for part in parts:
+                part.cancel()
+
+
+def _service(
+    config: Config, text: Any, relay: Relay, fleet: Fleet, admission: Admission
+) -> Service:
+    metrics = Metrics()
+    metrics.watch(
+        lambda: fleet.workers,
+        {
+            "requests_running": lambda: relay.running - admission.waiting,
+            "requests_waiting": lambda: admission.waiting,
+            "redis_available": lambda: float(admission.available),
+        },
+    )
+    return Service(
+        carrier=relay,
+        text=text,
+        models=(config.model.name,),
+        settings=config.gateway,
+        api_keys=api_keys(config),
+        ready=lambda: not_ready(admission, fleet),
+        ledger=lambda: ledgers(fleet),
+        registry=metrics.registry,
+        observe=metrics.observe,
+    )
+
+
+def not_ready(admission: Admission, fleet: Fleet) -> str | None:
+    """Why a request would not be answered now; None when it would."""
+    if not admission.available:
+        return "Redis does not answer"
+    chosen = place(fleet.snapshot(), Wish(tokens=1, sequences=1, sampling=Sampling()))
+    return None if isinstance(chosen, Placement) else chosen.reason
+
+
+async def ledgers(fleet: Fleet) -> dict[str, Any]:
+    """`/debug/ledger`: who holds which blocks on every worker, and whether the books balance."""
+    books = [msgspec.to_builtins(ledger) for ledger in await fleet.ledgers()]
+    return {
+        "balanced": all(book["balanced"] for book in books),
+        "workers": books,
+        "pairs": [
+            {"prefill": prefill, "decode": decode, **msgspec.to_builtins(met)}
+            for prefill, decode, met in fleet.pairs
+        ],
+    }
+
+
+async def _serve_http(
+    config: Config, app: web.Application, relay: Relay, ready: Callable[[str], None]
+) -> None:
+    # Without handler_cancellation a client that leaves would be decoded for to the end.
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=config.gateway.keep_alive_seconds,
+        shutdown_timeout=0,
+    )
+    await runner.setup()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(runner.cleanup)
+        site = web.TCPSite(runner, config.gateway.host, config.gateway.port, backlog=2048)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        shown = f"[{host}]" if ":" in host else host
+        log.info("gateway.started", host=host, port=port)
+        ready(f"http://{shown}:{port}")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await site.stop()
+            await _drain(relay, config.gateway.drain_seconds)
+
+
+async def _drain(relay: Relay, seconds: float) -> Awaitable[None] | None:
+    deadline = asyncio.get_running_loop().time() + seconds
+    while relay.running and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    return None
