@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.api import BackendInfo, Logprob, Output, Ready, Row, Sampled, Sampling, Sequence
-from backends.emulation.options import (
+from backends.emulation.checks import (
     DEFAULT_AXES,
     blocks_in,
     checked_layout,
