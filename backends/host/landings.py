@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -152,7 +153,7 @@ class Landings:
         def touched() -> None:
             reserved.expires = time.monotonic() + self._config.lease_seconds
 
-        def arrived(arrival: Arrival) -> bytes:
+        def arrived(through: Receiver, arrival: Arrival) -> bytes:
             try:
                 self._admit(reserved, arrival)
             except LandingGone as error:
@@ -160,7 +161,8 @@ class Landings:
                 raise
             del self._open[landing_id]
             for receiver in self.receivers:
-                receiver.withdraw(landing_id)
+                if receiver is not through:
+                    receiver.withdraw(landing_id)
             return b""
 
         def failed(error: BaseException) -> None:
@@ -169,7 +171,11 @@ class Landings:
 
         for receiver in self.receivers:
             receiver.expect(
-                reserved.landing, self._pool, touched=touched, arrived=arrived, failed=failed
+                reserved.landing,
+                self._pool,
+                touched=touched,
+                arrived=partial(arrived, receiver),
+                failed=failed,
             )
 
     async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:

@@ -222,7 +222,6 @@ class Requests:
         """Send the first tokens; then commit, decode on, or end."""
         now = time.monotonic()
         assert work.started is not None
-        work.logprobs += output.prompt_logprobs
         firsts = tuple(
             self._first(work, sequence_index, sampled)
             for sequence_index, sampled in enumerate(output.sampled)

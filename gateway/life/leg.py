@@ -8,6 +8,7 @@ goes on from there.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import structlog
@@ -139,14 +140,14 @@ class Leg:
     async def _reserve(self) -> Landing | None:
         if self._decode is None:
             return None
-        began = asyncio.get_running_loop().time()
+        began = time.monotonic()
         self._decode.send(Reserve(spec=self._spec()))
         done, _ = await asyncio.wait(
             (self._granted, self._over), return_when=asyncio.FIRST_COMPLETED
         )
         if self._over in done:
             self._over.result()
-        self._run.timeline.reserve = asyncio.get_running_loop().time() - began
+        self._run.timeline.reserve = time.monotonic() - began
         return self._granted.result()
 
     # ---- what workers say (`fleet.LegPort`)
@@ -237,7 +238,7 @@ class Leg:
     def _accept(self, line: Line, row: Token) -> None:
         line.generated.append(row.token)
         if self._run.first_token is None:
-            self._run.first_token = asyncio.get_running_loop().time()
+            self._run.first_token = time.monotonic()
         stopped = self._run.listener.token(row.index, row.token, row.finish, row.logprob)
         if stopped and row.finish is None:
             self._stop(line.index)

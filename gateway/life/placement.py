@@ -60,7 +60,7 @@ class Unplaceable(msgspec.Struct, frozen=True):
 
 
 def place(snapshot: Snapshot, wish: Wish) -> Placement | Unplaceable:
-    """The least loaded pair that can do it, else the least loaded worker that does both."""
+    """The least loaded pair, or worker that does both; a pair where they are equal."""
     refusals: list[Unplaceable] = []
     able: dict[str, WorkerView] = {}
     for worker in snapshot.workers:
@@ -80,7 +80,8 @@ def place(snapshot: Snapshot, wish: Wish) -> Placement | Unplaceable:
     return Unplaceable(_missing(snapshot))
 
 
-Option = tuple[tuple[int, int, float, str], Placement]
+Option = tuple[tuple[int, int, int, float, str], Placement]
+PAIR, ALONE = 0, 1
 
 
 def _pairs(snapshot: Snapshot, able: dict[str, WorkerView], wish: Wish) -> list[Option]:
@@ -91,7 +92,7 @@ def _pairs(snapshot: Snapshot, able: dict[str, WorkerView], wish: Wish) -> list[
             continue
         avoided = (prefill_id in wish.avoid) + (decode_id in wish.avoid)
         fill = 1 - decode.free_blocks / decode.info.pool_blocks
-        score = (avoided, prefill.queued_tokens, fill, prefill_id + decode_id)
+        score = (avoided, prefill.queued_tokens, PAIR, fill, f"{prefill_id} {decode_id}")
         reason = f"{prefill.queued_tokens} tokens wait there, decode pool {fill:.0%} full"
         found.append((score, Placement(prefill_id, decode_id, reason)))
     return found
@@ -103,7 +104,7 @@ def _alone(able: dict[str, WorkerView], wish: Wish) -> list[Option]:
         if worker.role == "decode" or (wish.decodes and worker.role != "both"):
             continue
         fill = 1 - worker.free_blocks / worker.info.pool_blocks
-        score = (int(worker.id in wish.avoid), worker.queued_tokens, fill, worker.id)
+        score = (int(worker.id in wish.avoid), worker.queued_tokens, ALONE, fill, worker.id)
         reason = "nothing to hand over" if not wish.decodes else "prefills and decodes in place"
         found.append((score, Placement(worker.id, None, reason)))
     return found

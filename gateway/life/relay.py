@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 
 import structlog
@@ -56,16 +57,15 @@ class Relay:
 
     async def carry(self, job: Job, listener: Listener) -> Timeline:
         """See `job.Carrier.carry`."""
-        loop = asyncio.get_running_loop()
         run, life = Run.of(job, listener), Life()
         self._runs[job.id] = run
-        began = loop.time()
+        began = time.monotonic()
         try:
             async with (
                 asyncio.timeout_at(job.deadline),
                 self._admission.turn(_ticket(job)) as grant,
             ):
-                run.timeline.queue = loop.time() - began
+                run.timeline.queue = time.monotonic() - began
                 await self._travel(run, life, grant)
         except TimeoutError:
             phase, life.state = life.state, State.EXPIRED
@@ -158,7 +158,7 @@ class Relay:
             NoWorkers: none came in time.
         """
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began, entered = loop.time(), time.monotonic()
         job = run.job
         left = job.max_tokens - len(lines[0].generated)
         wish = Wish(
@@ -172,7 +172,7 @@ class Relay:
             chosen = place(self._fleet.snapshot(), wish)
             if isinstance(chosen, Placement):
                 pair = self._pair(chosen)
-                run.timeline.place = loop.time() - began
+                run.timeline.place = time.monotonic() - entered
                 run.timeline.prefill_worker = chosen.prefill
                 run.timeline.decode_worker = chosen.decode or chosen.prefill
                 log.debug("request.placed", request=job.id, reason=chosen.reason)
