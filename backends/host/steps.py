@@ -72,6 +72,7 @@ class StepLoop:
         self._copies: list[tuple[int, int]] = []
         self._awaiting_copies: list[Running] = []
         self._releases: list[tuple[Item, Callable[[], None]]] = []
+        self._closed = False
         self.steps = 0
 
     # ---- what there is to do
@@ -151,7 +152,16 @@ class StepLoop:
                 await self._step(items, rows)
                 await asyncio.sleep(0)  # let messages in between steps, however fast those are
         finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._closed = True
+
+    async def close(self) -> None:
+        """Wait for the step that may still run; the backend is of no more use afterwards."""
+        self._closed = True
+        try:
+            async with asyncio.timeout(self._step_timeout):
+                await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        except TimeoutError:
+            log.critical("step.abandoned", seconds=self._step_timeout)
 
     async def _step(self, items: list[Item], rows: list[Row]) -> None:
         prepared, self._awaiting_copies = self._awaiting_copies, []
@@ -179,7 +189,7 @@ class StepLoop:
 
         def layer_final(index: int, layer: int) -> None:
             item, row = items[index], rows[index]
-            if isinstance(item, Prefilling) and item.push is not None:
+            if isinstance(item, Prefilling) and item.push is not None and not self._closed:
                 end = row.start + len(row.tokens)
                 loop.call_soon_threadsafe(self._layer_final, item, layer, row.start, end)
 

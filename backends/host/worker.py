@@ -106,6 +106,7 @@ class WorkerHost:
             for link in [*self._links, *self._strangers]:
                 link.close()
             await self._peers.close()
+            await self._requests.steps.close()
             self._backend.close()
             log.info("worker.stopped", worker=self.config.id)
 

@@ -71,7 +71,9 @@ class Timeline(msgspec.Struct, kw_only=True):
 
     Time to first token is the sum of `queue`, `place`, `reserve`, `prefill_wait`, `prefill`,
     and what the HTTP side adds before and after; `exposed_transfer` and `verify` belong to the
-    first gap; `overlapped_transfer` costs nothing and is shown apart.
+    first gap, as does `first_step` (from the admission to the second token here);
+    `overlapped_transfer` costs nothing and is shown apart. `unaccounted` is what of
+    `first_token` the other durations do not explain.
     """
 
     queue: float | None = None
@@ -82,7 +84,16 @@ class Timeline(msgspec.Struct, kw_only=True):
     exposed_transfer: float | None = None
     overlapped_transfer: float | None = None
     verify: float | None = None
+    first_step: float | None = None
     first_token: float | None = None
     retries: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+
+    @property
+    def unaccounted(self) -> float | None:
+        """What of `first_token` no phase explains: messages on their way, and retries."""
+        if self.first_token is None:
+            return None
+        phases = (self.queue, self.place, self.reserve, self.prefill_wait, self.prefill)
+        return self.first_token - sum(phase or 0.0 for phase in phases)

@@ -71,7 +71,7 @@ class Leg:
         self._handle = fleet.next_handle()
         self._granted: asyncio.Future[Landing] = loop.create_future()
         self._over: asyncio.Future[None] = loop.create_future()
-        self._landed = False
+        self._landed: float | None = None
         self._stopped = False
         self._told: set[int] = set()
 
@@ -185,7 +185,7 @@ class Leg:
                 timeline.overlapped_transfer = message.overlapped
                 timeline.verify = message.verify
             case Landed():
-                self._landed = True
+                self._landed = time.monotonic()
                 self._become(State.DECODING)
             case Refused():
                 phase = "reserve" if worker is self._decode else "prefill"
@@ -196,7 +196,7 @@ class Leg:
 
     def lost(self, worker: Worker, reason: str) -> None:
         """After the handoff the prefill worker is no longer needed."""
-        if worker is self._prefill and self._decode is not None and self._landed:
+        if worker is self._prefill and self._decode is not None and self._landed is not None:
             return
         phase = "decode" if worker is self._decode else "prefill"
         self._fail(phase, worker, f"the worker was lost: {reason}", retry=True)
@@ -237,9 +237,12 @@ class Leg:
 
     def _accept(self, line: Line, row: Token) -> None:
         line.generated.append(row.token)
-        if self._run.first_token is None:
-            self._run.first_token = time.monotonic()
-        stopped = self._run.listener.token(row.index, row.token, row.finish, row.logprob)
+        run = self._run
+        if run.first_token is None:
+            run.first_token = time.monotonic()
+        elif run.timeline.first_step is None and self._landed is not None:
+            run.timeline.first_step = time.monotonic() - self._landed
+        stopped = run.listener.token(row.index, row.token, row.finish, row.logprob)
         if stopped and row.finish is None:
             self._stop(line.index)
         if stopped or row.finish is not None:
@@ -249,7 +252,7 @@ class Leg:
     def _stop(self, index: int) -> None:
         """Have the workers end a sequence that the listener has seen enough of."""
         self._stopped = True
-        if index not in self._told and self._landed:
+        if index not in self._told and (self._landed or self._decode is None):
             self._told.add(index)
             decode = self._decode or self._prefill
             decode.send(Cancel(handle=self._handle, indexes=(index,)))

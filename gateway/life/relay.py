@@ -75,6 +75,14 @@ class Relay:
                 del self._runs[job.id]
             if run.first_token is not None:
                 run.timeline.first_token = run.first_token - began
+        log.info(
+            "request.finished",
+            request=job.id,
+            prompt_tokens=len(job.prompt),
+            generated_tokens=sum(len(line.generated) for line in run.lines),
+            total_ms=_ms(time.monotonic() - began),
+            **_in_ms(run.timeline),
+        )
         return run.timeline
 
     def pause(self, job_id: str, index: int, paused: bool) -> None:
@@ -204,6 +212,22 @@ def _ticket(job: Job) -> Ticket:
         deadline=job.deadline,
         priority=job.priority,
     )
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _in_ms(timeline: Timeline) -> dict[str, float | int | str]:
+    """The phases as fields of a log event; those that did not happen are left out."""
+    fields: dict[str, float | int | str] = {}
+    for name in (*Timeline.__struct_fields__, "unaccounted"):
+        value = getattr(timeline, name)
+        if isinstance(value, float):
+            fields[f"{name}_ms"] = _ms(value)
+        elif value:
+            fields[name] = value
+    return fields
 
 
 def _refuse(chosen: Unplaceable) -> None:
