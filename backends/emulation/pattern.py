@@ -72,8 +72,6 @@ class Pattern:
         singles = [row for row in batch if len(row.tokens) == 1]
         if singles:
             parts.append(self._place_singles(singles))
-        if not parts:
-            raise IndexError("the batch has no tokens")
         blocks, offsets, states = (np.concatenate(column) for column in zip(*parts, strict=True))
         if blocks.min() < 0 or blocks.max() >= len(self._view):
             raise IndexError(f"blocks are numbered 0 to {len(self._view) - 1}")
@@ -83,7 +81,7 @@ class Pattern:
         """Write the positions' numbers, in one layer or in all."""
         layers = slice(None) if layer is None else slice(layer, layer + 1)
         numbers = self._numbers_at(places.states, layers)
-        self._view[places.blocks, places.offsets, layers] = self._codes[numbers]
+        self._view[places.blocks, places.offsets, layers] = self._codes.take(numbers)
 
     def copy(self, pairs: Items[tuple[int, int]]) -> None:
         """Copy the first block of each pair to the second."""
@@ -121,14 +119,13 @@ class Pattern:
         return blocks, positions % self._block_tokens, states
 
     def _place_singles(self, rows: list[Row]) -> tuple[NDArray[np.int64], NDArray[np.int64], U64]:
-        size, count = self._block_tokens, len(rows)
+        size = self._block_tokens
         starts = np.array([row.start for row in rows])
         tokens = np.array([row.tokens[0] for row in rows], np.uint64)
         blocks = np.array([row.blocks[row.start // size] for row in rows])
         previous = np.maximum(starts - 1, 0)
-        held = np.fromiter(
-            (row.blocks[max(row.start - 1, 0) // size] for row in rows), np.int64, count
-        )
+        places = zip(rows, (previous // size).tolist(), strict=True)
+        held = np.array([row.blocks[place] for row, place in places])
         before = np.where(starts > 0, self._states_at(held, previous % size), np.uint64(0))
         return blocks, starts % size, before + mix(tokens ^ mix(starts.astype(np.uint64)))
 

@@ -107,8 +107,11 @@ class SyntheticBackend:
         """Write the KV of every row, tick, and say the tokens.
 
         Raises:
-            StepFailed: a block is out of range, or a prefix is not what its tokens say.
+            StepFailed: a row is out of range, or a prefix is not what its tokens say.
         """
+        if not batch:
+            return []
+        self._refuse_strange(batch)
         try:
             places = self._pattern.place(batch)
         except IndexError as error:
@@ -163,19 +166,18 @@ class SyntheticBackend:
         outputs = []
         for row in batch:
             sampled = tuple([self._sampled(one, next(tokens)) for one in row.sequences])
-            prompt: tuple[Logprob, ...] = ()
-            if row.prompt_logprobs is not None:
-                prompt = tuple(self._logprob(t, row.prompt_logprobs) for t in row.following)
-            outputs.append(Output(sampled, prompt))
+            if row.prompt_logprobs is None:
+                outputs.append(Output(sampled))
+            else:
+                wanted = row.prompt_logprobs
+                prompt = tuple([self._logprob(token, wanted) for token in row.following])
+                outputs.append(Output(sampled, prompt))
         return outputs
 
     def _tokens(self, sequences: list[Sequence]) -> list[int]:
-        count = len(sequences)
-        keys = np.fromiter((self._prompt_hash(one) for one in sequences), np.uint64, count)
-        seeds = np.fromiter((one.seed & MASK for one in sequences), np.uint64, count)
-        positions = np.fromiter(
-            (len(one.prompt) + len(one.generated) for one in sequences), np.uint64, count
-        )
+        keys = np.array([self._prompt_hash(one) for one in sequences], np.uint64)
+        seeds = np.array([one.seed & MASK for one in sequences], np.uint64)
+        positions = np.array([len(one.prompt) + len(one.generated) for one in sequences], np.uint64)
         draws = mix(mix(keys ^ mix(seeds)) + positions)
         tokens: list[int] = (draws % np.uint64(self._vocabulary)).tolist()
         return tokens
@@ -209,6 +211,15 @@ class SyntheticBackend:
         return Logprob(token, -0.5, tuple(top))
 
     # ---- checks
+
+    def _refuse_strange(self, batch: Items[Row]) -> None:
+        for number, row in enumerate(batch):
+            if not row.tokens or row.start < 0:
+                raise StepFailed(f"row {number} has no tokens, or starts before 0")
+            if row.start + len(row.tokens) > self.info.context_tokens:
+                raise StepFailed(f"row {number} exceeds the context of {self.info.context_tokens}")
+            if min(row.tokens) < 0 or max(row.tokens) >= self._vocabulary:
+                raise StepFailed(f"row {number} has a token outside the vocabulary")
 
     def _check(self, row: Row) -> None:
         if len(row.tokens) > 1 or not row.start:

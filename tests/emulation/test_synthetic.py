@@ -169,6 +169,14 @@ def test_a_table_that_does_not_cover_its_row_fails_the_step():
 
 
 @pytest.mark.parametrize(
+    ("tokens", "start"), [([], 0), ([1], -1), ([1, 2], 8191), ([-1], 0), ([5, 49152], 0)]
+)
+def test_a_row_that_the_model_could_not_compute_fails_the_step(tokens, start):
+    with pytest.raises(StepFailed, match="row 0"):
+        make().step([Row(tokens=tokens, start=start, blocks=list(range(256)))], nothing_ready)
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
     [
         ("layers", 0),
