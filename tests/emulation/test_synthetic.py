@@ -98,6 +98,25 @@ def test_a_prefix_copied_to_another_pool_is_recognised_and_a_changed_number_is_n
         canonical(target)[6, 3, layer, 1, 0, 5] ^= 1
 
 
+@pytest.mark.parametrize("part", ["layers", "heads", "pages", "keys and values"])
+def test_parts_of_a_prefix_that_changed_places_are_noticed(part):
+    backend = make(verify_kv=True)
+    one, blocks = sequence(), list(range(5, 12))
+    one.generated.append(prefill(backend, one, blocks))
+    view = canonical(backend)
+    swapped = {
+        "layers": view[:, :, ::-1],
+        "heads": view[:, :, :, :, ::-1],
+        "pages": view[[*range(5), 6, 5, *range(7, len(view))]],
+        "keys and values": view[:, :, :, ::-1],
+    }[part].copy()
+    view[:] = swapped
+    fresh = sequence()  # one that this backend has not seen
+    fresh.generated.append(one.generated[0])
+    with pytest.raises(StepFailed, match="is not that of its tokens"):
+        decode(backend, [fresh], [blocks], 1)
+
+
 def test_a_copied_block_serves_a_sequence_of_its_own():
     backend = make(verify_kv=True)
     one, other = sequence(), sequence(seed=9)
