@@ -194,8 +194,12 @@ class WorkerSection(Section, frozen=True):
     ] = "127.0.0.1"
     lease_seconds: Annotated[
         float,
-        about("How long blocks wait for a handoff that has stopped arriving.", unit="s", gt=0),
-    ] = 10.0
+        about(
+            "How long blocks wait for a handoff that has not begun or stopped arriving.",
+            unit="s",
+            gt=0,
+        ),
+    ] = 60.0
     step_tokens: Annotated[
         int,
         about(

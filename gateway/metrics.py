@@ -60,13 +60,13 @@ class Metrics:
         prompt_tokens: int,
         completion_tokens: int,
         seconds_to_first_token: float | None,
-        total_seconds: float,
+        total: float,
     ) -> None:
         """Count one request that has ended. `status` 499: its client left."""
         self._requests.labels(route, str(status)).inc()
         self._prompt.inc(prompt_tokens)
         self._generated.inc(completion_tokens)
-        self._total.observe(total_seconds)
+        self._total.observe(total)
         if seconds_to_first_token is not None:
             self._first.observe(seconds_to_first_token)
         if timeline is not None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,14 +18,15 @@ from aiohttp import web
 
 from backends.protocol import Sampling
 from gateway.admission import Admission, Limits, Registry, WorkerRecord, open_redis
-from gateway.api.app import Service, build_app
+from gateway.api.app import build_app
+from gateway.api.service import Service
 from gateway.config import Config
 from gateway.life.fleet import Fleet
 from gateway.life.placement import Placement, Wish, place
 from gateway.life.relay import Relay
 from gateway.metrics import Metrics
 from gateway.settings import api_keys
-from gateway.text import load_text
+from gateway.text import Vocabulary, load_vocabulary
 
 log = structlog.get_logger()
 
@@ -37,7 +39,7 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
     Raises:
         OSError: the address cannot be listened on.
     """
-    text = await asyncio.to_thread(load_text, config.model.source)
+    text = await asyncio.to_thread(load_vocabulary, Path(config.model.source))
     gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
     structlog.contextvars.bind_contextvars(gateway=gateway_id)
     async with open_redis(config.redis) as redis, asyncio.TaskGroup() as tasks:
@@ -74,7 +76,7 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
 
 
 def _service(
-    config: Config, text: Any, relay: Relay, fleet: Fleet, admission: Admission
+    config: Config, text: Vocabulary, relay: Relay, fleet: Fleet, admission: Admission
 ) -> Service:
     metrics = Metrics()
     metrics.watch(
@@ -89,8 +91,14 @@ def _service(
         carrier=relay,
         text=text,
         models=(config.model.name,),
-        settings=config.gateway,
-        api_keys=api_keys(config),
+        api_keys=frozenset(f"{tenant}:{key}" for key, tenant in api_keys(config).items()),
+        max_body_bytes=config.gateway.max_body_bytes,
+        body_timeout_seconds=config.gateway.body_timeout_seconds,
+        request_timeout_seconds=config.gateway.request_timeout_seconds,
+        slow_client_seconds=config.gateway.slow_client_seconds,
+        max_n=config.gateway.max_n,
+        max_choices=config.gateway.max_choices,
+        expected_output_tokens=config.gateway.expected_output_tokens,
         ready=lambda: not_ready(admission, fleet),
         ledger=lambda: ledgers(fleet),
         registry=metrics.registry,
@@ -146,8 +154,7 @@ async def _serve_http(
             await _drain(relay, config.gateway.drain_seconds)
 
 
-async def _drain(relay: Relay, seconds: float) -> Awaitable[None] | None:
+async def _drain(relay: Relay, seconds: float) -> None:
     deadline = asyncio.get_running_loop().time() + seconds
     while relay.running and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
-    return None

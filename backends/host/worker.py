@@ -47,6 +47,7 @@ log = structlog.get_logger()
 
 HELLO_SECONDS = 5.0
 LOAD_SECONDS = 1.0
+STEPS_AHEAD = 8  # more prompts than that wait in the queue, where they hold no memory
 POLL_SECONDS = 0.05
 
 
@@ -118,8 +119,9 @@ class WorkerHost:
     def record_load(self) -> tuple[int, int]:
         """The budgets to publish: tokens whose prefill may be under way, tokens of decode KV."""
         capacity = self._info.pool_blocks * self._info.layout.block_tokens
+        under_way = min(capacity, STEPS_AHEAD * self.config.step_tokens)
         role = self.config.role
-        return (0 if role == "decode" else capacity, 0 if role == "prefill" else capacity)
+        return (0 if role == "decode" else under_way, 0 if role == "prefill" else capacity)
 
     @property
     def _done(self) -> bool:

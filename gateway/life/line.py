@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backends.protocol import FirstToken, Token
+from gateway.admission import Grant
 from gateway.life.job import Job, Listener, Timeline
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Run:
     timeline: Timeline
     first_token: float | None = None
     has_prompt_logprobs: bool = False
+    grant: Grant | None = None
 
     @classmethod
     def of(cls, job: Job, listener: Listener) -> Run:
@@ -42,7 +44,9 @@ class Run:
         return cls(job, listener, lines, Timeline())
 
     def prefilled(self, message: FirstToken) -> None:
-        """Note the durations, and pass the prompt's logprobs on, once."""
+        """Let the next request prefill; note durations; pass the prompt's logprobs on, once."""
+        if self.grant is not None:
+            self.grant.prefilled()
         if self.timeline.prefill is None:
             self.timeline.prefill_wait = message.wait
             self.timeline.prefill = message.prefill

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import structlog
 
-from gateway.admission import Admission, Grant, Ticket
+from gateway.admission import Admission, Ticket
 from gateway.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -66,7 +66,8 @@ class Relay:
                 self._admission.turn(_ticket(job)) as grant,
             ):
                 run.timeline.queue = time.monotonic() - began
-                await self._travel(run, life, grant)
+                run.grant = grant
+                await self._travel(run, life)
         except TimeoutError:
             phase, life.state = life.state, State.EXPIRED
             raise DeadlineExceeded(phase.replace("_", " ")) from None
@@ -95,7 +96,7 @@ class Relay:
 
     # ---- legs
 
-    async def _travel(self, run: Run, life: Life, grant: Grant) -> None:
+    async def _travel(self, run: Run, life: Life) -> None:
         """Bring all lines to their end; lines that must go apart do so side by side."""
         life.become(State.PLACED)
         try:
@@ -105,7 +106,7 @@ class Relay:
                     for line in lines:
                         journeys.create_task(self._finish(run, Life(State.PLACED), [line], apart))
 
-                journeys.create_task(self._finish(run, life, list(run.lines), apart, grant))
+                journeys.create_task(self._finish(run, life, list(run.lines), apart))
         except ExceptionGroup as group:
             raise _first_error(group) from None
 
@@ -115,7 +116,6 @@ class Relay:
         life: Life,
         lines: list[Line],
         apart: Callable[[list[Line]], None],
-        grant: Grant | None = None,
     ) -> None:
         """Start legs for `lines` until they have ended."""
         failures = 0
@@ -131,9 +131,6 @@ class Relay:
                 avoid = set() if failure.full else {failure.worker}
                 run.timeline.retries += not failure.full
                 life.become(State.PLACED)
-            finally:
-                if grant is not None:
-                    grant.prefilled()
             lines = [line for line in lines if not line.ended and line.leg is leg]
             for line in lines:
                 line.early.clear()
