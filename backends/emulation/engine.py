@@ -1,0 +1,272 @@
+"""A Llama-family transformer as a stepped backend, on the CPU or a CUDA device.
+
+Knows rows, blocks and logits; not requests, workers or the network. Start with
+`EmulationBackend.step`: `plan.py` lays the batch out, `transformer.py` computes it over
+`pool.py`, `sampling.py` chooses tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from backends.api import BackendInfo, Logprob, Output, Ready, Row, Sampled, StepFailed
+from backends.emulation.gguf_file import GGUFCheckpoint
+from backends.emulation.huggingface import HuggingFaceCheckpoint
+from backends.emulation.linear import bfloat16_is_fast
+from backends.emulation.options import (
+    DEFAULT_AXES,
+    Options,
+    Progress,
+    as_dtype,
+    check_memory,
+    check_model_path,
+    read_options,
+)
+from backends.emulation.plan import Limits, Plan, check_rows, make_plan
+from backends.emulation.pool import TORCH_DTYPES, PagedPool
+from backends.emulation.rope import Rope
+from backends.emulation.sampling import HONOURED, choose, is_plain_greedy, logprob_of
+from backends.emulation.spec import Checkpoint, ModelSpec, Pairing
+from backends.emulation.transformer import Transformer, Weights
+from backends.errors import BackendMisconfigured
+from transfer.layout import KVLayout
+
+_LOGPROB_ROWS = 64
+
+
+class EmulationBackend:
+    """Llama, Qwen2 or Qwen3 from a GGUF file or a Hugging Face folder.
+
+    `model` is the path. `dtype` is the precision of weights and arithmetic: "auto" is bfloat16
+    where the hardware multiplies it, else float32. `kv_dtype` is the pool's, "auto" the same as
+    `dtype`. `threads` are those of torch, and so of the whole process. The pool holds
+    `pool_tokens` or `pool_blocks` (one of them; 16,384 tokens unless given) in blocks of
+    `block_tokens`, in the order `axes`. `context_tokens` lowers the model's own limit. `rope`
+    asks for the other pairing of dimensions than the checkpoint's, to meet a peer that uses it.
+    `progress(phase, fraction)` is called while loading.
+
+    The RoPE pairing is the file's: interleaved for Llama in GGUF (whose Q and K rows are kept
+    as they are), half for everything else.
+
+    On `device` "cuda" the pool lives on the device and `pool` is a pinned copy in host memory,
+    brought up to date before a layer is reported ready and read in `ingest`. The copying is
+    tested on the CPU; on a GPU this code has never run.
+
+    Raises:
+        BackendMisconfigured: names the option, or what in the checkpoint is not supported.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        device: str = "cpu",
+        threads: int | None = None,
+        pool_tokens: int | None = None,
+        pool_blocks: int | None = None,
+        block_tokens: int = 16,
+        axes: str = DEFAULT_AXES,
+        context_tokens: int | None = None,
+        rope: str = "auto",
+        max_batch: int = 256,
+        progress: Progress | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in _OPTIONS}
+        options = read_options(given)
+        path = check_model_path(options.model)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise BackendMisconfigured("device: torch sees no CUDA device here")
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self._device = options.device
+        self._dtype = _compute_dtype(options)
+        tell = progress or _silent
+        tell("open", 0.0)
+        checkpoint = _open(path)
+        try:
+            self._prepare(checkpoint, options, tell)
+        finally:
+            checkpoint.close()
+
+    def _prepare(self, checkpoint: Checkpoint, options: Options, tell: Progress) -> None:
+        spec = checkpoint.spec
+        pairing: Pairing = spec.pairing if options.rope == "auto" else options.rope
+        layout = _layout(checkpoint, options, pairing)
+        context = _context(spec, options)
+        pool_option = "pool_blocks" if options.pool_blocks is not None else "pool_tokens"
+        check_memory(pool_option, layout.block_bytes * options.blocks)
+        tell("pool", 0.0)
+        with torch.inference_mode():
+            self._pool = PagedPool(layout, options.blocks, options.device)
+            tell("pool", 1.0)
+            weights = Weights(
+                checkpoint, pairing, self._dtype, options.device, lambda part: tell("weights", part)
+            )
+            rope = Rope(spec, context, pairing, options.device)
+            self._model = Transformer(weights, rope)
+        self.pool = memoryview(self._pool.buffer)  # type: ignore[arg-type]
+        self.info = BackendInfo(
+            layout=layout,
+            pool_blocks=options.blocks,
+            vocabulary=spec.vocabulary,
+            context_tokens=context,
+            end_tokens=spec.end_tokens,
+            rng="positional",
+            continuation="equivalent",
+            sampling=HONOURED,
+            max_batch=options.max_batch,
+            emulated=False,
+        )
+        self._limits = Limits(spec.vocabulary, context, options.blocks, options.block_tokens)
+
+    def step(self, batch: Items[Row], ready: Ready) -> list[Output]:
+        """Compute every row; see `SteppedBackend.step`."""
+        if not batch:
+            return []
+        check_rows(batch, self._limits)
+        try:
+            with torch.inference_mode():
+                return self._step(batch, ready)
+        except (RuntimeError, MemoryError) as error:  # torch's own: out of memory, a lost device
+            raise StepFailed(f"the engine could not compute the step: {error}") from error
+
+    def _step(self, batch: Items[Row], ready: Ready) -> list[Output]:
+        plan = make_plan(batch, self._pool, self._dtype, self._device)
+
+        def written(layer: int) -> None:
+            for chunk in plan.chunks:
+                self._pool.publish(chunk.blocks, layer)
+                ready(chunk.row, layer)
+
+        states = self._model.forward(plan, self._pool, written)
+        self._publish_decoded(batch)
+        sampled = self._sample(batch, plan, states)
+        return [
+            Output(tokens, self._prompt_logprobs(row, states[place]))
+            for row, place, tokens in zip(batch, plan.places, sampled, strict=True)
+        ]
+
+    def ingest(self, blocks: Items[int]) -> None:
+        """Take note that other workers have written these blocks of `pool`."""
+        with torch.inference_mode():
+            self._pool.ingest(self._checked(blocks))
+
+    def copy_blocks(self, pairs: Items[tuple[int, int]]) -> None:
+        """Copy KV from the first to the second block of each pair, all layers."""
+        with torch.inference_mode():
+            self._pool.copy(
+                self._checked([source for source, _ in pairs]),
+                self._checked([target for _, target in pairs]),
+            )
+
+    def close(self) -> None:
+        """Let go of weights and pool."""
+        self.pool = memoryview(bytearray())
+        del self._model, self._pool
+
+    def _checked(self, blocks: Items[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        if any(not 0 <= block < self.info.pool_blocks for block in blocks):
+            raise StepFailed(f"a block outside the pool of {self.info.pool_blocks}")
+        return np.array(blocks, np.int64)
+
+    def _publish_decoded(self, batch: Items[Row]) -> None:
+        if self._pool.shadowed:
+            size = self._limits.block_tokens
+            blocks = [row.blocks[row.start // size] for row in batch if len(row.tokens) == 1]
+            self._pool.publish(torch.tensor(blocks, dtype=torch.int64, device=self._device))
+
+    def _sample(
+        self, batch: Items[Row], plan: Plan, states: torch.Tensor
+    ) -> list[tuple[Sampled, ...]]:
+        """A token for each sequence of each row; plain greedy ones by one call for all rows."""
+        last = [
+            place.stop - 1 for row, place in zip(batch, plan.places, strict=True) if row.sequences
+        ]
+        if not last:
+            return [()] * len(batch)
+        whole = last == list(range(len(states)))
+        logits = self._model.logits(states if whole else states[last])
+        best = logits.argmax(-1)
+        if not torch.isfinite(logits.gather(1, best[:, None])).all():
+            raise StepFailed("the model gave logits that are not numbers")
+        greedy = best.tolist()
+        # one row after another, as float64 copies of a whole batch would not stay in the cache
+        host = logits.cpu().numpy() if not _all_greedy(batch) else None
+        answers: list[tuple[Sampled, ...]] = []
+        number = 0
+        for row in batch:
+            tokens = []
+            for sequence in row.sequences:
+                if host is None or is_plain_greedy(sequence):
+                    tokens.append(Sampled(greedy[number]))
+                else:
+                    tokens.append(choose(host[number], sequence, self.info.end_tokens))
+            number += bool(row.sequences)
+            answers.append(tuple(tokens))
+        return answers
+
+    def _prompt_logprobs(self, row: Row, states: torch.Tensor) -> tuple[Logprob, ...]:
+        if row.prompt_logprobs is None:
+            return ()
+        found: list[Logprob] = []
+        for start in range(0, len(row.following), _LOGPROB_ROWS):
+            following = row.following[start : start + _LOGPROB_ROWS]
+            logits = self._model.logits(states[start : start + len(following)]).cpu().numpy()
+            found.extend(
+                logprob_of(line, token, row.prompt_logprobs)
+                for line, token in zip(logits, following, strict=True)
+            )
+        return tuple(found)
+
+
+_OPTIONS = frozenset(Options.__struct_fields__)
+
+
+def _silent(_phase: str, _fraction: float) -> None:
+    pass
+
+
+def _all_greedy(batch: Items[Row]) -> bool:
+    return all(is_plain_greedy(sequence) for row in batch for sequence in row.sequences)
+
+
+def _open(path: Path) -> Checkpoint:
+    return HuggingFaceCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
+
+
+def _compute_dtype(options: Options) -> torch.dtype:
+    if options.dtype != "auto":
+        return TORCH_DTYPES[as_dtype(options.dtype)]
+    fast = torch.cuda.is_bf16_supported() if options.device == "cuda" else bfloat16_is_fast()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _layout(checkpoint: Checkpoint, options: Options, pairing: Pairing) -> KVLayout:
+    spec = checkpoint.spec
+    weights = str(_compute_dtype(options)).removeprefix("torch.")
+    return KVLayout(
+        model=checkpoint.identity,
+        weights=weights,
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=as_dtype(weights if options.kv_dtype == "auto" else options.kv_dtype),
+        block_tokens=options.block_tokens,
+        rope=pairing,
+        axes=options.axes,
+    )
+
+
+def _context(spec: ModelSpec, options: Options) -> int:
+    wanted = options.context_tokens
+    if wanted is not None and wanted > spec.context_tokens:
+        raise BackendMisconfigured(
+            f"context_tokens is {wanted}, but the model was made for {spec.context_tokens}"
+        )
+    return min(wanted or spec.context_tokens, options.blocks * options.block_tokens)

@@ -1,0 +1,233 @@
+"""Open a GGUF file: its metadata, its identity, and its tensors dequantised one at a time.
+
+The header is read here because the `gguf` package's reader builds an array per vocabulary
+entry, which takes seconds; dequantising is left to that package. Nothing in the file is
+trusted: every length is checked against what is left of the file before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import msgspec
+import numpy as np
+import torch
+
+from backends.emulation.spec import FAMILIES, ModelSpec, Pairing, check_names
+from backends.errors import BackendMisconfigured
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"} | {
+    12: "d"
+}
+_STRING, _ARRAY = 8, 9
+_KEPT_ARRAY = 64
+_SAMPLE = 4096
+
+
+class Array(msgspec.Struct, frozen=True):
+    """A metadata array: how long it is, and its values where they are few."""
+
+    length: int
+    values: tuple[Any, ...]
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """Where one tensor lies in the file. `shape` is row-major, as torch has it."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    bytes: int
+
+
+class _Cursor:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise BackendMisconfigured("model: the GGUF file ends inside its header")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str) -> Any:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise BackendMisconfigured(f"model: unknown GGUF metadata type {kind}")
+        return self.array()
+
+    def array(self) -> Array:
+        kind, length = self.number("I"), self.number("Q")
+        if kind in _SCALARS:
+            form = f"<{min(length, _KEPT_ARRAY)}{_SCALARS[kind]}"
+            raw = self.take(length * struct.calcsize("<" + _SCALARS[kind]))
+            return Array(length, struct.unpack_from(form, raw))
+        if kind != _STRING:
+            raise BackendMisconfigured(f"model: unknown GGUF array type {kind}")
+        for _ in range(length):
+            self.take(self.number("Q"))
+        return Array(length, ())
+
+
+class GGUFCheckpoint:
+    """One GGUF file, mapped into memory. Q and K rows of Llama models are kept as stored."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise BackendMisconfigured(f"model: {path} is not a GGUF file")
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        cursor = _Cursor(self._data)
+        cursor.take(4)
+        self._metadata, self._tensors = _read_header(cursor)
+        self._start = _aligned(cursor.at, self._metadata.get("general.alignment", 32))
+        self._check_extent()
+        self.spec = _spec(self._metadata, self._tensors)
+        self.spec.check()
+        check_names(self.spec, self.names())
+        self.identity = self._identify(cursor.at)
+
+    def names(self) -> frozenset[str]:
+        """The tensors that are there."""
+        return frozenset(self._tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as float32 (its own dtype where the file has float16 or bfloat16)."""
+        stored = self._tensors[name]
+        raw = np.frombuffer(
+            self._data, np.uint8, count=stored.bytes, offset=self._start + stored.offset
+        )
+        kind = gguf.GGMLQuantizationType(stored.kind)
+        rows = raw.reshape(*stored.shape[:-1], -1)
+        if kind == gguf.GGMLQuantizationType.F32:
+            values = rows.view(np.float32)
+        elif kind == gguf.GGMLQuantizationType.F16:
+            values = rows.view(np.float16)
+        else:
+            values = gguf.quants.dequantize(rows, kind)
+        return torch.from_numpy(np.array(values.reshape(stored.shape)))
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._data.close()
+
+    def _check_extent(self) -> None:
+        for name, stored in self._tensors.items():
+            if self._start + stored.offset + stored.bytes > len(self._data):
+                raise BackendMisconfigured(f"model: the GGUF file ends inside tensor {name}")
+
+    def _identify(self, header_bytes: int) -> str:
+        """Hash all metadata (vocabulary included) and a sample of each tensor's bytes."""
+        digest = hashlib.sha256(self._data[:header_bytes])
+        digest.update(len(self._data).to_bytes(8, "little"))
+        for name in sorted(self._tensors):
+            stored = self._tensors[name]
+            first = self._start + stored.offset
+            for part in (0, (stored.bytes - _SAMPLE) // 2, stored.bytes - _SAMPLE):
+                at = first + max(part, 0)
+                digest.update(self._data[at : min(at + _SAMPLE, first + stored.bytes)])
+        return f"{self.spec.family}-{self.spec.layers}x{self.spec.hidden}-{digest.hexdigest()[:32]}"
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored]]:
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise BackendMisconfigured(f"model: GGUF version {version} is unknown, 2 and 3 are read")
+    tensors, pairs = cursor.number("Q"), cursor.number("Q")
+    metadata = {}
+    for _ in range(pairs):
+        key = cursor.text()
+        metadata[key] = cursor.value(cursor.number("I"))
+    return metadata, dict(_read_tensor(cursor) for _ in range(tensors))
+
+
+def _read_tensor(cursor: _Cursor) -> tuple[str, Stored]:
+    name = cursor.text()
+    dimensions = cursor.number("I")
+    if not 1 <= dimensions <= 4:
+        raise BackendMisconfigured(f"model: tensor {name} has {dimensions} dimensions")
+    shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
+    kind, offset = cursor.number("I"), cursor.number("Q")
+    try:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        raise BackendMisconfigured(f"model: tensor {name} has the unknown type {kind}") from None
+    if shape[-1] % block:
+        raise BackendMisconfigured(f"model: rows of tensor {name} are not whole blocks of {block}")
+    return name, Stored(shape, kind, offset, math.prod(shape) // block * block_bytes)
+
+
+def _aligned(at: int, alignment: int) -> int:
+    return -(-at // alignment) * alignment
+
+
+def _spec(metadata: dict[str, Any], tensors: dict[str, Stored]) -> ModelSpec:
+    family = metadata.get("general.architecture")
+    if family not in FAMILIES:
+        raise BackendMisconfigured(
+            f"model: general.architecture is {family!r}; known are {', '.join(FAMILIES)}"
+        )
+    _refuse_scaling(metadata, family, tensors)
+
+    def field(name: str, default: Any = None) -> Any:
+        value = metadata.get(f"{family}.{name}", default)
+        if value is None:
+            raise BackendMisconfigured(f"model: the GGUF metadata lacks {family}.{name}")
+        return value
+
+    heads, hidden = field("attention.head_count"), field("embedding_length")
+    head_dim = field("attention.key_length", hidden // max(1, heads))
+    if field("rope.dimension_count", head_dim) != head_dim:
+        raise BackendMisconfigured(f"model: {family}.rope.dimension_count must be {head_dim}")
+    pairing: Pairing = "interleaved" if family == "llama" else "half"
+    embedding = tensors.get("token_embd.weight")
+    return ModelSpec(
+        family=family,
+        layers=field("block_count"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=field("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        feed_forward=field("feed_forward_length"),
+        vocabulary=embedding.shape[0] if embedding else 0,
+        context_tokens=field("context_length"),
+        norm_epsilon=field("attention.layer_norm_rms_epsilon"),
+        rope_theta=field("rope.freq_base", 10000.0),
+        rope_scaling=None,
+        pairing=pairing,
+        end_tokens=_end_tokens(metadata),
+        tied="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+    )
+
+
+def _refuse_scaling(metadata: dict[str, Any], family: str, tensors: dict[str, Stored]) -> None:
+    scaling = metadata.get(f"{family}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in tensors:
+        raise BackendMisconfigured(
+            f"model: {family}.rope.scaling.type {scaling!r} in a GGUF file is not supported;"
+            " load the Hugging Face folder instead"
+        )
+
+
+def _end_tokens(metadata: dict[str, Any]) -> tuple[int, ...]:
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = {metadata.get(f"tokenizer.ggml.{name}") for name in names}
+    return tuple(sorted(token for token in found if token is not None))

@@ -1,0 +1,142 @@
+"""The paged KV pool: one buffer in whatever axes order its layout says, read and written by cell.
+
+A *cell* is the `head_dim` numbers of one (layer, K|V, block, token, head); since `dim` is always
+innermost, a cell is contiguous in every layout, and an address is one integer. Where `token` is
+next to innermost, all of a block's tokens of one head lie together and are gathered as one *run*.
+
+Reads may cover the unwritten end of a sequence's last block, whose weights in the softmax are
+zero; but zero times a NaN left there by a broken transfer is a NaN, so `begin` clears the rest
+of a block whenever a sequence starts to write into it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from transfer.layout import DType, KVLayout
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+_CANONICAL = ("layer", "kv", "block", "token", "head", "dim")
+_UNKNOWN = -1
+Indexes = npt.NDArray[np.int64]
+
+
+class PagedPool:
+    """`blocks` blocks of KV on `device`, and the buffer in host memory that others see.
+
+    With `shadow` (needed where the device is not the CPU) that buffer is a copy in pinned
+    memory: `publish` brings it up to date, `ingest` takes what others wrote there. Otherwise
+    the two are the same memory.
+    """
+
+    def __init__(
+        self, layout: KVLayout, blocks: int, device: str, *, shadow: bool | None = None
+    ) -> None:
+        self.layout = layout
+        self.shadowed = device != "cpu" if shadow is None else shadow
+        nbytes = layout.block_bytes * blocks
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device != "cpu").zero_()
+        raw = torch.zeros(nbytes, dtype=torch.uint8, device=device) if self.shadowed else host
+        self.buffer = host.numpy()
+        self._host = self._canonical(host, blocks)
+        self.canonical = self._canonical(raw, blocks)
+        numbers = raw.view(TORCH_DTYPES[layout.dtype])
+        self.by_token = layout.axes.split()[-2] != "token"
+        run = layout.head_dim * (1 if self.by_token else layout.block_tokens)
+        self._cells = numbers.view(-1, layout.head_dim)
+        self._runs = numbers.view(-1, run)
+        self._strides = dict(zip(_CANONICAL, self.canonical.stride(), strict=True))
+        self._filled = np.full(blocks, _UNKNOWN, np.int64)
+
+    def _canonical(self, raw: torch.Tensor, blocks: int) -> torch.Tensor:
+        axes = self.layout.axes.split()
+        sizes = list(self.layout.sizes(blocks).values())
+        shaped = raw.view(TORCH_DTYPES[self.layout.dtype]).view(sizes)
+        return shaped.permute([axes.index(axis) for axis in _CANONICAL])
+
+    # ---- addresses -------------------------------------------------------------------------
+
+    def cells_of(self, blocks: Indexes, tokens: Indexes) -> Indexes:
+        """Addresses in layer 0 of the tokens at these places: [token, K|V, head], flattened."""
+        unit = self.layout.head_dim
+        base = (blocks * self._strides["block"] + tokens * self._strides["token"]) // unit
+        return (base[:, None, None] + self._inner(unit)).reshape(-1)
+
+    def runs_of(self, blocks: Indexes) -> Indexes:
+        """Addresses in layer 0 of whole blocks: `blocks` is [row, block].
+
+        The result, flattened, gathers to [K|V, row, head, token, dim].
+        """
+        if not self.by_token:
+            unit = self.layout.head_dim * self.layout.block_tokens
+            base = blocks * self._strides["block"] // unit
+        else:
+            unit = self.layout.head_dim
+            places = np.arange(self.layout.block_tokens) * self._strides["token"]
+            base = (blocks[:, :, None] * self._strides["block"] + places).reshape(
+                len(blocks), -1
+            ) // unit
+        return (base[None, :, None, :] + self._inner(unit)[:, None, :, None]).reshape(-1)
+
+    def _inner(self, unit: int) -> Indexes:
+        kv = np.arange(2) * self._strides["kv"]
+        heads = np.arange(self.layout.kv_heads) * self._strides["head"]
+        inner: Indexes = (kv[:, None] + heads) // unit
+        return inner
+
+    # ---- the engine's side -----------------------------------------------------------------
+
+    def begin(self, blocks: Indexes, first: Indexes, last: Indexes) -> None:
+        """Prepare to write tokens `first` to `last` (inclusive, within the block) of `blocks`.
+
+        Clears what follows `last` unless that is known to be clear.
+        """
+        known = (self._filled[blocks] == first) & (first > 0)
+        self._filled[blocks] = last + 1
+        unclear = ~known & (last + 1 < self.layout.block_tokens)
+        for block, end in zip(blocks[unclear].tolist(), last[unclear].tolist(), strict=True):
+            self.canonical[:, :, block, end + 1 :] = 0
+
+    def write(self, layer: int, cells: torch.Tensor, kv: torch.Tensor) -> None:
+        """Store `kv`, [token, K|V, head, dim], at `cells`, as `cells_of` gave them."""
+        step = self._strides["layer"] // self.layout.head_dim
+        values = kv.reshape(-1, self.layout.head_dim).to(self._cells.dtype)
+        self._cells.index_copy_(0, cells + layer * step, values)
+
+    def gather(self, layer: int, runs: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Read runs, as `runs_of` gave them, into the flat `out`. Returns it, shaped [run, dim]."""
+        width = self._runs.shape[1]
+        step = self._strides["layer"] // width
+        target = out[: runs.numel() * width].view(-1, width)
+        return torch.index_select(self._runs, 0, runs + layer * step, out=target)
+
+    # ---- the host's side -------------------------------------------------------------------
+
+    def publish(self, blocks: torch.Tensor, layer: int | None = None) -> None:
+        """Bring the host's copy of these blocks up to date, in one layer or in all."""
+        if self.shadowed:
+            span = slice(None) if layer is None else slice(layer, layer + 1)
+            self._host[span, :, blocks.cpu()] = self.canonical[span, :, blocks].cpu()
+
+    def ingest(self, blocks: Indexes) -> None:
+        """Take these blocks from the host's copy; others wrote them."""
+        self._filled[blocks] = _UNKNOWN
+        if self.shadowed:
+            index = torch.from_numpy(blocks)
+            taken = self._host[:, :, index].to(self.canonical.device)
+            self.canonical[:, :, index.to(self.canonical.device)] = taken
+
+    def copy(self, sources: Indexes, targets: Indexes) -> None:
+        """Copy blocks, all layers, in the engine's memory and in the host's."""
+        self._filled[targets] = self._filled[sources]
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self.canonical[:, :, target] = self.canonical[:, :, source]
+            if self.shadowed:
+                self._host[:, :, target] = self._host[:, :, source]
