@@ -102,6 +102,11 @@ class Vocabulary:
         """What each token stands for, ready to send; None if the vocabulary has no bytes."""
         return self._plain if skip_special_tokens else self._every
 
+    def quoted(self, *, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """Tokens that are whole characters, as JSON strings; it grows as tokens are met."""
+        pieces = self.pieces(skip_special_tokens=skip_special_tokens)
+        return {} if pieces is None else pieces.quoted
+
     def detokenizer(self, *, skip_special_tokens: bool, before: Sequence[int] = ()) -> Detokenizer:
         """For one sequence that continues the tokens `before`."""
         pieces = self.pieces(skip_special_tokens=skip_special_tokens)
