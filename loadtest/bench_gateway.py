@@ -125,8 +125,9 @@ def requests_for(mode: Mode, plan: Plan) -> tuple[list[bytes], int]:
             ],
             "max_tokens": tokens,
             "ignore_eos": True,
-            "stream": mode.figure != "us/request",
         }
+        if mode.figure != "us/request":
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         requests.append(post("127.0.0.1", "/v1/chat/completions", msgspec.json.encode(body)))
     return requests, tokens
 
@@ -260,8 +261,9 @@ def run(modes: Sequence[Mode], servers: Mapping[str, Start], plan: Plan, cores: 
 LEGEND = """\
 Medians over the rounds. `its core`, `load core`: how busy the core of the server under test and
 the core of the load (workers or upstream, and load generator) were; a full load core would hide
-the truth. `events/token` above 1 counts the first and last event of a stream, which carry no
-token; `tokens/read` is 1 when no two steps' tokens arrived together."""
+the truth. `events/token` is 1 when every token came in an event of its own (a little less where
+tokens were half a character and had no text yet); figures are per event. `tokens/read` is 1 when
+no two of a stream's tokens arrived together."""
 
 
 def _progress(line: str) -> None:

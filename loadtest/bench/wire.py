@@ -7,7 +7,6 @@ streams are well formed is for the tests to say, not for a benchmark.
 
 from __future__ import annotations
 
-EVENT = b"\ndata: "
 DONE = b"\ndata: [DONE]"
 TOKEN = b'"delta":{"content":'
 HEADERS_END = b"\r\n\r\n"

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from loadtest.bench.upstream import ANSWER, LAST_CHUNK, START, TOKEN_CHUNK, WHOLE
-from loadtest.bench.wire import DONE, EVENT, TOKEN, BadResponse, Head, Occurrences, Reply
+from loadtest.bench.wire import DONE, TOKEN, BadResponse, Head, Occurrences, Reply
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (
     len(ANSWER),
@@ -30,7 +30,7 @@ def random_sizes(seed, largest):
 def test_events_are_counted_however_the_stream_is_cut(largest):
     body = TOKEN_CHUNK * 30 + LAST_CHUNK
     for seed in range(20):
-        counters = [Occurrences(needle) for needle in (EVENT, TOKEN, DONE)]
+        counters = [Occurrences(needle) for needle in (b"\ndata: ", TOKEN, DONE)]
         head, started = Head(), False
         for piece in cut(START + body, random_sizes(seed, largest)):
             data = piece
