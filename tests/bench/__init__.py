@@ -1,0 +1,4 @@
+"""Benchmark programs: each prints what was measured beside its reference in the same run.
+
+`engine.py` measures the transformer alone; `contenders.py` is what it is measured against.
+"""
