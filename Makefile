@@ -12,12 +12,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := gateway backends transfer loadtest tests
+SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check bench-gateway bench-engine loadtest clean
+.PHONY: help venv dev demo test check bench-gateway bench-engine \
+	bench-interference loadtest clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 venv: $(VENV)/.runtime ## Make .venv with what Baton needs to run
 
@@ -43,14 +44,18 @@ check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 	@for file in $(wildcard deploy/Dockerfile*); do \
 		$(BIN)/hadolint "$$file"; echo "ok -- $$file"; done
 
-bench-gateway: $(VENV)/.dev ## Measure the gateway beside nginx and a bare proxy
-	@exec $(BIN)/python -m loadtest.bench
+bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
+	@exec $(BIN)/python -m loadtest.bench_gateway
 
-bench-engine: $(VENV)/.dev ## Measure engine, handoff and what disaggregation is for
+bench-engine: $(VENV)/.dev ## Measure engine and handoff beside other engines
 	@exec $(BIN)/python -m backends.emulation.bench
 
+bench-interference: $(VENV)/.runtime ## Measure what a long prompt does to running streams
+	@exec $(BIN)/python -m loadtest.interference
+
 loadtest: $(VENV)/.loadtest ## Stream chats at a running Baton with locust
-	@exec $(BIN)/locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000
+	@exec $(BIN)/locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000 \
+		--users 8 --spawn-rate 4 --run-time 60s
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
