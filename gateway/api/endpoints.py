@@ -1,0 +1,111 @@
+"""The two endpoints that generate text, and the two that only count it."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from gateway.api.body import read_body
+from gateway.api.checks import check_ids
+from gateway.api.errors import JSON
+from gateway.api.messages import plain_messages
+from gateway.api.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode,
+)
+from gateway.api.service import Service
+from gateway.api.stream import Stream
+from gateway.api.tally import Tally
+from gateway.api.whole import answer_whole
+from gateway.api.wishes import Caller, Wish, chat_wish, completion_wish
+from gateway.errors import BadRequest
+from gateway.text import TemplateFailed, TemplateMissing
+
+
+class Endpoints:
+    """Handlers over one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        tally: Tally = request["tally"]
+        caller = self._caller(request, tally)
+        wanted = decode(ChatRequest, await self._body(request))
+        return await self._answer(request, await chat_wish(self._service, wanted, caller), tally)
+
+    async def completion(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        tally: Tally = request["tally"]
+        caller = self._caller(request, tally)
+        wanted = decode(CompletionRequest, await self._body(request))
+        wish = await completion_wish(self._service, wanted, caller)
+        return await self._answer(request, wish, tally)
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """POST /tokenize."""
+        self._tenant(request)
+        wanted = decode(TokenizeRequest, await self._body(request))
+        self._service.check_model(wanted.model)
+        vocabulary = self._service.text
+        if (wanted.prompt is None) == (wanted.messages is None):
+            raise BadRequest("give either `prompt` or `messages`", field="prompt")
+        text, special = wanted.prompt or "", wanted.add_special_tokens is not False
+        if wanted.messages is not None:
+            special = bool(wanted.add_special_tokens)
+            try:
+                text = vocabulary.chat_prompt(
+                    plain_messages(wanted.messages),
+                    add_generation_prompt=wanted.add_generation_prompt is not False,
+                )
+            except (TemplateFailed, TemplateMissing) as error:
+                raise BadRequest(str(error), field="messages", code="chat_template") from error
+        tokens = await vocabulary.tokens_of(text, add_special_tokens=special)
+        answer = {
+            "count": len(tokens),
+            "max_model_len": vocabulary.context_tokens,
+            "tokens": tokens,
+            "token_strs": None,
+        }
+        if wanted.return_token_strs:
+            answer["token_strs"] = [
+                vocabulary.token_bytes(token).decode(errors="replace") for token in tokens
+            ]
+        return _json(answer)
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """POST /detokenize."""
+        self._tenant(request)
+        wanted = decode(DetokenizeRequest, await self._body(request))
+        self._service.check_model(wanted.model)
+        check_ids("tokens", wanted.tokens, self._service.text.size)
+        text = self._service.text.decode(wanted.tokens, skip_special_tokens=False)
+        return _json({"prompt": text})
+
+    def _tenant(self, request: web.Request) -> str:
+        return self._service.tenant(request.headers.get("Authorization", ""))
+
+    def _caller(self, request: web.Request, tally: Tally) -> Caller:
+        deadline = tally.arrived + self._service.request_timeout_seconds
+        return Caller(self._tenant(request), request["job"], deadline)
+
+    async def _body(self, request: web.Request) -> bytes:
+        service = self._service
+        return await read_body(
+            request, max_bytes=service.max_body_bytes, seconds=service.body_timeout_seconds
+        )
+
+    async def _answer(self, request: web.Request, wish: Wish, tally: Tally) -> web.StreamResponse:
+        tally.prompt_tokens = wish.prompt_tokens
+        if wish.style.stream:
+            return await Stream(self._service, wish, request, tally).run()
+        body = await answer_whole(self._service, wish, tally)
+        return web.Response(body=body, content_type=JSON)
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type=JSON)

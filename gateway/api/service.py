@@ -1,0 +1,110 @@
+"""What the HTTP side is given by whoever starts it: a carrier, the model's text, limits."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry
+
+from gateway.errors import ModelNotFound, Unauthorized
+from gateway.life.job import Carrier, Timeline
+from gateway.text import Vocabulary
+
+ANYONE = "default"
+
+
+class Observe(Protocol):
+    """Told once of every request that was answered, refused or given up (status 499)."""
+
+    def __call__(
+        self,
+        route: str,
+        status: int,
+        timeline: Timeline | None,
+        prompt_tokens: int,
+        completion_tokens: int,
+        seconds_to_first_token: float | None,
+        total: float,
+    ) -> None:
+        """`route` is a path of the API, or `unknown`; times are seconds since the arrival.
+
+        Of a request with several prompts the timeline is that of the one which ended first.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Everything behind the routes; `build_app` makes an application of it.
+
+    `models` are the names under which the one model is asked for, the first its own. `ready`
+    says why a request would not be answered now, or None. `api_keys` are `KEY` or `TENANT:KEY`;
+    with none, no key is asked for. `keep_alive_seconds` is how long a stream waits for its first
+    token before its headers go out all the same, and how often it shows a sign of life from then
+    on: before, a failure is a plain status; afterwards it is an event in the stream.
+    """
+
+    carrier: Carrier
+    text: Vocabulary
+    models: tuple[str, ...]
+    ready: Callable[[], str | None]
+    ledger: Callable[[], Awaitable[Any]]
+    registry: CollectorRegistry
+    observe: Observe
+    api_keys: frozenset[str] = field(default=frozenset(), repr=False)
+    max_body_bytes: int = 4 * 1024 * 1024
+    body_timeout_seconds: float = 30.0
+    request_timeout_seconds: float = 600.0
+    keep_alive_seconds: float = 10.0
+    slow_client_seconds: float = 60.0
+    max_n: int = 16
+    max_choices: int = 128
+    expected_output_tokens: int = 256
+    version: str = ""
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> str:
+        """The model's own name."""
+        return self.models[0]
+
+    @cached_property
+    def _tenants(self) -> dict[bytes, str]:
+        tenants = {}
+        for entry in self.api_keys:
+            tenant, colon, key = entry.partition(":")
+            tenants[_digest(key if colon else entry)] = tenant if colon else ANYONE
+        return tenants
+
+    def tenant(self, authorization: str) -> str:
+        """Whose key the `Authorization` header shows.
+
+        Raises:
+            Unauthorized: nobody's.
+        """
+        if not self.api_keys:
+            return ANYONE
+        scheme, _, key = authorization.partition(" ")
+        # looked up by digest: how long it takes says nothing about the keys
+        tenant = self._tenants.get(_digest(key.strip()))
+        if scheme.lower() != "bearer" or tenant is None:
+            raise Unauthorized("a valid API key is needed: `Authorization: Bearer KEY`")
+        return tenant
+
+    def check_model(self, model: str | None) -> None:
+        """Refuse a model that is not served here; none at all means the one that is.
+
+        Raises:
+            ModelNotFound: says which one is.
+        """
+        if model is not None and model not in self.models:
+            message = f"the model `{model[:128]}` is not served here; `{self.model}` is"
+            raise ModelNotFound(message, field="model")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()

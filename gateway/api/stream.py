@@ -1,0 +1,303 @@
+"""Answer as it comes: a token, a chunk, a write.
+
+The path of a token is synchronous: the carrier calls `StreamListener.token`, which usually finds
+the token's text as ready JSON and writes one chunk of three prebuilt parts. Whatever is not
+usual (the first token, half characters, stop strings, log probabilities, a client that is
+behind, the end) goes through `StreamedChoice.take`, which then decides whether the next token may
+take the short way.
+
+A companion task of each stream sends the headers, at the first token or when it takes long, and
+waits for clients that are behind. Such a client's text is first held and sent as one chunk once
+it has caught up, then its sequences are paused, then it is disconnected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import structlog
+from aiohttp import web
+
+from backends.protocol import FinishReason, Logprob
+from gateway.api.carrying import carry_all, check_finished, first_failure
+from gateway.api.choice import Choice, Echo
+from gateway.api.chunks import DONE, Chunks, encode, error_event
+from gateway.api.errors import answer_for, error_json
+from gateway.api.service import Service
+from gateway.api.shapes import usage_of
+from gateway.api.tally import CLIENT_LEFT, Tally
+from gateway.api.wire import COMMENT, Wire
+from gateway.api.wishes import Wish
+from gateway.errors import GatewayError, SlowClient
+from gateway.life.job import Job
+
+log = structlog.get_logger()
+
+HELD_TOKENS = 64
+NOTHING: Mapping[int, bytes] = {}
+
+
+class StreamedChoice(Choice):
+    """A choice whose text leaves as soon as it may.
+
+    `fast` has the JSON of the tokens that may take the short way now: all that stand for
+    themselves, or none. A chunk on that way is `head`, that JSON, `tail`; `size` counts all of it
+    but the JSON and the framing.
+    """
+
+    __slots__ = ("_begun", "_plain", "_quoted", "_stream", "_told", "fast", "head", "place",
+                 "size", "tail")  # fmt: skip
+
+    def __init__(self, stream: Stream, job: Job, echo: Echo | None, place: int, index: int) -> None:
+        super().__init__(stream.vocabulary, stream.wish, job, echo, index)
+        style = stream.wish.style
+        self._stream = stream
+        self._begun = False
+        self._told = False
+        self._quoted = stream.vocabulary.quoted(skip_special_tokens=style.skip_special_tokens)
+        self._plain = stream.wire.chunked and not (
+            style.stops or style.logprobs is not None or style.token_ids or style.running_usage
+        )
+        self.place = place
+        self.fast = NOTHING
+        self.head = stream.chunks.opening(index)
+        closing = stream.chunks.closing()
+        self.size = len(self.head) + len(closing)
+        self.tail = closing + b"\r\n"
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last chunk was written."""
+        return self._told
+
+    def take(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
+        stream = self._stream
+        if stream.wish.score_only:
+            self.score()
+            stopped = True
+        else:
+            stopped = super().take(token, finish, logprob)
+        if stream.wire.congested:
+            self.fast = NOTHING
+            stream.hold()
+        else:
+            self.flush()
+        return stopped
+
+    def flush(self) -> None:
+        """Write what there is as one piece, and see whether the next token may be short."""
+        if self._told:
+            return
+        events = b"" if self._begun else self._beginning()
+        stream, text, finish = self._stream, self.text(), self.continuation.finish
+        if text:
+            usage = stream.usage_field()
+            events += stream.chunks.text(self.index, text, self._extra(), usage)
+        if finish is not None:
+            self._told = True
+            usage = stream.usage_field()
+            events += stream.chunks.finish(self.index, finish, self._extra(), usage)
+        if events:
+            stream.send(events)
+        short = self._plain and stream.wire.opened and not self._told
+        self.fast = self._quoted if short and not self.continuation.detokenizer.pending else NOTHING
+
+    def _beginning(self) -> bytes:
+        self._begun = True
+        self.begin()
+        style = self._stream.wish.style
+        prompt = self.job.prompt if style.token_ids else None
+        if style.chat:
+            return self._stream.chunks.role(self.index, prompt, self._stream.usage_field())
+        if prompt is None:
+            return b""
+        extra = b',"prompt_token_ids":' + encode(prompt)
+        return self._stream.chunks.text(self.index, "", extra, self._stream.usage_field())
+
+    def _extra(self) -> bytes:
+        """Members of the choice beside its text: what came with the tokens since the last chunk."""
+        extra = b""
+        if self.logged:
+            extra += b',"logprobs":' + encode(self.logprobs())
+        if self.ids:
+            extra += b',"token_ids":' + encode(self.token_ids())
+        return extra
+
+
+class StreamListener:
+    """Takes one prompt's tokens to the wire."""
+
+    __slots__ = ("_choices", "_echo", "_protocol", "_wire")
+
+    def __init__(self, wire: Wire, choices: Sequence[StreamedChoice], echo: Echo | None) -> None:
+        self._wire = wire
+        self._protocol = wire.protocol
+        self._choices = choices
+        self._echo = echo
+
+    def token(
+        self, index: int, token: int, finish: FinishReason | None, logprob: Logprob | None
+    ) -> bool:
+        choice = self._choices[index]
+        quoted = choice.fast.get(token)
+        if quoted is None or finish is not None or self._protocol.writing_paused:
+            return choice.take(token, finish, logprob)
+        choice.continuation.count += 1
+        self._wire.write(
+            b"%x\r\n%b%b%b" % (choice.size + len(quoted), choice.head, quoted, choice.tail)
+        )
+        return False
+
+    def prompt_logprobs(self, logprobs: tuple[Logprob, ...]) -> None:
+        if self._echo is not None:
+            self._echo.log(logprobs)
+
+
+class Stream:
+    """One streamed answer, from its first event to its last."""
+
+    def __init__(self, service: Service, wish: Wish, request: web.Request, tally: Tally) -> None:
+        self._service = service
+        self._tally = tally
+        self._first = asyncio.Event()
+        self._behind = asyncio.Event()
+        self._held = 0
+        self._paused = False
+        self._over = False
+        self.vocabulary = service.text
+        self.wish = wish
+        self.wire = Wire(request)
+        self.chunks = Chunks(wish)
+        self.choices: list[StreamedChoice] = []
+        tally.count = self._count
+
+    async def run(self) -> web.StreamResponse:
+        """Stream the answer.
+
+        Raises:
+            GatewayError: it failed before the headers were out; afterwards the stream tells.
+        """
+        failure: GatewayError | None = None
+        left = False
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._accompany())
+                await carry_all(self._service.carrier, self._listeners(), tasks, self._tally)
+                check_finished(self.choices, self._tally)
+                self._over = True
+                self._first.set()
+                self._behind.set()
+        except* ConnectionError:
+            left = True
+        except* GatewayError as group:
+            failure = first_failure(group)
+        if left:
+            return self.wire.response
+        if failure is None:
+            return await self._finish()
+        if not self.wire.opened:
+            raise failure
+        return await self._break_off(failure)
+
+    def hold(self) -> None:
+        """A token waits because the client is behind."""
+        self._held += 1
+        self._behind.set()
+        if self._held >= HELD_TOKENS and not self._paused:
+            self._pause(True)
+
+    def send(self, events: bytes) -> None:
+        """Write events; the first one has the headers sent."""
+        if not self._first.is_set():
+            self._tally.first()
+            self._first.set()
+        self.wire.send(events)
+
+    def usage_field(self) -> bytes:
+        """The end of a chunk, with the usage so far if that was asked for."""
+        if not self.wish.style.running_usage:
+            return self.chunks.usage
+        return b',"usage":' + encode(usage_of(self.wish.prompt_tokens, self._count())) + b"}\n\n"
+
+    def _listeners(self) -> list[tuple[Job, StreamListener]]:
+        wish, listeners = self.wish, []
+        for number, job in enumerate(wish.jobs):
+            echo = (
+                Echo(self.vocabulary, wish.style, job, wish.texts[number]) if wish.texts else None
+            )
+            first = number * wish.n
+            own = [StreamedChoice(self, job, echo, place, first + place) for place in range(wish.n)]
+            self.choices += own
+            listeners.append((job, StreamListener(self.wire, own, echo)))
+        return listeners
+
+    async def _accompany(self) -> None:
+        await self._open_in_time()
+        while self._held or not self._over:
+            await self._behind.wait()
+            self._behind.clear()
+            if self.wire.congested:
+                await self.wire.drained(self._service.slow_client_seconds)
+            self._release()
+
+    async def _open_in_time(self) -> None:
+        """Send the headers at the first event, or when it is late; then show signs of life."""
+        await self._first_within(self._service.keep_alive_seconds)
+        await self.wire.open()
+        while not await self._first_within(self._service.keep_alive_seconds):
+            self.wire.send(COMMENT)
+
+    async def _first_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._first.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _release(self) -> None:
+        """The client has caught up: it gets what was held, and its sequences go on."""
+        self._held = 0
+        for choice in self.choices:
+            choice.flush()
+        if self._paused:
+            self._pause(False)
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        for choice in self.choices:
+            if not choice.finished:
+                self._service.carrier.pause(choice.job.id, choice.place, paused)
+
+    def _count(self) -> int:
+        return sum(choice.continuation.count for choice in self.choices)
+
+    async def _finish(self) -> web.StreamResponse:
+        tail = DONE
+        if self.wish.style.usage:
+            usage = usage_of(self.wish.prompt_tokens, self._count())
+            tail = self.chunks.summary(usage) + DONE
+        self._tally.status = 200
+        return await self._close(tail)
+
+    async def _break_off(self, failure: GatewayError) -> web.StreamResponse:
+        """The headers are out: the failure is the last event, and no finish was told."""
+        answer = answer_for(failure)
+        self._tally.status = answer.status
+        log.warning("request.failed", code=answer.code, error=str(failure))
+        if isinstance(failure, SlowClient):
+            return self.wire.response
+        self.wire.response.force_close()
+        return await self._close(error_event(error_json(failure)))
+
+    async def _close(self, tail: bytes) -> web.StreamResponse:
+        self.wire.send(tail)
+        try:
+            await self.wire.close(self._service.slow_client_seconds)
+        except SlowClient as error:
+            self._tally.status = answer_for(error).status
+            log.warning("request.failed", code="slow_client", error=str(error))
+        except ConnectionError:
+            self._tally.status = CLIENT_LEFT
+        return self.wire.response
