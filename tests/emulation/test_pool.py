@@ -1,0 +1,87 @@
+"""The pool finds every number in every order of axes, and keeps a shadow in step."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from backends.emulation.pool import PagedPool
+from transfer.layout import KVLayout
+
+ORDERS = [
+    " ".join((*order, "dim"))
+    for order in itertools.permutations(("layer", "kv", "block", "head", "token"))
+]
+
+
+def layout(axes=ORDERS[0], dtype="float32") -> KVLayout:
+    return KVLayout(
+        model="m", weights="float32", layers=3, kv_heads=2, head_dim=4, dtype=dtype,
+        block_tokens=5, rope="half", axes=axes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", ORDERS)
+def test_what_is_written_is_gathered_in_order_from_any_axes(axes):
+    pool = PagedPool(layout(axes), 7, "cpu")
+    blocks, length = np.array([4, 0, 6]), 13
+    positions = np.arange(length)
+    cells = torch.from_numpy(pool.cells_of(blocks[positions // 5], positions % 5))
+    values = torch.randn(3, length, 2, 2, 4)
+    for layer in range(3):
+        pool.write(layer, cells, values[layer])
+    runs = torch.from_numpy(pool.runs_of(np.stack([blocks, blocks[[1, 1, 2]]])))
+    for layer in range(3):
+        found = pool.gather(layer, runs, torch.empty(10_000)).view(2, 2, 2, 15, 4)
+        expected = values[layer].permute(1, 2, 0, 3)
+        assert torch.equal(found[:, 0, :, :length], expected)
+        assert torch.equal(found[:, 1, :, :5], expected[:, :, 5:10])
+    sizes = list(layout(axes).sizes(7).values())
+    seen = np.frombuffer(memoryview(pool.buffer), np.float32).reshape(sizes)
+    place = {"layer": 1, "kv": 1, "block": 0, "token": 2, "head": 1, "dim": 3}
+    assert seen[tuple(place[axis] for axis in axes.split())] == values[1, 7, 1, 1, 3]
+
+
+def test_a_new_block_is_cleared_behind_what_is_written_and_no_further():
+    pool = PagedPool(layout(), 4, "cpu")
+    pool.canonical.fill_(9)
+    pool.begin(np.array([2]), np.array([0]), np.array([1]))
+    assert (pool.canonical[:, :, 2, 2:] == 0).all()
+    assert (pool.canonical[:, :, 2, :2] == 9).all()
+    assert (pool.canonical[:, :, [0, 1, 3]] == 9).all()
+    pool.canonical[:, :, 2, 3:] = 5
+    pool.begin(np.array([2]), np.array([2]), np.array([2]))
+    assert (pool.canonical[:, :, 2, 3:] == 5).all(), "known to be clear: not touched again"
+    pool.ingest(np.array([2]))
+    pool.begin(np.array([2]), np.array([3]), np.array([3]))
+    assert (pool.canonical[:, :, 2, 4:] == 0).all(), "others wrote it: cleared"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_shadow_follows_only_when_told(dtype):
+    pool = PagedPool(layout(dtype=dtype), 4, "cpu", shadow=True)
+    assert not pool.buffer.any()
+    pool.canonical.copy_(torch.randn(pool.canonical.shape))
+    assert not pool.buffer.any()
+    shadow = PagedPool(layout(dtype=dtype), 4, "cpu")
+
+    def host() -> torch.Tensor:
+        shadow.buffer[:] = pool.buffer
+        return shadow.canonical
+
+    pool.publish(torch.tensor([1, 3]), layer=2)
+    assert torch.equal(host()[2, :, [1, 3]], pool.canonical[2, :, [1, 3]])
+    assert not host()[:2].any()
+    assert not host()[2, :, [0, 2]].any()
+    pool.publish(torch.tensor([0]))
+    assert torch.equal(host()[:, :, 0], pool.canonical[:, :, 0])
+    pool.buffer[:] = 0
+    pool.ingest(np.array([3]))
+    assert not pool.canonical[:, :, 3].any()
+    assert pool.canonical[:, :, 1].any()
+    pool.copy(np.array([1]), np.array([2]))
+    assert torch.equal(pool.canonical[:, :, 1], pool.canonical[:, :, 2])
+    assert torch.equal(host()[:, :, 1], host()[:, :, 2])
