@@ -26,7 +26,7 @@ from gateway.life.placement import Placement, Wish, place
 from gateway.life.relay import Relay
 from gateway.metrics import Metrics
 from gateway.settings import api_keys
-from gateway.text import Vocabulary, load_vocabulary
+from gateway.text import Vocabulary, load_text
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
     Raises:
         OSError: the address cannot be listened on.
     """
-    text = await asyncio.to_thread(load_vocabulary, Path(config.model.source))
+    text = await asyncio.to_thread(load_text, Path(config.model.source))
     gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
     structlog.contextvars.bind_contextvars(gateway=gateway_id)
     async with open_redis(config.redis) as redis, asyncio.TaskGroup() as tasks:
