@@ -42,7 +42,7 @@ WORDS = (
     "lantern",
     "road",
 )
-RAMP_SECONDS = 6.0
+RAMP_SECONDS, STREAMS_STARTED_PER_SECOND = 4.0, 100.0
 MEGABYTE = 1_000_000
 
 
@@ -110,12 +110,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
 
+def lifetime(mode: Mode, plan: Plan) -> float:
+    """How long a stream must last, so that all of them run during the whole window."""
+    return RAMP_SECONDS + mode.streams / STREAMS_STARTED_PER_SECOND + plan.window_seconds
+
+
 def requests_for(mode: Mode, plan: Plan) -> tuple[list[bytes], int]:
     """One request per stream (or to take turns with), and how many tokens each asks for."""
     rng = random.Random(plan.seed)
     tokens = plan.short_tokens
     if mode.figure != "us/request":
-        tokens = math.ceil((RAMP_SECONDS + plan.window_seconds) / mode.interval)
+        tokens = math.ceil(lifetime(mode, plan) / mode.interval)
     requests = []
     for _ in range(mode.streams):
         body = {
@@ -161,7 +166,7 @@ def measure(mode: Mode, start: Start, plan: Plan, cores: Cores) -> Window:
                 expected_tokens=tokens,
                 window_seconds=plan.window_seconds,
                 watched=watched,
-                deadline_seconds=4 * (RAMP_SECONDS + plan.window_seconds) + 30,
+                deadline_seconds=4 * lifetime(mode, plan) + 30,
             )
         return uvloop.run(load)
 
