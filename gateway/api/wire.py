@@ -1,13 +1,15 @@
 """An event stream on its way to one client.
 
 Once its headers are out, an event is one write of a ready HTTP chunk to the transport, with no
-task and no queue between. What the client has not read is bounded by the transport's high-water
-mark; above it `congested` is true and the writer of events holds back.
+task and no queue between. What has not been sent is bounded by the transport's high-water mark
+and, in the kernel, by the socket's; above them `congested` is true and the writer of events holds
+back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 from aiohttp import HttpVersion11, web
@@ -15,6 +17,7 @@ from aiohttp import HttpVersion11, web
 from gateway.errors import SlowClient
 
 HIGH_WATER_BYTES = 32 * 1024
+UNSENT_BYTES = 16 * 1024
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -25,6 +28,13 @@ COMMENT = b": keep-alive\n\n"
 
 def _closed(_: bytes) -> None:
     raise AssertionError("written before the headers")
+
+
+def _bound_kernel_buffer(transport: asyncio.Transport) -> None:
+    """Have the kernel refuse data while much is unsent; it would take megabytes otherwise."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 class Wire:
@@ -55,6 +65,7 @@ class Wire:
         if transport is None:
             raise ConnectionResetError("the client has left")
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        _bound_kernel_buffer(transport)
         self.write = transport.write
         self.opened = True
         if self._backlog:

@@ -1,0 +1,28 @@
+"""The HTTP side over real sockets; `carrier.py` has the relay behind it."""
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+from carrier import Served, serving
+
+from gateway.cli.model import find_model
+from gateway.text import Vocabulary, load_text
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    return load_text(find_model("bundled"))
+
+
+@pytest.fixture
+async def served(vocabulary: Vocabulary) -> AsyncIterator[Served]:
+    async with serving(vocabulary) as one:
+        yield one
+        assert one.carrier.running == 0, "a request left something running"
+
+
+@pytest.fixture
+async def http(served: Served) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(served.url) as session:
+        yield session
