@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from structlog.contextvars import bind_contextvars
 
-from gateway.api.endpoints import Endpoints
+from gateway.api.endpoints import JOB, TALLY, Endpoints
 from gateway.api.errors import answer_for, error_response, http_response, internal_error
 from gateway.api.pages import Pages
 from gateway.api.service import Service
@@ -23,6 +23,7 @@ from gateway.errors import GatewayError
 
 log = structlog.get_logger()
 
+NAME = web.RequestKey("name", str)
 REQUEST_ID = "x-request-id"
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 UNKNOWN_ROUTE = "unknown"
@@ -55,7 +56,7 @@ def build_app(service: Service) -> web.Application:
 async def _name(request: web.Request, response: web.StreamResponse) -> None:
     """Every answer says whose it is: the client's id if it may stand in a header and a log."""
     response.headers["Server"] = "baton"
-    response.headers[REQUEST_ID] = request.get("id") or _request_id(request, uuid.uuid4().hex)
+    response.headers[REQUEST_ID] = request.get(NAME) or _request_id(request, uuid.uuid4().hex)
 
 
 def _request_id(request: web.Request, otherwise: str) -> str:
@@ -67,11 +68,11 @@ def _around(service: Service) -> Middleware:
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         """Give the request its names, answer whatever it raises, and report it when it is over."""
-        job = request["job"] = uuid.uuid4().hex
-        request["id"] = _request_id(request, job)
+        job = request[JOB] = uuid.uuid4().hex
+        request[NAME] = _request_id(request, job)
         bind_contextvars(request=job)  # the server gives every request a context of its own
         resource = request.match_info.route.resource
-        tally = request["tally"] = Tally(resource.canonical if resource else UNKNOWN_ROUTE)
+        tally = request[TALLY] = Tally(resource.canonical if resource else UNKNOWN_ROUTE)
         try:
             return await _answered(request, handler, tally)
         finally:

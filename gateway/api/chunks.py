@@ -14,7 +14,11 @@ encode = msgspec.json.encode
 
 
 class Chunks:
-    """The chunks of one answer, in the form of its endpoint."""
+    """The chunks of one answer, in the form of its endpoint.
+
+    `usage` ends a chunk that has nothing to say about it; `closing` is everything after a text
+    that comes alone.
+    """
 
     def __init__(self, wish: Wish) -> None:
         self._chat = wish.style.chat
@@ -26,16 +30,13 @@ class Chunks:
             encode(wish.model),
         )
         self.usage = b',"usage":null}' + END if wish.style.usage else b"}" + END
+        self.closing = self._after_text() + b',"finish_reason":null}]' + self.usage
 
     def opening(self, index: int) -> bytes:
         """Everything of a text chunk before its text, which follows as a JSON string."""
         if self._chat:
             return self._head + b'{"index":%d,"delta":{"content":' % index
         return self._head + b'{"index":%d,"text":' % index
-
-    def closing(self) -> bytes:
-        """Everything after the text, when there is nothing more to say."""
-        return self._after_text() + b',"finish_reason":null}]' + self.usage
 
     def text(self, index: int, text: str, extra: bytes, usage: bytes) -> bytes:
         """A text chunk with more in it; `extra` are members of the choice, each after a comma."""

@@ -24,6 +24,9 @@ from gateway.api.wishes import Caller, Wish, chat_wish, completion_wish
 from gateway.errors import BadRequest
 from gateway.text import TemplateFailed, TemplateMissing
 
+JOB = web.RequestKey("job", str)
+TALLY = web.RequestKey("tally", Tally)
+
 
 class Endpoints:
     """Handlers over one service."""
@@ -33,14 +36,14 @@ class Endpoints:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        tally: Tally = request["tally"]
+        tally = request[TALLY]
         caller = self._caller(request, tally)
         wanted = decode(ChatRequest, await self._body(request))
         return await self._answer(request, await chat_wish(self._service, wanted, caller), tally)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
-        tally: Tally = request["tally"]
+        tally = request[TALLY]
         caller = self._caller(request, tally)
         wanted = decode(CompletionRequest, await self._body(request))
         wish = await completion_wish(self._service, wanted, caller)
@@ -91,7 +94,7 @@ class Endpoints:
 
     def _caller(self, request: web.Request, tally: Tally) -> Caller:
         deadline = tally.arrived + self._service.request_timeout_seconds
-        return Caller(self._tenant(request), request["job"], deadline)
+        return Caller(self._tenant(request), request[JOB], deadline)
 
     async def _body(self, request: web.Request) -> bytes:
         service = self._service

@@ -42,12 +42,21 @@ class StreamedChoice(Choice):
     """A choice whose text leaves as soon as it may.
 
     `fast` has the JSON of the tokens that may take the short way now: all that stand for
-    themselves, or none. A chunk on that way is `head`, that JSON, `tail`; `size` counts all of it
-    but the JSON and the framing.
+    themselves, or none. A chunk on that way is a frame (its size for HTTP, and all that comes
+    before the text; there are only as many as there are lengths of tokens), that JSON, `tail`.
     """
 
-    __slots__ = ("_begun", "_plain", "_quoted", "_stream", "_told", "fast", "head", "place",
-                 "size", "tail")  # fmt: skip
+    __slots__ = (
+        "_begun",
+        "_plain",
+        "_quoted",
+        "_stream",
+        "_told",
+        "fast",
+        "frames",
+        "place",
+        "tail",
+    )
 
     def __init__(self, stream: Stream, job: Job, echo: Echo | None, place: int, index: int) -> None:
         super().__init__(stream.vocabulary, stream.wish, job, echo, index)
@@ -61,10 +70,8 @@ class StreamedChoice(Choice):
         )
         self.place = place
         self.fast = NOTHING
-        self.head = stream.chunks.opening(index)
-        closing = stream.chunks.closing()
-        self.size = len(self.head) + len(closing)
-        self.tail = closing + b"\r\n"
+        self.frames: dict[int, bytes] = {}
+        self.tail = stream.chunks.closing + b"\r\n"
 
     @property
     def finished(self) -> bool:
@@ -84,6 +91,13 @@ class StreamedChoice(Choice):
         else:
             self.flush()
         return stopped
+
+    def frame(self, length: int) -> bytes:
+        """What precedes a text whose JSON has `length` bytes."""
+        opening = self._stream.chunks.opening(self.index)
+        size = len(opening) + length + len(self._stream.chunks.closing)
+        self.frames[length] = frame = b"%x\r\n%b" % (size, opening)
+        return frame
 
     def flush(self) -> None:
         """Write what there is as one piece, and see whether the next token may be short."""
@@ -144,9 +158,8 @@ class StreamListener:
         if quoted is None or finish is not None or self._protocol.writing_paused:
             return choice.take(token, finish, logprob)
         choice.continuation.count += 1
-        self._wire.write(
-            b"%x\r\n%b%b%b" % (choice.size + len(quoted), choice.head, quoted, choice.tail)
-        )
+        frame = choice.frames.get(len(quoted)) or choice.frame(len(quoted))
+        self._wire.write(frame + quoted + choice.tail)
         return False
 
     def prompt_logprobs(self, logprobs: tuple[Logprob, ...]) -> None:
