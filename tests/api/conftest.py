@@ -1,13 +1,21 @@
 """The HTTP side over real sockets; `carrier.py` has the relay behind it."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 
 import aiohttp
 import pytest
+import uvloop
 from carrier import Served, serving
 
 from gateway.cli.model import find_model
 from gateway.text import Vocabulary, load_text
+
+
+@pytest.hookimpl(optionalhook=True)  # versions of pytest-asyncio without it use asyncio's loop
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that production uses: it buffers writes otherwise than asyncio's."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")
