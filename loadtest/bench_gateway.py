@@ -47,13 +47,19 @@ MEGABYTE = 1_000_000
 
 
 class Mode(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of load. `target` bounds Baton's figure; `of_nginx` bounds it by nginx's."""
+    """One kind of load. `target` bounds Baton's figure; `of_nginx` bounds it by nginx's.
+
+    `warm_seconds` pass with all streams running before the window begins: synthetic tokens are
+    drawn from the whole vocabulary alike, and a gateway works out each token's text once.
+    """
 
     name: str
     title: str
     pace: Pace
     interval: float
     streams: int
+    warm_seconds: float = 1.0
+    once: bool = False
     figure: Literal["us/token", "us/request", "MB"]
     target: float = math.inf
     of_nginx: float = math.inf
@@ -66,6 +72,7 @@ MODES = (
         pace="step",
         interval=0.02,
         streams=256,
+        warm_seconds=10.0,
         figure="us/token",
         target=15.0,
     ),
@@ -93,6 +100,7 @@ MODES = (
         pace="step",
         interval=0.1,
         streams=1000,
+        once=True,
         figure="MB",
         target=150.0,
     ),
@@ -112,7 +120,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def lifetime(mode: Mode, plan: Plan) -> float:
     """How long a stream must last, so that all of them run during the whole window."""
-    return RAMP_SECONDS + mode.streams / STREAMS_STARTED_PER_SECOND + plan.window_seconds
+    starting = RAMP_SECONDS + mode.streams / STREAMS_STARTED_PER_SECOND
+    return starting + mode.warm_seconds + plan.window_seconds
 
 
 def requests_for(mode: Mode, plan: Plan) -> tuple[list[bytes], int]:
@@ -164,6 +173,7 @@ def measure(mode: Mode, start: Start, plan: Plan, cores: Cores) -> Window:
                 target.port,
                 requests,
                 expected_tokens=tokens,
+                warm_seconds=mode.warm_seconds,
                 window_seconds=plan.window_seconds,
                 watched=watched,
                 deadline_seconds=4 * lifetime(mode, plan) + 30,
@@ -243,9 +253,10 @@ def run(modes: Sequence[Mode], servers: Mapping[str, Start], plan: Plan, cores: 
     for mode in modes:
         print(f"\n{mode.name}: {mode.title}")
         windows: dict[str, list[Window]] = {name: [] for name in servers}
-        for number in range(plan.rounds):
+        rounds = 1 if mode.once else plan.rounds
+        for number in range(rounds):
             for name, start in servers.items():
-                _progress(f"  round {number + 1} of {plan.rounds}: {name}")
+                _progress(f"  round {number + 1} of {rounds}: {name}")
                 try:
                     window = measure(mode, start, plan, cores)
                 except (LoadFailed, NotStarted, OSError) as error:
@@ -258,7 +269,8 @@ def run(modes: Sequence[Mode], servers: Mapping[str, Start], plan: Plan, cores: 
                 results.add({"mode": mode.name, "server": name, **msgspec.to_builtins(window)})
         _progress("")
         medians = {name: median_window(mode, each) for name, each in windows.items() if each}
-        print(table(header(mode), [row(mode, name, medians) for name in medians]))
+        if medians:
+            print(table(header(mode), [row(mode, name, medians) for name in medians]))
     print(f"\n{LEGEND}\n{results.path}")
     return complete
 

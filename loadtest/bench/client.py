@@ -174,6 +174,7 @@ async def hold_streams(
     requests: Sequence[bytes],
     *,
     expected_tokens: int,
+    warm_seconds: float,
     window_seconds: float,
     watched: Mapping[str, Sequence[int]],
     deadline_seconds: float,
@@ -191,6 +192,7 @@ async def hold_streams(
             while min(stream.tokens for stream in streams) < WARM_TOKENS:
                 _check_all_running(streams, "before the window")
                 await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(warm_seconds)
             tokens, reads = _totals(streams)
             gauge = _Gauge(watched)
             await asyncio.sleep(window_seconds)

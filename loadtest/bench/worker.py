@@ -43,7 +43,7 @@ from transfer.layout import KVLayout
 POOL_BLOCKS = 1 << 16
 BLOCK_TOKENS = 16
 VOCABULARY = 49152
-WORD = 260  # " the" in the bundled model's vocabulary
+WORDS = range(820, 1180)  # the bundled model's vocabulary has whole pieces of text there
 LOAD_SECONDS = 1.0
 
 INFO = BackendInfo(
@@ -142,7 +142,7 @@ class Paced:
             self._running.pop(key).cancel()
 
     def _start(self, link: Link, spec: RequestSpec) -> None:
-        first = First(0, WORD, "length" if spec.max_tokens == 1 else None)
+        first = First(0, WORDS[0], "length" if spec.max_tokens == 1 else None)
         link.send(FirstToken(handle=spec.handle, first=(first,), wait=0.0, prefill=0.0))
         if first.finish is None:
             at = asyncio.get_running_loop().time() + self._random.random() * self._interval
@@ -155,7 +155,9 @@ class Paced:
 
     def _tick(self, link: Link, spec: RequestSpec, position: int, at: float) -> None:
         last = position + 1 == spec.max_tokens
-        row = Token(spec.handle, 0, position, WORD, "length" if last else None)
+        row = Token(
+            spec.handle, 0, position, WORDS[position % len(WORDS)], "length" if last else None
+        )
         link.send(Tokens(step=position, rows=(row,)))
         if last:
             del self._running[link, spec.handle]
