@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import structlog
 from aiohttp import web
 
@@ -116,12 +115,31 @@ def not_ready(admission: Admission, fleet: Fleet) -> str | None:
 
 async def ledgers(fleet: Fleet) -> dict[str, Any]:
     """`/debug/ledger`: who holds which blocks on every worker, and whether the books balance."""
-    books = [msgspec.to_builtins(ledger) for ledger in await fleet.ledgers()]
+    books = await fleet.ledgers()
     return {
-        "balanced": all(book["balanced"] for book in books),
-        "workers": books,
+        "balanced": all(book.balanced for book in books),
+        "workers": [
+            {
+                "worker": book.worker,
+                "balanced": book.balanced,
+                "pool_blocks": book.pool_blocks,
+                "free_blocks": book.free_blocks,
+                "holders": [
+                    {"reason": reason, "owner": owner, "blocks": blocks}
+                    for reason, owner, blocks in book.holders
+                ],
+                "note": book.note,
+            }
+            for book in books
+        ],
         "pairs": [
-            {"prefill": prefill, "decode": decode, **msgspec.to_builtins(met)}
+            {
+                "prefill": prefill,
+                "decode": decode,
+                "transport": met.transport,
+                "plan": met.plan,
+                "refusal": met.refusal,
+            }
             for prefill, decode, met in fleet.pairs
         ],
     }

@@ -1,0 +1,187 @@
+"""SIGKILL of each process while streams run; what is under load leaves nothing behind."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import psutil
+import pytest
+
+from tests.e2e.site import Site, serve, synthetic
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    config = {
+        "workers": synthetic(),
+        "gateway": {"request_timeout_seconds": 60},
+        "queue": {"lease_seconds": 3},
+    }
+    with serve(tmp_path_factory.mktemp("site"), config) as running:
+        yield running
+
+
+class Stream:
+    """One streamed completion: its text, how it ended, and what went wrong if it did."""
+
+    def __init__(self, site: Site, prompt: str, max_tokens: int, *, n: int = 1) -> None:
+        self.site = site
+        self.body = {
+            "model": site.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "seed": 5,
+            "n": n,
+        }
+        self.tokens = 0
+        self.text: dict[int, str] = {}
+        self.finish: dict[int, str] = {}
+        self.error: Any = None
+        self.done = False
+        self.started = threading.Event()
+
+    def run(self) -> "Stream":
+        request = self.site.post("/v1/completions", self.body)
+        try:
+            with urlopen(request, timeout=90) as answer:
+                for line in answer:
+                    self._line(line.decode().rstrip("\n"))
+        except HTTPError as error:
+            self.error = json.loads(error.read())["error"]
+        except OSError as error:  # the gateway itself is gone
+            self.error = {"code": "connection", "message": str(error)}
+        self.started.set()
+        return self
+
+    def _line(self, line: str) -> None:
+        if line == "data: [DONE]":
+            self.done = True
+        elif line.startswith("data: "):
+            event = json.loads(line[6:])
+            if "error" in event:
+                self.error = event["error"]
+                return
+            for choice in event["choices"]:
+                index = choice["index"]
+                self.text[index] = self.text.get(index, "") + choice["text"]
+                self.tokens += 1
+                if choice["finish_reason"]:
+                    self.finish[index] = choice["finish_reason"]
+            self.started.set()
+
+    @property
+    def whole(self) -> bool:
+        return self.done and set(self.finish.values()) == {"length"} and self.error is None
+
+    @property
+    def typed(self) -> bool:
+        return self.error is not None and bool(self.error["code"]) and bool(self.error["message"])
+
+
+def run_all(streams: list[Stream], meanwhile: Any = None) -> None:
+    with ThreadPoolExecutor(len(streams)) as pool:
+        running = [pool.submit(stream.run) for stream in streams]
+        if meanwhile is not None:
+            assert streams[0].started.wait(30)
+            meanwhile()
+        for one in running:
+            one.result(120)
+
+
+def settled(site: Site) -> None:
+    site.until(site.balanced)
+    site.until(lambda: set(site.parts) == {"gateway", "redis", "prefill", "decode"})
+
+
+def test_sixty_four_streams_finish_and_leave_nothing(site: Site) -> None:
+    site.complete("warm up")
+    settled(site)
+    gateway = site.parts["gateway"]
+    files = {name: part.num_fds() for name, part in site.parts.items() if name != "redis"}
+    streams = [Stream(site, f"{i} " * (1 + 9 * i), 40, n=1 + i % 3) for i in range(64)]
+    run_all(streams)
+    assert all(stream.whole for stream in streams), [s.error for s in streams if not s.whole]
+    settled(site)
+    site.until(
+        lambda: all(site.parts[name].num_fds() <= count + 2 for name, count in files.items()), 100
+    )
+    assert gateway.is_running()
+    redis = site.redis()
+    assert [key for key in redis.scan_iter() if redis.ttl(key) == -1] == []
+    status, metrics = site.request("/metrics")
+    assert status == 200
+    assert "baton_requests_running 0.0" in metrics
+
+
+@pytest.mark.parametrize("part", ["decode", "prefill", "redis"])
+def test_a_killed_part_costs_no_client_its_answer(site: Site, part: str) -> None:
+    expected = Stream(site, "tell me", 300, n=2).run().text
+    streams = [Stream(site, "tell me", 300, n=2) for _ in range(8)]
+    old = site.parts[part].pid
+    run_all(streams, lambda: site.kill(part))
+    for stream in streams:
+        assert stream.whole or stream.typed, vars(stream)
+        if stream.whole:
+            assert stream.text == expected
+    assert all(stream.whole for stream in streams), [s.error for s in streams]
+    site.until(lambda: part in site.parts and site.parts[part].pid != old)
+    site.until(site.ready)
+    assert site.complete("and now")["choices"][0]["finish_reason"] == "length"
+    settled(site)
+
+
+def test_a_killed_gateway_is_started_again(site: Site) -> None:
+    streams = [Stream(site, "tell me", 300) for _ in range(4)]
+    run_all(streams, lambda: site.kill("gateway"))
+    assert not any(stream.done for stream in streams)  # a cut stream never looks whole
+    site.until(site.ready)
+    settled(site)
+    assert site.complete("and now")["choices"][0]["finish_reason"] == "length"
+
+
+def test_without_redis_a_new_request_is_told_so_at_once(site: Site) -> None:
+    site.until(site.ready)
+    site.parts["redis"].suspend()
+    stopped = psutil.Process(site.parts["redis"].pid)
+    try:
+        began = time.monotonic()
+        status, answer = site.request("/v1/completions", {"model": site.model, "prompt": "x"})
+        assert status == 503, answer
+        assert time.monotonic() - began < 10
+    finally:
+        stopped.resume()
+    site.until(site.ready)
+    assert site.complete("and now")["choices"]
+
+
+def test_a_client_that_leaves_frees_everything_within_a_second(site: Site) -> None:
+    settled(site)
+    body = {"model": site.model, "prompt": "x " * 2000, "max_tokens": 5000, "stream": True}
+    answers = [urlopen(site.post("/v1/completions", body), timeout=30) for _ in range(4)]
+    for answer in answers:
+        answer.readline()
+    assert not site.balanced()
+    for answer in answers:
+        answer.close()
+    site.until(site.balanced, 1.0)
+
+
+def test_damaged_handoffs_are_caught_and_answered_all_the_same(tmp_path: Path) -> None:
+    workers = synthetic(step_seconds=0.001)
+    workers["prefill"]["faults"] = "flip_bit@1,missing_page@3,swapped_layer@5"
+    with serve(tmp_path, {"workers": workers}) as site:
+        for turn in range(3):
+            answer = site.complete(f"a prompt of some length, {turn} " * 9, seed=1, n=2)
+            assert len(answer["choices"]) == 2
+        again = [site.complete("a prompt", seed=1)["choices"][0]["text"] for _ in range(2)]
+        assert again[0] == again[1]
+        failures = [event["code"] for event in site.events("decode", "landing.failed")]
+        assert failures == ["DigestMismatch"] * 3
+        assert site.balanced()
