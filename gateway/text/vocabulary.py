@@ -94,7 +94,15 @@ class Vocabulary:
         return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of `tokens`, bytes that are no character as U+FFFD."""
+        """The text of `tokens`, bytes that are no character as U+FFFD.
+
+        Raises:
+            PromptTooLong: there are more than the context holds; decoding a million takes seconds.
+        """
+        if len(tokens) > self.context_tokens:
+            raise PromptTooLong(
+                f"the context has {self.context_tokens} tokens; {len(tokens)} cannot fit"
+            )
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
         return text
 

@@ -210,6 +210,16 @@ async def test_a_prompt_beyond_the_context_is_refused_with_its_length(
     assert served.carrier.jobs == []
 
 
+async def test_more_tokens_than_a_context_are_not_even_decoded(
+    served: Served, http: aiohttp.ClientSession
+):
+    many = [1] * 100_000
+    for path, body in (("/detokenize", {"tokens": many}), (TEXTS, {"prompt": many, "echo": True})):
+        error = await problem(http, path, body)
+        assert error["code"] == "context_length_exceeded"
+    assert served.carrier.jobs == []
+
+
 async def test_prompt_and_answer_together_must_fit(served: Served, http: aiohttp.ClientSession):
     prompt = [1] * 8190
     error = await problem(http, TEXTS, TEXT | {"prompt": prompt, "max_tokens": 3})

@@ -94,6 +94,8 @@ async def test_a_long_text_does_not_block_the_loop(vocabulary: Vocabulary):
 async def test_a_text_that_cannot_fit_is_refused_unread(vocabulary: Vocabulary):
     with pytest.raises(PromptTooLong, match="8192 tokens"):
         await vocabulary.tokens_of("x" * 4_000_000, add_special_tokens=False)
+    with pytest.raises(PromptTooLong, match="8193 cannot fit"):
+        vocabulary.decode([0] * 8193)
 
 
 @pytest.mark.parametrize(
