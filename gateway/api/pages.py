@@ -12,8 +12,6 @@ from gateway.api.errors import JSON
 from gateway.api.service import Service
 from gateway.errors import DeadlineExceeded
 
-LEDGER_SECONDS = 5.0
-
 
 class Pages:
     """Handlers over one service."""
@@ -55,7 +53,7 @@ class Pages:
         """GET /debug/ledger: who holds which blocks, on every worker."""
         self._authorize(request)
         try:
-            async with asyncio.timeout(LEDGER_SECONDS):
+            async with asyncio.timeout(self._service.ledger_seconds):
                 return _json(await self._service.ledger())
         except TimeoutError as error:
             raise DeadlineExceeded("asking the workers for their ledgers") from error

@@ -61,6 +61,7 @@ class Service:
     request_timeout_seconds: float = 600.0
     keep_alive_seconds: float = 10.0
     slow_client_seconds: float = 60.0
+    ledger_seconds: float = 5.0
     max_n: int = 16
     max_choices: int = 128
     expected_output_tokens: int = 256
