@@ -1,6 +1,6 @@
 """Tokens to text: whatever the tokens, the parts add up to the whole, and stops hold."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.cli.model import find_model
@@ -66,6 +66,7 @@ def earliest(text: str, stops: list[str]) -> tuple[str, str | None]:
     stops=st.lists(LETTERS, min_size=1, max_size=4),
     include=st.booleans(),
 )
+@example(parts=["aab"], stops=["ab", "b"], include=False)
 def test_stop_strings_are_found_however_the_text_is_cut(
     parts: list[str], stops: list[str], include: bool
 ):
