@@ -100,7 +100,7 @@ async def _answered(request: web.Request, handler: Handler, tally: Tally) -> web
             if request.transport is not None:
                 request.transport.abort()  # too late for words, and it must not look complete
             raise
-        response = internal_error()
+        response = error_response(internal_error())
     if not response.prepared:
         tally.status = response.status
     return response

@@ -117,6 +117,6 @@ def http_response(error: web.HTTPException, path: str) -> web.Response:
     return response
 
 
-def internal_error() -> web.Response:
+def internal_error() -> errors.GatewayError:
     """A bug: says nothing of it; the log does."""
-    return error_response(errors.GatewayError("the gateway failed to answer this request"))
+    return errors.GatewayError("the gateway failed to answer this request")

@@ -23,7 +23,7 @@ from backends.protocol import FinishReason, Logprob
 from gateway.api.carrying import carry_all, check_finished, first_failure
 from gateway.api.choice import Choice, Echo
 from gateway.api.chunks import DONE, Chunks, encode, error_event
-from gateway.api.errors import answer_for, error_json
+from gateway.api.errors import answer_for, error_json, internal_error
 from gateway.api.service import Service
 from gateway.api.shapes import usage_of
 from gateway.api.tally import CLIENT_LEFT, Tally
@@ -205,6 +205,11 @@ class Stream:
             left = True
         except* GatewayError as group:
             failure = first_failure(group)
+        except* Exception:  # a bug: it belongs to the edge, unless only this stream can tell of it
+            if not self.wire.opened:
+                raise
+            log.exception("request.broke")
+            failure = internal_error()
         if left:
             return self.wire.response
         if failure is None:

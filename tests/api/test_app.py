@@ -5,6 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 from carrier import MODEL, Served, serving
+from events import events, finishes
 from prometheus_client import CollectorRegistry, Counter
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -112,9 +113,10 @@ async def test_a_bug_in_a_stream_never_looks_like_an_end(
     served: Served, http: aiohttp.ClientSession
 ):
     served.carrier.failures[3] = RuntimeError("a secret")
-    with pytest.raises(aiohttp.ClientError):
-        async with http.post(CHATS, json=CHAT | {"stream": True}) as answer:
-            await answer.read()
+    *chunks, last = await events(http, CHATS, **CHAT)
+    assert last["error"]["code"] == "internal_error"
+    assert "secret" not in str(last)
+    assert finishes(chunks) == []
     assert served.observed[-1]["status"] == 500
 
 

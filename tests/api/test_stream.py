@@ -9,6 +9,7 @@ from carrier import MODEL, SAID, Served, serving, until
 from events import events, finishes, said
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_slow_client import LONG, lazy_client
 
 from gateway import errors
 from gateway.life.job import Job, Listener, Timeline
@@ -179,22 +180,54 @@ async def test_a_failure_after_a_comment_is_an_event(vocabulary):
             assert b'"code":"no_workers"' in await answer.read()
 
 
-async def test_an_old_client_gets_it_unchunked(served: Served):
+async def old_client(served: Served) -> bytes:
+    """What a client of HTTP/1.0 reads until the connection ends."""
     host, port = served.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps(CHAT | {"stream": True}).encode()
     head = "POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    answer = await reader.read()
-    writer.close()
-    await writer.wait_closed()
-    head, _, text = answer.decode().partition("\r\n\r\n")
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+async def test_an_old_client_gets_it_unchunked(served: Served):
+    head, _, text = (await old_client(served)).decode().partition("\r\n\r\n")
     assert head.startswith("HTTP/1.0 200")
     assert "chunked" not in head.lower()
     lines = [line for line in text.split("\n") if line]
     assert all(line.startswith("data: ") for line in lines)
     assert said([json.loads(line[6:]) for line in lines[:-1]]) == SAID
     assert lines[-1] == "data: [DONE]"
+
+
+async def test_half_a_character_is_shown_before_what_follows_it(
+    served: Served, http: aiohttp.ClientSession
+):
+    hello, there, half = served.carrier.tokens[0], served.carrier.tokens[1], 243
+    served.carrier.tokens = [hello, half, there]
+    *chunks, _ = await events(http, TEXTS, **TEXT | {"max_tokens": 30}, ignore_eos=True)
+    assert said(chunks) == "Hello\ufffd there" * 10
+
+
+async def test_a_stop_string_is_found_among_well_known_tokens(
+    served: Served, http: aiohttp.ClientSession
+):
+    for _ in range(2):
+        *chunks, _ = await events(http, TEXTS, **TEXT, stop=".Hello", ignore_eos=True)
+        assert said(chunks) == SAID.removesuffix(".")
+        assert finishes(chunks) == [(0, "stop")]
+
+
+async def test_the_short_way_heeds_a_client_that_is_behind(vocabulary):
+    async with (
+        serving(vocabulary, said="Hello there") as served,
+        lazy_client(served, LONG),
+    ):
+        await until(lambda: any(paused for _, _, paused in served.carrier.pauses), 20)
+        assert served.carrier.steps < LONG["max_tokens"]
 
 
 async def test_the_connection_serves_on_after_a_stream(served: Served):
