@@ -3,11 +3,12 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from backends.api import SteppedBackend
 from backends.emulation.synthetic import SyntheticBackend
 from backends.host import HostConfig, WorkerHost
 from backends.protocol import Logprob, Sampling
@@ -63,9 +64,15 @@ class Cluster:
         self._jobs = 0
 
     async def start(
-        self, name: str, role: str, *, host: dict[str, Any] | None = None, **options: Any
+        self,
+        name: str,
+        role: str,
+        *,
+        host: dict[str, Any] | None = None,
+        backend: SteppedBackend | None = None,
+        **options: Any,
     ) -> None:
-        backend = SyntheticBackend(**{**SHAPE, **options})
+        backend = backend or SyntheticBackend(**{**SHAPE, **options})
         config = HostConfig(
             id=name, role=role, listen=f"unix:{self.folder}/{name}.sock", **(host or {})
         )
@@ -169,6 +176,3 @@ async def _say_there_are_workers(admission: Admission, redis: Any, deployment: s
             await asyncio.sleep(0.005)
     task.cancel()
     await asyncio.wait([task])
-
-
-Act = Callable[[], Awaitable[None]]
