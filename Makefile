@@ -48,7 +48,8 @@ bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare p
 	@exec $(BIN)/python -m loadtest.bench_gateway
 
 bench-engine: $(VENV)/.dev ## Measure engine and handoff beside other engines
-	@exec $(BIN)/python -m backends.emulation.bench
+	@$(BIN)/python -m tests.bench.engine
+	@$(BIN)/python -m tests.bench.handoff
 
 bench-interference: $(VENV)/.runtime ## Measure what a long prompt does to running streams
 	@exec $(BIN)/python -m loadtest.interference
