@@ -46,8 +46,7 @@ def main() -> None:
         _tell("loading the model into two workers")
         with serve(Path(folder), {}) as site:
             site.complete(_prompt(64, 0), max_tokens=4)
-            for length in lengths:
-                lines.append(_measure(site, length, options.repeats))
+            lines += [_measure(site, length, options.repeats) for length in lengths]
     _tell("")
     _print(lines[1:])
     if options.json:
