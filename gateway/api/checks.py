@@ -73,9 +73,9 @@ def refuse_unsupported(request: Generation) -> None:
     Raises:
         BadRequest: names the field.
     """
-    for field in request.__struct_fields__:
-        allowed = ALLOWED.get(field)
-        if allowed is not None and not allowed(getattr(request, field)):
+    for field, allowed in ALLOWED.items():
+        value = getattr(request, field, None)
+        if value is not None and not allowed(value):
             message = f"`{field}` is not supported here with this value"
             raise BadRequest(message, field=field, code="unsupported_parameter")
     if request.best_of is not None and request.best_of != (request.n or 1):
