@@ -25,7 +25,7 @@ import uvloop
 from loadtest.bench.baton import baton
 from loadtest.bench.client import LoadFailed, Window, hold_streams, short_requests
 from loadtest.bench.figures import ROOT, Results, table
-from loadtest.bench.process import NotStarted, raise_file_limit
+from loadtest.bench.process import NotStarted, raise_file_limit, unwind_when_told_to_stop
 from loadtest.bench.servers import Cores, Target, bare_proxy, nginx, nginx_program
 from loadtest.bench.upstream import Pace
 from loadtest.bench.wire import post
@@ -325,6 +325,7 @@ def main() -> int:
         prompt_words=asked.prompt_words,
         seed=asked.seed,
     )
+    unwind_when_told_to_stop()
     raise_file_limit(16384)
     cores = choose_cores()
     modes = [mode for mode in MODES if not asked.modes or mode.name in asked.modes]
@@ -332,4 +333,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

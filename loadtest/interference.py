@@ -28,7 +28,13 @@ import uvloop
 from loadtest.bench.baton import BATON, is_ready
 from loadtest.bench.client import LoadFailed
 from loadtest.bench.figures import ROOT, Results, percentile, table
-from loadtest.bench.process import NotStarted, free_port, running, wait_until
+from loadtest.bench.process import (
+    NotStarted,
+    free_port,
+    running,
+    unwind_when_told_to_stop,
+    wait_until,
+)
 from loadtest.sse import Events
 
 START_SECONDS = 180.0
@@ -373,8 +379,12 @@ def main() -> int:
         window_seconds=asked.window,
         seed=asked.seed,
     )
+    unwind_when_told_to_stop()
     return run(load, cores)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -20,6 +20,11 @@ class NotStarted(Exception):
     """A process ended, or did not answer in time; carries the end of its output."""
 
 
+def unwind_when_told_to_stop() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that it stops what it has started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process, all of its threads, since its start."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
