@@ -7,7 +7,7 @@ handler, as that is what frees everything its request holds.
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 
 import structlog
 from aiohttp import web
@@ -56,7 +56,7 @@ def build_app(service: Service) -> web.Application:
 async def _name(request: web.Request, response: web.StreamResponse) -> None:
     """Every answer says whose it is: the client's id if it may stand in a header and a log."""
     response.headers["Server"] = "baton"
-    response.headers[REQUEST_ID] = request.get(NAME) or _request_id(request, uuid.uuid4().hex)
+    response.headers[REQUEST_ID] = request.get(NAME) or _request_id(request, secrets.token_hex(16))
 
 
 def _request_id(request: web.Request, otherwise: str) -> str:
@@ -68,7 +68,7 @@ def _around(service: Service) -> Middleware:
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         """Give the request its names, answer whatever it raises, and report it when it is over."""
-        job = request[JOB] = uuid.uuid4().hex
+        job = request[JOB] = secrets.token_hex(16)
         request[NAME] = _request_id(request, job)
         bind_contextvars(request=job)  # the server gives every request a context of its own
         resource = request.match_info.route.resource

@@ -26,6 +26,8 @@ async def read_body(request: web.Request, *, max_bytes: int, seconds: float) -> 
     if (request.content_length or 0) > max_bytes:
         raise BodyTooLarge(f"the body exceeds {max_bytes} bytes")
     try:
+        if request.content.is_eof():  # all there already, as it mostly is: nothing to wait for
+            return _bounded([request.content.read_nowait()], max_bytes)
         async with asyncio.timeout(seconds):
             return await _read(request, max_bytes)
     except TimeoutError as error:
@@ -41,8 +43,14 @@ async def _read(request: web.Request, max_bytes: int) -> bytes:
     parts = []
     size = 0
     async for part in request.content.iter_any():
+        parts.append(part)
         size += len(part)
         if size > max_bytes:
-            raise BodyTooLarge(f"the body exceeds {max_bytes} bytes")
-        parts.append(part)
+            break
+    return _bounded(parts, max_bytes)
+
+
+def _bounded(parts: list[bytes], max_bytes: int) -> bytes:
+    if sum(map(len, parts)) > max_bytes:
+        raise BodyTooLarge(f"the body exceeds {max_bytes} bytes")
     return b"".join(parts)

@@ -11,22 +11,28 @@ from gateway.errors import GatewayError, WorkerFailed
 from gateway.life.job import Carrier, Job, Listener
 
 
-async def carry_all(
-    carrier: Carrier,
-    jobs: Sequence[tuple[Job, Listener]],
-    tasks: asyncio.TaskGroup,
-    tally: Tally,
-) -> None:
-    """Return when all have ended; several run side by side, as children of `tasks`."""
+async def carry_all(carrier: Carrier, jobs: Sequence[tuple[Job, Listener]], tally: Tally) -> None:
+    """Return when all have ended; several run side by side, and one that fails ends them all.
 
-    async def carry(job: Job, listener: Listener) -> None:
-        tally.timelines.append(await carrier.carry(job, listener))
-
+    Raises:
+        GatewayError: the first that was raised.
+    """
     if len(jobs) == 1:
-        await carry(*jobs[0])
+        tally.timelines.append(await carrier.carry(*jobs[0]))
         return
-    running = [tasks.create_task(carry(job, listener)) for job, listener in jobs]
-    await asyncio.wait(running)
+    failure: GatewayError | None = None
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for job, listener in jobs:
+                tasks.create_task(_carry(carrier, job, listener, tally))
+    except* GatewayError as group:
+        failure = first_failure(group)
+    if failure is not None:
+        raise failure
+
+
+async def _carry(carrier: Carrier, job: Job, listener: Listener, tally: Tally) -> None:
+    tally.timelines.append(await carrier.carry(job, listener))
 
 
 def check_finished(choices: Iterable[Choice], tally: Tally) -> None:

@@ -196,7 +196,7 @@ class Stream:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._accompany())
-                await carry_all(self._service.carrier, self._listeners(), tasks, self._tally)
+                await carry_all(self._service.carrier, self._listeners(), self._tally)
                 check_finished(self.choices, self._tally)
                 self._over = True
                 self._first.set()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import msgspec
 
 from backends.protocol import FinishReason, Logprob
-from gateway.api.carrying import carry_all, check_finished, first_failure
+from gateway.api.carrying import carry_all, check_finished
 from gateway.api.choice import Choice, Echo
 from gateway.api.service import Service
 from gateway.api.shapes import (
@@ -23,7 +22,6 @@ from gateway.api.shapes import (
 )
 from gateway.api.tally import Tally
 from gateway.api.wishes import Wish
-from gateway.errors import GatewayError
 
 
 class WholeListener:
@@ -68,14 +66,7 @@ async def answer_whole(service: Service, wish: Wish, tally: Tally) -> bytes:
         choices += own
         listeners.append((job, WholeListener(wish, own, echo, tally)))
     tally.count = lambda: sum(choice.continuation.count for choice in choices)
-    failure: GatewayError | None = None
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            await carry_all(service.carrier, listeners, tasks, tally)
-    except* GatewayError as group:
-        failure = first_failure(group)
-    if failure is not None:
-        raise failure
+    await carry_all(service.carrier, listeners, tally)
     check_finished(choices, tally)
     for choice in choices:
         choice.begin()
