@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 from structlog.contextvars import bind_contextvars
 
 from gateway.api.endpoints import JOB, TALLY, Endpoints
-from gateway.api.errors import answer_for, error_response, http_response, internal_error
+from gateway.api.errors import code_of, error_response, http_response, internal_error
 from gateway.api.pages import Pages
 from gateway.api.service import Service
 from gateway.api.tally import Tally
@@ -87,8 +87,7 @@ async def _answered(request: web.Request, handler: Handler, tally: Tally) -> web
     except GatewayError as error:
         response = error_response(error)
         level = "warning" if response.status >= 500 else "info"
-        code = answer_for(error).code
-        getattr(log, level)("request.refused", code=code, error=str(error))
+        getattr(log, level)("request.refused", code=code_of(error), error=str(error))
     except web.HTTPException as error:
         response = http_response(error, request.path)
     except ConnectionError:

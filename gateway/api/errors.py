@@ -74,12 +74,17 @@ def answer_for(error: errors.GatewayError) -> Answer:
     return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
 
 
+def code_of(error: errors.GatewayError) -> str:
+    """The error's own code where it has one, else its class's."""
+    own = error.code if isinstance(error, errors.BadRequest) else None
+    return own or answer_for(error).code
+
+
 def error_json(error: errors.GatewayError) -> bytes:
     """The body, which is also the data of an event in a stream."""
-    answer = answer_for(error)
     field = error.field if isinstance(error, errors.BadRequest) else None
-    code = error.code if isinstance(error, errors.BadRequest) and error.code else answer.code
-    return msgspec.json.encode(ErrorBody(Detail(str(error), answer.type, field, code)))
+    detail = Detail(str(error), answer_for(error).type, field, code_of(error))
+    return msgspec.json.encode(ErrorBody(detail))
 
 
 def error_response(error: errors.GatewayError) -> web.Response:
