@@ -27,6 +27,7 @@ import torch
 
 from backends.emulation.pool import TORCH_DTYPES
 from tests.bench.contenders import (
+    BLOCK_TOKENS,
     Contender,
     Engine,
     MatrixProducts,
@@ -65,6 +66,8 @@ def main() -> None:
     options = _arguments()
     cases = [Case("prefill", size, size) for size in options.prefill]
     cases += [Case("decode", size, options.context) for size in options.decode]
+    if not cases:
+        raise SystemExit("nothing to measure: give --prefill or --decode")
     contenders = _contenders(options, cases)
     lines: list[dict[str, Any]] = [_circumstances(options, contenders)]
     _print_header(contenders)
@@ -98,6 +101,10 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.model is None:
         options.model = _bundled_model()
+    if min([2, *options.threads, *options.prefill, *options.decode, options.context - 1]) < 1:
+        parser.error("sizes and threads are 1 or more, and a context has at least 2 tokens")
+    if options.without and "engine" in options.without:
+        parser.error("--without engine leaves nothing to compare")
     return options
 
 
@@ -112,14 +119,15 @@ def _bundled_model() -> Path:
 
 def _contenders(options: argparse.Namespace, cases: list[Case]) -> list[Contender]:
     """Load them all; they stay in memory, so that they can take turns."""
-    most = max(case.size * (case.context if case.kind == "decode" else 1) for case in cases)
+    batch = max([case.size for case in cases if case.kind == "decode"], default=1)
+    most = max(case.context * (batch if case.kind == "decode" else 1) for case in cases)
     checkpoint = open_checkpoint(options.model)
     spec = checkpoint.spec
     checkpoint.close()
     dtype = TORCH_DTYPES[options.dtype]
     found: list[Contender] = []
     _tell("loading the engine")
-    found.append(Engine(options.model, most + 16 * max(case.size for case in cases), options.dtype))
+    found.append(Engine(options.model, most + BLOCK_TOKENS * batch, options.dtype))
     _tell("loading the matrix products")
     found.append(MatrixProducts(spec, dtype, prepacked=True))
     found.append(MatrixProducts(spec, dtype, prepacked=False))
@@ -130,7 +138,7 @@ def _contenders(options: argparse.Namespace, cases: list[Case]) -> list[Contende
         from tests.bench.llama_cpp_contender import LlamaCpp
 
         _tell("loading llama.cpp")
-        found.append(LlamaCpp(options.model, most + 256, max(case.size for case in cases)))
+        found.append(LlamaCpp(options.model, most + 256, batch))
     _tell("")
     return [contender for contender in found if contender.name not in options.without]
 

@@ -29,14 +29,17 @@ class LlamaCpp:
             raise SystemExit(f"llama.cpp cannot load {model}")
         using = llama_cpp.llama_context_default_params()
         using.n_ctx = context_tokens
-        using.n_batch = using.n_ubatch = 2048
+        using.n_batch = context_tokens
+        using.n_ubatch = min(2048, context_tokens)
         using.n_seq_max = sequences
         using.kv_unified = True
         self._context = llama_cpp.llama_init_from_model(self._model, using)
+        if not self._context:
+            raise SystemExit(f"llama.cpp refuses {context_tokens} tokens, {sequences} sequences")
         self._memory = llama_cpp.llama_get_memory(self._context)
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(vocabulary)
-        self._batch = llama_cpp.llama_batch_init(2048, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(context_tokens, 0, 1)
 
     def set_threads(self, threads: int) -> None:
         self._c.llama_set_n_threads(self._context, threads, threads)
