@@ -24,7 +24,7 @@ import uvloop
 
 from loadtest.bench.baton import baton
 from loadtest.bench.client import LoadFailed, Window, hold_streams, short_requests
-from loadtest.bench.figures import ROOT, Results, table
+from loadtest.bench.figures import ROOT, Results, table, warn_if_busy
 from loadtest.bench.process import NotStarted, raise_file_limit, unwind_when_told_to_stop
 from loadtest.bench.servers import Cores, Target, bare_proxy, nginx, nginx_program
 from loadtest.bench.upstream import Pace
@@ -326,6 +326,7 @@ def main() -> int:
         seed=asked.seed,
     )
     unwind_when_told_to_stop()
+    warn_if_busy()
     raise_file_limit(16384)
     cores = choose_cores()
     modes = [mode for mode in MODES if not asked.modes or mode.name in asked.modes]

@@ -27,7 +27,7 @@ import uvloop
 
 from loadtest.bench.baton import BATON, is_ready
 from loadtest.bench.client import LoadFailed
-from loadtest.bench.figures import ROOT, Results, percentile, table
+from loadtest.bench.figures import ROOT, Results, percentile, table, warn_if_busy
 from loadtest.bench.process import (
     NotStarted,
     free_port,
@@ -380,6 +380,7 @@ def main() -> int:
         seed=asked.seed,
     )
     unwind_when_told_to_stop()
+    warn_if_busy()
     return run(load, cores)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+QUIET_LOAD = 1.0
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -58,6 +59,15 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def warn_if_busy() -> None:
+    """Say so when others use this machine: figures are then worse than they should be."""
+    load = os.getloadavg()[0]
+    if load > QUIET_LOAD:
+        print(
+            f"this machine is busy (load {load:.1f}): compare only what one run shows side by side"
+        )
 
 
 def commit() -> str:
