@@ -66,7 +66,7 @@ def warn_if_busy() -> None:
     load = os.getloadavg()[0]
     if load > QUIET_LOAD:
         print(
-            f"this machine is busy (load {load:.1f}): compare only what one run shows side by side"
+            f"busy machine (load {load:.1f}): compare only what one run shows side by side"
         )
 
 
