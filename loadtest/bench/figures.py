@@ -65,9 +65,7 @@ def warn_if_busy() -> None:
     """Say so when others use this machine: figures are then worse than they should be."""
     load = os.getloadavg()[0]
     if load > QUIET_LOAD:
-        print(
-            f"busy machine (load {load:.1f}): compare only what one run shows side by side"
-        )
+        print(f"busy machine (load {load:.1f}): compare only what one run shows side by side")
 
 
 def commit() -> str:
