@@ -96,7 +96,8 @@ class GGUFCheckpoint:
         cursor = _Cursor(self._data)
         cursor.take(4)
         self._metadata, self._tensors = _read_header(cursor)
-        self._start = _aligned(cursor.at, self._metadata.get("general.alignment", 32))
+        alignment = _number(self._metadata, "general.alignment", 32)
+        self._start = -(-cursor.at // max(1, alignment)) * alignment
         self._check_extent()
         self.spec = _spec(self._metadata, self._tensors)
         self.spec.check()
@@ -173,10 +174,6 @@ def _read_tensor(cursor: _Cursor) -> tuple[str, Stored]:
     return name, Stored(shape, kind, offset, math.prod(shape) // block * block_bytes)
 
 
-def _aligned(at: int, alignment: int) -> int:
-    return -(-at // alignment) * alignment
-
-
 def _spec(metadata: dict[str, Any], tensors: dict[str, Stored]) -> ModelSpec:
     family = metadata.get("general.architecture")
     if family not in FAMILIES:
@@ -186,10 +183,7 @@ def _spec(metadata: dict[str, Any], tensors: dict[str, Stored]) -> ModelSpec:
     _refuse_scaling(metadata, family, tensors)
 
     def field(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"{family}.{name}", default)
-        if value is None:
-            raise BackendMisconfigured(f"model: the GGUF metadata lacks {family}.{name}")
-        return value
+        return _number(metadata, f"{family}.{name}", default)
 
     heads, hidden = field("attention.head_count"), field("embedding_length")
     head_dim = field("attention.key_length", hidden // max(1, heads))
@@ -218,6 +212,16 @@ def _spec(metadata: dict[str, Any], tensors: dict[str, Stored]) -> ModelSpec:
     )
 
 
+def _number(metadata: dict[str, Any], key: str, default: Any = None) -> Any:
+    """A metadata value that must be a number; without a default it must be there."""
+    value = metadata.get(key, default)
+    if value is None:
+        raise BackendMisconfigured(f"model: the GGUF metadata lacks {key}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BackendMisconfigured(f"model: {key} in the GGUF metadata must be one number")
+    return value
+
+
 def _refuse_scaling(metadata: dict[str, Any], family: str, tensors: dict[str, Stored]) -> None:
     scaling = metadata.get(f"{family}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
@@ -229,5 +233,5 @@ def _refuse_scaling(metadata: dict[str, Any], family: str, tensors: dict[str, St
 
 def _end_tokens(metadata: dict[str, Any]) -> tuple[int, ...]:
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = {metadata.get(f"tokenizer.ggml.{name}") for name in names}
-    return tuple(sorted(token for token in found if token is not None))
+    found = {_number(metadata, f"tokenizer.ggml.{name}", -1) for name in names}
+    return tuple(sorted(found - {-1}))

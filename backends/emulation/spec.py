@@ -73,8 +73,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """
         for name, most in _BOUNDS.items():
             value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise BackendMisconfigured(f"model: {name} must be 1 to {most}, is {value}")
+            if type(value) is not int or not 1 <= value <= most:
+                raise BackendMisconfigured(f"model: {name} must be 1 to {most}, is {value!r}")
         if self.heads % self.kv_heads:
             raise BackendMisconfigured(
                 f"model: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"

@@ -9,6 +9,10 @@ import transformers
 from backends.emulation import EmulationBackend
 from tests.emulation.desk import Desk, bundled_model
 
+# Threads of one process wait for each other by spinning; beside other tests that costs more than
+# a second core gives.
+torch.set_num_threads(1)
+
 SMALL = {
     "vocab_size": 211,
     "hidden_size": 48,
