@@ -52,6 +52,9 @@ class Metrics:
             "baton_retries", "Times that a request was placed again.", registry=self.registry
         )
 
+        self._answers: dict[tuple[str, int], Counter] = {}
+        self._phase = {phase: self._phases.labels(phase) for phase in PHASES}
+
     def observe(
         self,
         route: str,
@@ -63,18 +66,22 @@ class Metrics:
         total: float,
     ) -> None:
         """Count one request that has ended. `status` 499: its client left."""
-        self._requests.labels(route, str(status)).inc()
+        counter = self._answers.get((route, status))  # finding a labelled child is not cheap
+        if counter is None:
+            counter = self._answers[route, status] = self._requests.labels(route, str(status))
+        counter.inc()
         self._prompt.inc(prompt_tokens)
         self._generated.inc(completion_tokens)
         self._total.observe(total)
         if seconds_to_first_token is not None:
             self._first.observe(seconds_to_first_token)
         if timeline is not None:
-            self._retries.inc(timeline.retries)
-            for phase in PHASES:
+            if timeline.retries:
+                self._retries.inc(timeline.retries)
+            for phase, histogram in self._phase.items():
                 seconds = getattr(timeline, phase)
                 if seconds is not None:
-                    self._phases.labels(phase).observe(seconds)
+                    histogram.observe(seconds)
 
     def watch(
         self, workers: Callable[[], Iterable[Worker]], gauges: dict[str, Callable[[], float]]

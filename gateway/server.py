@@ -6,6 +6,7 @@ Each part runs under one task group: when one dies, the process does, loudly.
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -163,6 +164,7 @@ async def _serve_http(
         await site.start()
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
+        _spare_the_collector()
         log.info("gateway.started", host=host, port=port)
         ready(f"http://{shown}:{port}")
         try:
@@ -170,6 +172,17 @@ async def _serve_http(
         finally:
             await site.stop()
             await _drain(relay, config.gateway.drain_seconds)
+
+
+def _spare_the_collector() -> None:
+    """Let garbage collection pass over what stays: modules and the vocabulary.
+
+    Requests leave next to no cycles; walking through everything for each few hundred of them
+    costs a tenth of the gateway's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 async def _drain(relay: Relay, seconds: float) -> None:
