@@ -89,7 +89,8 @@ class Leg:
             decode_here = self._decode is None and self._prefill.welcome.role == "both"
             self._prefill.send(Prefill(spec=self._spec(), landing=landing, decode_here=decode_here))
             await self._over
-            clean = not self._stopped
+            # A landing whose sequences all ended with their first token is waited for by nobody.
+            clean = not self._stopped and (self._decode is None or self._landed is not None)
         finally:
             self._leave(clean=clean)
 
@@ -109,6 +110,7 @@ class Leg:
             worker.legs[self._handle] = self
         for line in self._lines.values():
             line.leg = self
+            line.early.clear()
         self._prefill.prefilling[self._handle] = len(self._run.job.prompt)
 
     def _leave(self, *, clean: bool) -> None:
@@ -195,8 +197,8 @@ class Leg:
                 self._on_failed(worker, message)
 
     def lost(self, worker: Worker, reason: str) -> None:
-        """After the handoff the prefill worker is no longer needed."""
-        if worker is self._prefill and self._decode is not None and self._landed is not None:
+        """A worker that is still needed is gone."""
+        if self._gave_all(worker):
             return
         phase = "decode" if worker is self._decode else "prefill"
         self._fail(phase, worker, f"the worker was lost: {reason}", retry=True)
@@ -212,7 +214,14 @@ class Leg:
                 Token(self._handle, first.index, 0, first.token, first.finish, first.logprob)
             )
 
+    def _gave_all(self, worker: Worker) -> bool:
+        """Whether it prefilled, the prefix has landed, and the first tokens are here."""
+        landed = worker is self._prefill and self._landed is not None
+        return landed and all(line.generated for line in self._lines.values())
+
     def _on_failed(self, worker: Worker, message: Failed) -> None:
+        if self._gave_all(worker):
+            return
         if message.indexes is None:
             detail = f"{message.code}: {message.detail}"
             self._fail(message.phase, worker, detail, retry=message.retry)
@@ -222,6 +231,8 @@ class Leg:
             for index in message.indexes
             if (line := self._lines.pop(index, None)) is not None and not line.ended
         ]
+        for line in given_up:
+            line.leg = None
         log.info(
             "sequence.preempted",
             request=self._run.job.id,

@@ -132,8 +132,6 @@ class Relay:
                 run.timeline.retries += not failure.full
                 life.become(State.PLACED)
             lines = [line for line in lines if not line.ended and line.leg is leg]
-            for line in lines:
-                line.early.clear()
             if len(lines) > 1 and any(len(line.generated) > 1 for line in lines):
                 apart(lines)
                 return
