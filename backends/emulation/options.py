@@ -17,7 +17,6 @@ Progress = Callable[[str, float], None]
 DEFAULT_AXES = "block layer kv head token dim"
 DEFAULT_POOL_TOKENS = 16384
 
-ComputeDType = Literal["float32", "bfloat16"]
 _MOST_THREADS = 1024
 _MOST_TOKENS = 1 << 32
 

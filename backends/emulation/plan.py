@@ -7,6 +7,7 @@ padded to the longest, so attention is a handful of calls per group and layer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as Items
 
 import msgspec
@@ -18,6 +19,8 @@ from backends.emulation.pool import Indexes, PagedPool
 
 _NEVER = float("-inf")
 _SIMILAR = 2
+_CACHED_BYTES = 4 << 20
+"""On a CPU, groups are kept small enough that what was gathered is still cached when it is read."""
 
 
 class DecodeGroup(msgspec.Struct, frozen=True):
@@ -163,14 +166,17 @@ def _wanted(rows: Items[Row], order: Items[int]) -> tuple[Indexes, tuple[slice, 
 def _groups(
     rows: Items[Row], pool: PagedPool, dtype: torch.dtype, device: str
 ) -> tuple[DecodeGroup, ...]:
-    """Cut rows, longest first, wherever padding would double a row."""
+    """Cut rows, longest first, wherever padding would double a row or a group grow too large."""
     size = pool.layout.block_tokens
+    block_bytes = pool.layout.block_bytes // pool.layout.layers
+    cached = _CACHED_BYTES // block_bytes if device == "cpu" else sys.maxsize
     groups = []
     start = 0
     while start < len(rows):
         longest = rows[start].start // size + 1
+        most = min(len(rows), start + max(1, cached // longest))
         end = start + 1
-        while end < len(rows) and (rows[end].start // size + 1) * _SIMILAR > longest:
+        while end < most and (rows[end].start // size + 1) * _SIMILAR > longest:
             end += 1
         lengths = np.array([row.start + 1 for row in rows[start:end]])
         # a padded place repeats the row's first block: always written, so always finite
