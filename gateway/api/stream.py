@@ -286,7 +286,7 @@ class Stream:
         self._paused = paused
         for choice in self.choices:
             if not choice.finished:
-                self._service.carrier.pause(choice.job.id, choice.place, paused)
+                self._service.carrier.pause(choice.job, choice.place, paused)
 
     def _count(self) -> int:
         return sum(choice.continuation.count for choice in self.choices)

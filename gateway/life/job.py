@@ -12,6 +12,8 @@ from backends.protocol import FinishReason, Logprob, Sampling
 class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One prompt to be continued `n` times. `seeds` has one entry per sequence.
 
+    `id` is for logs and may be the client's choice: two jobs can bear the same one.
+
     `deadline` is a time of this process's event-loop clock. `decode_estimate` is how many tokens
     the answer will probably have, per sequence; the queue books it.
     """
@@ -62,7 +64,7 @@ class Carrier(Protocol):
             GatewayError: one of the tree in `gateway.errors`, with phase, peer and cause.
         """
 
-    def pause(self, job_id: str, index: int, paused: bool) -> None:
+    def pause(self, job: Job, index: int, paused: bool) -> None:
         """Stop or resume decoding one sequence, because its client reads too slowly."""
 
 

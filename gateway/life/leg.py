@@ -99,6 +99,12 @@ class Leg:
         decode = self._decode or self._prefill
         decode.send(Flow(handle=self._handle, index=index, paused=paused))
 
+    def _pause_again(self) -> None:
+        """The sequences begin to run here: those that were paused before must not."""
+        for line in self._lines.values():
+            if line.paused:
+                self.pause(line.index, True)
+
     # ---- entering and leaving
 
     @property
@@ -189,6 +195,7 @@ class Leg:
             case Landed():
                 self._landed = time.monotonic()
                 self._become(State.DECODING)
+                self._pause_again()
             case Refused():
                 phase = "reserve" if worker is self._decode else "prefill"
                 retry = message.kind != "invalid"
@@ -209,6 +216,8 @@ class Leg:
         run.prefilled(message)
         here = self._decode is None
         self._become(State.DECODING if here else State.HANDING_OVER)
+        if here:
+            self._pause_again()
         for first in message.first:
             self.token(
                 Token(self._handle, first.index, 0, first.token, first.finish, first.logprob)

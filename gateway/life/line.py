@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from backends.protocol import FirstToken, Token
 from gateway.admission import Grant
 from gateway.life.job import Job, Listener, Timeline
+from gateway.life.states import NEXT, Life, State
 
 if TYPE_CHECKING:
     from gateway.life.leg import Leg
@@ -22,6 +23,7 @@ class Line:
     generated: list[int] = field(default_factory=list)
     early: dict[int, Token] = field(default_factory=dict)
     ended: bool = False
+    paused: bool = False
     leg: Leg | None = None
 
 
@@ -36,12 +38,27 @@ class Run:
     first_token: float | None = None
     has_prompt_logprobs: bool = False
     grant: Grant | None = None
+    lives: list[Life] = field(default_factory=list)
 
     @classmethod
     def of(cls, job: Job, listener: Listener) -> Run:
         """A run that has not begun."""
         lines = tuple(Line(index, seed) for index, seed in enumerate(job.seeds))
         return cls(job, listener, lines, Timeline())
+
+    def begin(self, state: State = State.QUEUED) -> Life:
+        """The life of the whole job, or from `State.PLACED` on that of a line gone apart."""
+        life = Life(state)
+        self.lives.append(life)
+        return life
+
+    def end(self, state: State) -> State:
+        """End badly what has not ended; returns where the first such life was."""
+        going_on = [life for life in self.lives if NEXT[life.state]]
+        was = going_on[0].state if going_on else State.DONE
+        for life in going_on:
+            life.become(state)
+        return was
 
     def prefilled(self, message: FirstToken) -> None:
         """Let the next request prefill; note durations; pass the prompt's logprobs on, once."""

@@ -48,7 +48,7 @@ class Relay:
         self._fleet = fleet
         self._max_retries = max_retries
         self._worker_wait = worker_wait_seconds
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[Job, Run] = {}
 
     @property
     def running(self) -> int:
@@ -57,8 +57,8 @@ class Relay:
 
     async def carry(self, job: Job, listener: Listener) -> Timeline:
         """See `job.Carrier.carry`."""
-        run, life = Run.of(job, listener), Life()
-        self._runs[job.id] = run
+        run = self._runs[job] = Run.of(job, listener)
+        life = run.begin()
         began = time.monotonic()
         try:
             async with (
@@ -69,11 +69,14 @@ class Relay:
                 run.grant = grant
                 await self._travel(run, life)
         except TimeoutError:
-            phase, life.state = life.state, State.EXPIRED
+            phase = run.end(State.EXPIRED)
             raise DeadlineExceeded(phase.replace("_", " ")) from None
+        except Exception:
+            run.end(State.FAILED)
+            raise
         finally:
-            if self._runs.get(job.id) is run:
-                del self._runs[job.id]
+            run.end(State.CANCELLED)  # what has not ended otherwise
+            del self._runs[job]
             if run.first_token is not None:
                 run.timeline.first_token = run.first_token - began
         log.info(
@@ -86,13 +89,14 @@ class Relay:
         )
         return run.timeline
 
-    def pause(self, job_id: str, index: int, paused: bool) -> None:
+    def pause(self, job: Job, index: int, paused: bool) -> None:
         """See `job.Carrier.pause`."""
-        run = self._runs.get(job_id)
+        run = self._runs.get(job)
         if run is not None and index < len(run.lines):
-            leg = run.lines[index].leg
-            if leg is not None:
-                leg.pause(index, paused)
+            line = run.lines[index]
+            line.paused = paused
+            if line.leg is not None:
+                line.leg.pause(index, paused)
 
     # ---- legs
 
@@ -104,7 +108,12 @@ class Relay:
 
                 def apart(lines: list[Line]) -> None:
                     for line in lines:
-                        journeys.create_task(self._finish(run, Life(State.PLACED), [line], apart))
+                        life = run.begin(State.PLACED)
+                        journey = self._finish(run, life, [line], apart)
+                        try:
+                            journeys.create_task(journey)
+                        except RuntimeError:  # all journeys are being ended, and this one with them
+                            journey.close()
 
                 journeys.create_task(self._finish(run, life, list(run.lines), apart))
         except ExceptionGroup as group:
@@ -134,7 +143,9 @@ class Relay:
             lines = [line for line in lines if not line.ended and line.leg is leg]
             if len(lines) > 1 and any(len(line.generated) > 1 for line in lines):
                 apart(lines)
-                return
+                break
+        if life.state is not State.DONE:
+            run.lives.remove(life)  # its lines have lives of their own now
 
     async def _after_failure(self, run: Run, failure: LegFailed, failures: int) -> None:
         if not failure.full:

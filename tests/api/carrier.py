@@ -46,9 +46,9 @@ class ScriptedCarrier:
             self.running -= 1
         return Timeline(prefill_worker="p0", decode_worker="d0", first_token=0.001)
 
-    def pause(self, job_id: str, index: int, paused: bool) -> None:
-        self.pauses.append((job_id, index, paused))
-        (self._paused.add if paused else self._paused.discard)((job_id, index))
+    def pause(self, job: Job, index: int, paused: bool) -> None:
+        self.pauses.append((job.id, index, paused))
+        (self._paused.add if paused else self._paused.discard)((job.id, index))
 
     async def _decode(self, job: Job, listener: Listener) -> None:
         live = dict.fromkeys(range(job.n), 0)

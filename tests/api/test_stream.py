@@ -127,7 +127,7 @@ async def test_a_stream_that_breaks_tells_neither_finish_nor_done(
 class Silent:
     """Ends jobs without a reason."""
 
-    def pause(self, job_id: str, index: int, paused: bool) -> None: ...
+    def pause(self, job: Job, index: int, paused: bool) -> None: ...
 
     async def carry(self, job: Job, listener: Listener) -> Timeline:
         if job.max_tokens > 1:

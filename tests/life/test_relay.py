@@ -217,10 +217,10 @@ async def test_a_paused_sequence_waits_and_the_others_go_on(redis_url: str) -> N
         job = made.job([1, 2], n=2, max_tokens=200)
         carrying = asyncio.ensure_future(made.carry(job, heard))
         await made.until(lambda: len(heard.tokens.get(1, ())) > 5)
-        made.relay.pause(job.id, 0, True)
+        made.relay.pause(job, 0, True)
         await made.until(lambda: heard.finish.get(1))
         assert len(heard.tokens[0]) < 200
-        made.relay.pause(job.id, 0, False)
+        made.relay.pause(job, 0, False)
         await carrying
         assert len(heard.tokens[0]) == 200
 
