@@ -61,22 +61,20 @@ class Unplaceable(msgspec.Struct, frozen=True):
 
 def place(snapshot: Snapshot, wish: Wish) -> Placement | Unplaceable:
     """The least loaded pair, or worker that does both; a pair where they are equal."""
-    refusals: list[Unplaceable] = []
-    able: dict[str, WorkerView] = {}
-    for worker in snapshot.workers:
-        refusal = _refusal(worker, wish)
-        if refusal is None:
-            able[worker.id] = worker
-        else:
-            refusals.append(refusal)
+    refusals = {worker.id: _refusal(worker, wish) for worker in snapshot.workers}
+    able = {worker.id: worker for worker in snapshot.workers if refusals[worker.id] is None}
     options = [*_pairs(snapshot, able, wish), *_alone(able, wish)]
     if options:
         return min(options, key=lambda option: option[0])[1]
-    for refusal in refusals:
-        if refusal.field and len(refusals) == len(snapshot.workers):
-            return refusal
-    if refusals and len(refusals) == len(snapshot.workers):
-        return refusals[0]
+    faults = {i: refusal for i, refusal in refusals.items() if refusal and refusal.field}
+    willing = {
+        worker.id: worker for worker in snapshot.workers if worker.id in able or worker.id in faults
+    }
+    if _pairs(snapshot, willing, wish) or _alone(willing, wish):
+        return next(iter(faults.values()))  # all would do, were the request another one
+    told = [refusal for refusal in refusals.values() if refusal is not None]
+    if told and len(told) == len(snapshot.workers):
+        return told[0]
     return Unplaceable(_missing(snapshot))
 
 
