@@ -358,7 +358,7 @@ class Link(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         if transport.get_write_buffer_size() > self.MAX_UNSENT_BYTES:
-            self._fail("the peer does not read")
+            self.abort("the peer does not read")
             return
         transport.write(frame(message))
 
@@ -378,13 +378,14 @@ class Link(asyncio.Protocol):
                     return
                 self._message(self, self._decoder.decode(body))
         except (ProtocolError, msgspec.DecodeError) as error:
-            self._fail(f"the peer sent what it must not: {error}")
+            self.abort(f"the peer sent what it must not: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._lost(self, str(exc) if exc else self._reason)
 
-    def _fail(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
+        """End the connection at once, whatever is still unsent."""
         self._reason = reason
         if self._transport is not None:
             self._transport.abort()

@@ -43,6 +43,9 @@ log = structlog.get_logger()
 CONNECT_SECONDS = 5.0
 MEET_AGAIN_SECONDS = 2.0
 INSPECT_SECONDS = 2.0
+SILENCE_SECONDS = 10.0
+SILENCE_TICKS = 5
+MAX_PORT = 65535
 BACKOFF_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 LegMessage = Granted | Refused | FirstToken | HandedOver | Landed | Failed
@@ -71,6 +74,7 @@ class Worker:
         self.load: Load | None = None
         self.legs: dict[int, LegPort] = {}
         self.prefilling: dict[int, int] = {}
+        self.silent_ticks = 0
         self._link = link
 
     @property
@@ -81,6 +85,10 @@ class Worker:
     def send(self, message: Message) -> None:
         """Dropped in silence when the connection is lost; the legs are told of that."""
         self._link.send(message)
+
+    def give_up(self) -> None:
+        """End the connection, without waiting for anything that is still to be sent."""
+        self._link.abort("nothing was heard from it")
 
     def view(self) -> WorkerView:
         """What placement may know."""
@@ -99,15 +107,23 @@ class Worker:
 
 
 class Fleet:
-    """All workers of one gateway. Works while `run` does."""
+    """All workers of one gateway. Works while `run` does.
 
-    def __init__(self, gateway_id: str, secret: str) -> None:
+    A worker says every second how full it is: one that says nothing for `silence_seconds` (its
+    machine is gone, or it hangs) is lost.
+    """
+
+    def __init__(
+        self, gateway_id: str, secret: str, *, silence_seconds: float = SILENCE_SECONDS
+    ) -> None:
         self._hello = Hello(version=VERSION, gateway=gateway_id, secret=secret)
+        self._silence_seconds = silence_seconds
         self._records: dict[str, WorkerRecord] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._workers: dict[str, Worker] = {}
         self._pairs: dict[tuple[tuple[str, int], tuple[str, int]], Met] = {}
         self._tasks = asyncio.TaskGroup()
+        self._runs = False  # until `run`, which follows what was learnt before
         self._changed = asyncio.Event()
         self._handles = itertools.count(1)
         self._tickets: dict[int, asyncio.Future[Ledger]] = {}
@@ -118,8 +134,13 @@ class Fleet:
         """Keep connections until cancelled."""
         async with self._tasks as tasks:
             tasks.create_task(self._meet_again())
+            tasks.create_task(self._notice_silence())
+            self._runs = True
             self._follow()
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self._runs = False
 
     def update(self, records: Mapping[str, WorkerRecord]) -> None:
         """The registry's news: connect to these, and to no others once they are gone."""
@@ -184,11 +205,8 @@ class Fleet:
     def _follow(self) -> None:
         for worker_id in self._records:
             keeper = self._keepers.get(worker_id)
-            if keeper is None or keeper.done():
-                try:
-                    self._keepers[worker_id] = self._tasks.create_task(self._keep(worker_id))
-                except RuntimeError:
-                    return  # not running yet: `run` follows again
+            if self._runs and (keeper is None or keeper.done()):
+                self._keepers[worker_id] = self._tasks.create_task(self._keep(worker_id))
         self._notify()
 
     async def _keep(self, worker_id: str) -> None:
@@ -209,7 +227,7 @@ class Fleet:
     async def _connect(self, record: WorkerRecord) -> asyncio.Future[None]:
         """Greet a worker and take it in; the future is done when its connection is lost."""
         loop = asyncio.get_running_loop()
-        greeting: asyncio.Future[Message] = loop.create_future()
+        greeting: asyncio.Future[None] = loop.create_future()
         ended: asyncio.Future[None] = loop.create_future()
         taken: list[Worker] = []
 
@@ -217,7 +235,13 @@ class Fleet:
             if taken:
                 self._on_message(taken[0], message)
             elif not greeting.done():
-                greeting.set_result(message)
+                fault = _fault(record, message)
+                if isinstance(message, Welcome) and not fault:
+                    taken.append(Worker(record, link, message))
+                    self._take_in(taken[0])
+                    greeting.set_result(None)
+                else:
+                    greeting.set_exception(ConnectionError(f"{record.id} is not taken: {fault}"))
 
         def lost(_: Link, reason: str) -> None:
             if not greeting.done():
@@ -232,17 +256,10 @@ class Fleet:
             await _dial(record.address, link)
             link.send(self._hello)
             try:
-                answer = await greeting
+                await greeting
             except BaseException:
                 link.close()
                 raise
-        if not isinstance(answer, Welcome) or answer.version != VERSION:
-            link.close()
-            reason = answer.reason if isinstance(answer, Rejected) else f"it said {answer!r:.200}"
-            raise ConnectionError(f"{record.id} refused us: {reason}")
-        worker = Worker(record, link, answer)
-        taken.append(worker)
-        self._take_in(worker)
         return ended
 
     def _take_in(self, worker: Worker) -> None:
@@ -266,6 +283,16 @@ class Fleet:
         for leg in list(worker.legs.values()):
             leg.lost(worker, reason)
         self._notify()
+
+    async def _notice_silence(self) -> None:
+        # Ticks of our own are counted and not a clock's: were this process stopped for a while,
+        # that would be no worker's silence.
+        while True:
+            await asyncio.sleep(self._silence_seconds / SILENCE_TICKS)
+            for worker in self.workers:
+                worker.silent_ticks += 1
+                if worker.silent_ticks > SILENCE_TICKS:
+                    worker.give_up()
 
     # ---- pairs
 
@@ -316,6 +343,7 @@ class Fleet:
     # ---- messages
 
     def _on_message(self, worker: Worker, message: Message) -> None:
+        worker.silent_ticks = 0
         match message:
             case Tokens():
                 legs = worker.legs
@@ -342,6 +370,17 @@ class Fleet:
         self._changed = asyncio.Event()
 
 
+def _fault(record: WorkerRecord, greeting: Message) -> str:
+    """Why whoever greets so is not the worker that `record` names; empty when it is."""
+    if isinstance(greeting, Rejected):
+        return f"it refused us: {greeting.reason}"
+    if not isinstance(greeting, Welcome) or greeting.version != VERSION:
+        return f"it said {greeting!r:.200}"
+    if greeting.worker != record.id:
+        return f"{greeting.worker} answers at its address"
+    return ""
+
+
 async def _dial(address: str, link: Link) -> None:
     loop = asyncio.get_running_loop()
     kind, _, rest = address.partition(":")
@@ -349,6 +388,6 @@ async def _dial(address: str, link: Link) -> None:
         await loop.create_unix_connection(lambda: link, rest)
         return
     host, _, port = rest.rpartition(":")
-    if kind != "tcp" or not port.isdecimal():
+    if kind != "tcp" or not port.isdecimal() or int(port) > MAX_PORT:
         raise ValueError(f"address {address!r} is neither unix:/path nor tcp:host:port")
     await loop.create_connection(lambda: link, host.strip("[]"), int(port))

@@ -1,0 +1,114 @@
+"""The gateway's end of control connections, against workers that misbehave."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.emulation.synthetic import SyntheticBackend
+from backends.protocol import VERSION, Load, Welcome, frame
+from gateway.admission import WorkerRecord
+from gateway.life.fleet import Fleet
+from tests.life.cluster import SHAPE
+
+INFO = SyntheticBackend(**SHAPE).info
+LOAD = Load(free_blocks=1, pool_blocks=2, running=0, waiting=0, waiting_tokens=0, draining=True)
+
+
+def welcome(worker: str = "w") -> bytes:
+    return frame(Welcome(version=VERSION, worker=worker, incarnation=1, role="both", info=INFO))
+
+
+def record(address: str) -> WorkerRecord:
+    return WorkerRecord(
+        id="w",
+        incarnation=1,
+        role="both",
+        model="m",
+        address=address,
+        prefill_tokens=1,
+        decode_tokens=1,
+    )
+
+
+Answer = Callable[[asyncio.StreamWriter], None]
+
+
+@asynccontextmanager
+async def impostor(answer: Answer) -> AsyncIterator[str]:
+    """A listener that greets back with whatever `answer` writes, and then says nothing."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await reader.read(1024)
+        answer(writer)
+
+    with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
+        path = str(Path(folder) / "w.sock")
+        server = await asyncio.start_unix_server(greet, path)
+        yield f"unix:{path}"
+        server.close()
+        for writer in writers:
+            writer.close()
+
+
+@asynccontextmanager
+async def fleet(address: str, **options: Any) -> AsyncIterator[Fleet]:
+    made = Fleet("g", "", **options)
+    made.update({"w": record(address)})
+    running = asyncio.ensure_future(made.run())
+    try:
+        yield made
+        assert not running.done()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def until(true: Callable[[], Any]) -> None:
+    async with asyncio.timeout(5):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+async def test_what_comes_with_the_greeting_is_heard() -> None:
+    said = welcome() + frame(LOAD)
+    async with impostor(lambda writer: writer.write(said)) as address, fleet(address) as made:
+        await until(lambda: made.workers)
+        assert made.snapshot().workers[0].draining
+
+
+async def test_a_worker_that_falls_silent_is_lost() -> None:
+    async with (
+        impostor(lambda writer: writer.write(welcome())) as address,
+        fleet(address, silence_seconds=0.2) as made,
+    ):
+        await until(lambda: made.workers)
+        await until(lambda: not made.workers)
+
+
+async def test_another_worker_behind_a_stale_address_is_not_taken_for_this_one() -> None:
+    greeted = asyncio.Event()
+
+    def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(welcome("other"))
+        greeted.set()
+
+    async with impostor(answer) as address, fleet(address) as made:
+        await greeted.wait()
+        await asyncio.sleep(0.05)
+        assert made.workers == ()
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp:127.0.0.1:99999", "udp:x", "unix:" + "x" * 200, "unix:\0", "tcp:\udcff:1"]
+)
+async def test_an_address_that_cannot_be_costs_no_more_than_that_worker(address: str) -> None:
+    async with fleet(address) as made:
+        await asyncio.sleep(0.05)
+        assert made.workers == ()
