@@ -75,6 +75,7 @@ class WorkerHost:
         )
         self._links: set[Link] = set()
         self._strangers: dict[Link, asyncio.TimerHandle] = {}
+        self._meeting: set[tuple[Link, str]] = set()
         self._draining = False
 
     # ---- life of the worker
@@ -221,7 +222,10 @@ class WorkerHost:
                 self._requests.cancel(link, message)
             case Flow():
                 self._requests.flow(link, message)
+            case Meet() if (link, message.worker) in self._meeting:
+                pass  # a gateway asks again while a dead address keeps us waiting
             case Meet():
+                self._meeting.add((link, message.worker))
                 self._tasks.create_task(self._meet(link, message))
             case Inspect():
                 link.send(self._inspect(message.ticket))
@@ -230,7 +234,10 @@ class WorkerHost:
                 link.close()
 
     async def _meet(self, link: Link, message: Meet) -> None:
-        link.send(await self._peers.meet(message))
+        try:
+            link.send(await self._peers.meet(message))
+        finally:
+            self._meeting.discard((link, message.worker))
 
     def _inspect(self, ticket: int) -> LedgerAnswer:
         wrong = self._ledger.audit()
