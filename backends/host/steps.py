@@ -200,11 +200,10 @@ class StepLoop:
                 if copies:
                     self._backend.copy_blocks(copies)
                 outputs = self._backend.step(rows, layer_final) if rows else []
+                _check(outputs, rows)
             except Exception as error:  # foreign code: it loses this batch and no more
                 log.exception("step.failed", rows=len(rows))
                 raise StepFailed(f"{type(error).__name__}: {error}") from error
-            if len(outputs) != len(rows):
-                raise StepFailed(f"{len(outputs)} outputs for {len(rows)} rows")
             return outputs
 
         try:
@@ -242,9 +241,10 @@ class StepLoop:
         # A sequence that another's growth preempted must not be computed.
         kept = [(i, r) for i, r in zip(items, rows, strict=True) if not i.ended]
         items, rows = [i for i, _ in kept], [r for _, r in kept]
-        budget = max(1, self._step_tokens - len(rows))
+        budget = max(2, self._step_tokens - len(rows))
         for work in list(self._prefills):
-            if budget <= 0 or len(rows) >= self._info.max_batch or not self._seat(work):
+            # A chunk of one token would be computed as a decode row, which may round otherwise.
+            if budget < 2 or len(rows) >= self._info.max_batch or not self._seat(work):
                 break
             row = self._chunk(work, budget)
             budget -= len(row.tokens)
@@ -293,7 +293,7 @@ class StepLoop:
             work.started = time.monotonic()
         end = min(len(work.prefix), work.done + budget)
         if len(work.prefix) - end == 1:
-            end += 1  # a last chunk of one token would be computed as a decode row
+            end += 1  # nor may the last chunk be of one token
         last = end == len(work.prefix)
         wants = work.spec.prompt_logprobs
         return Row(
@@ -336,3 +336,14 @@ class StepLoop:
         if end == len(work.prefix):
             self._prefills.remove(work)
             self._outcome.prefilled(work, output)
+
+
+def _check(outputs: list[Output], rows: list[Row]) -> None:
+    """Refuse what a plug-in must not answer, while only its batch is lost by that."""
+    if len(outputs) != len(rows):
+        raise StepFailed(f"{len(outputs)} outputs for {len(rows)} rows")
+    for number, (output, row) in enumerate(zip(outputs, rows, strict=True)):
+        if len(output.sampled) != len(row.sequences):
+            raise StepFailed(
+                f"row {number}: {len(output.sampled)} tokens for {len(row.sequences)} sequences"
+            )
