@@ -58,6 +58,7 @@ class Landings:
         *,
         admit: Callable[[Reserved, Arrival], None],
         failed: Callable[[Reserved, str, str], None],
+        freed: Callable[[], None],
     ) -> None:
         self._config = config
         self._info = info
@@ -67,6 +68,7 @@ class Landings:
         self._incarnation = incarnation
         self._admit = admit
         self._failed = failed
+        self._freed = freed
         self._count = 0
         self._open: dict[str, Reserved] = {}
         self.receivers: list[Receiver] = []
@@ -79,15 +81,10 @@ class Landings:
 
         Raises:
             PoolExhausted: not now.
-            ValueError: never: this pool is too small.
         """
         tokens = len(spec.prefix)
         wanted = self._info.layout.blocks_for(tokens)
         headroom = len(spec.sequences)
-        if wanted + headroom > self._info.pool_blocks:
-            raise ValueError(
-                f"{wanted + headroom} blocks wanted, the pool has {self._info.pool_blocks}"
-            )
         waiting = self._ledger.held_for("landing", "headroom", "quarantine")
         if waiting and waiting + wanted > self._config.landing_share * self._info.pool_blocks:
             raise PoolExhausted(f"{waiting} blocks wait in landings already")
@@ -182,4 +179,5 @@ class Landings:
         for receiver in self.receivers:
             await receiver.quiesce(landing_id)
         self._ledger.release(quarantine)
+        self._freed()
         log.debug("landing.quiesced", landing=landing_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from backends.api import BackendInfo, Sampling
 from backends.protocol import RequestSpec, Role
 
@@ -29,7 +31,13 @@ def objection(spec: RequestSpec, info: BackendInfo, role: Role, *, decode: bool)
         return f"prompt: {prefix} tokens exceed the context of {info.context_tokens}"
     if len(lengths) > 1 or (len(spec.sequences) > 1 and max(lengths) > 1):
         return "sequences: unlike ones cannot share a prefix"
-    if not all(0 <= token < info.vocabulary for token in spec.prefix):
+    if len({one.index for one in spec.sequences}) < len(spec.sequences):
+        return "sequences: two have the same index"
+    blocks = info.layout.blocks_for(prefix) + (len(spec.sequences) if decode else 0)
+    if blocks > info.pool_blocks:
+        return f"prompt: {blocks} blocks wanted, the pool has {info.pool_blocks}"
+    known = chain(spec.prompt, *(one.generated for one in spec.sequences))
+    if not all(0 <= token < info.vocabulary for token in known):
         return f"prompt: token ids must lie in 0..{info.vocabulary - 1}"
     wrong = unsupported(spec.sampling, info)
     if wrong:

@@ -110,6 +110,7 @@ class Requests:
             incarnation,
             admit=self._admit_arrival,
             failed=self._landing_failed,
+            freed=self.steps.resume,
         )
 
     @property
@@ -122,7 +123,7 @@ class Requests:
     def reserve(self, link: Link, message: Reserve) -> None:
         """Answer with a landing, or with why not."""
         spec = message.spec
-        detail = objection(spec, self._info, self._config.role, decode=True)
+        detail = self._objection(link, spec, decode=True)
         if detail:
             link.send(Refused(handle=spec.handle, kind="invalid", detail=detail))
             return
@@ -130,8 +131,6 @@ class Requests:
             reserved = self.landings.reserve(link, spec)
         except PoolExhausted as error:
             link.send(Refused(handle=spec.handle, kind="full", detail=str(error)))
-        except ValueError as error:
-            link.send(Refused(handle=spec.handle, kind="invalid", detail=str(error)))
         else:
             self._hold(link, spec).landing = reserved.landing.id
             link.send(Granted(handle=spec.handle, landing=reserved.landing))
@@ -139,7 +138,7 @@ class Requests:
     def prefill(self, link: Link, message: Prefill) -> None:
         """Compute the prefix when its turn comes; push it while it is computed."""
         spec = message.spec
-        detail = objection(spec, self._info, self._config.role, decode=message.decode_here)
+        detail = self._objection(link, spec, decode=message.decode_here)
         if detail:
             link.send(Refused(handle=spec.handle, kind="invalid", detail=detail))
             return
@@ -411,16 +410,27 @@ class Requests:
                 self._ledger.share(blocks, holder)
             started.append(
                 Running(
-                    link, spec.handle, one.index, sequence, table, holder, spec.max_tokens, deadline
+                    link=link,
+                    handle=spec.handle,
+                    index=one.index,
+                    sequence=sequence,
+                    blocks=table,
+                    holder=holder,
+                    max_tokens=self._limit(spec),
+                    deadline=deadline,
                 )
             )
         self._hold(link, spec).running.update({one.index: one for one in started})
         self.steps.add_running(started, ingested=blocks if ingested else (), copies=copies)
 
+    def _limit(self, spec: RequestSpec) -> int:
+        """How many tokens may be generated: as many as were asked for and the context has."""
+        return min(spec.max_tokens, self._info.context_tokens + 1 - len(spec.prompt))
+
     def _first(self, work: Prefilling, order: int, sampled: Sampled) -> First:
         sequence = work.sequences[order]
         sequence.generated.append(sampled.token)
-        finish = finish_reason(sequence, sampled.token, work.spec.max_tokens, self._ends)
+        finish = finish_reason(sequence, sampled.token, self._limit(work.spec), self._ends)
         index = work.spec.sequences[order].index
         return First(index, sampled.token, finish, sampled.logprob)
 
@@ -435,6 +445,11 @@ class Requests:
         self.steps.resume()
 
     # ---- the book of requests
+
+    def _objection(self, link: Link, spec: RequestSpec, *, decode: bool) -> str:
+        if (link, spec.handle) in self._held:
+            return f"handle: {spec.handle} is in use"
+        return objection(spec, self._info, self._config.role, decode=decode)
 
     def _fail(
         self, link: Link, handle: int, phase: Phase, code: str, detail: str, *, retry: bool = True
