@@ -1,8 +1,8 @@
-"""Baton as a server to be measured: its real processes, with workers that compute nothing.
+"""Baton as a server to be measured: the real gateway and Redis, with workers that only talk.
 
-For `step` two workers of the synthetic backend do prefill and decode, with the real handoff
-between them. For `paced` one `worker.py` stands in, whose frames carry one token each. The
-gateway has a core to itself; Redis and workers share the core of the load.
+The workers (`worker.py`) play a prefill and a decode worker whose tokens of one step share a
+frame, or, for `paced`, one whose frames carry one token each. They compute nothing and move no
+KV. The gateway has a core to itself; Redis and workers share the core of the load.
 """
 
 from __future__ import annotations
@@ -22,25 +22,12 @@ from loadtest.bench.upstream import Pace
 
 START_SECONDS = 60.0
 MODEL = "synthetic"
-POOL_TOKENS = 1 << 20
 MAX_STREAMS = 2048
-SMALL_KV = {"layers": 1, "kv_heads": 1, "head_dim": 8, "pool_tokens": POOL_TOKENS}
 BATON = (sys.executable, "-m", "gateway.cli")
 
 
-def configuration(folder: Path, port: int, interval: float) -> dict[str, Any]:
-    """What the gateway and the synthetic workers are told; the rest is as anyone has it."""
-
-    def worker(role: str, **options: Any) -> dict[str, Any]:
-        return {
-            "role": role,
-            "backend": "synthetic",
-            "listen": f"unix:{folder}/{role}.sock",
-            "max_waiting": MAX_STREAMS,
-            "threads": 1,
-            "options": {**SMALL_KV, "max_batch": MAX_STREAMS, **options},
-        }
-
+def configuration(folder: Path, port: int) -> dict[str, Any]:
+    """What the gateway is told; the rest is as anyone has it."""
     return {
         "deployment": "bench",
         "data_dir": str(folder / "data"),
@@ -48,10 +35,7 @@ def configuration(folder: Path, port: int, interval: float) -> dict[str, Any]:
         "gateway": {"port": port},
         "queue": {"max_waiting": MAX_STREAMS},
         "redis": {"url": f"unix://{folder}/redis.sock"},
-        "workers": {
-            "prefill": worker("prefill"),
-            "decode": worker("decode", step_seconds=interval),
-        },
+        "workers": {},
     }
 
 
@@ -59,23 +43,22 @@ def configuration(folder: Path, port: int, interval: float) -> dict[str, Any]:
 def baton(folder: Path, cores: Cores, pace: Pace, interval: float) -> Iterator[Target]:
     """A gateway that is ready, with its Redis and workers."""
     port = free_port()
-    told = configuration(folder, port, interval)
+    told = configuration(folder, port)
     config = folder / "baton.json"
-    workers = {
-        name: [*BATON, "worker", "--config", str(config), "--name", name]
-        for name in told["workers"]
-    }
-    if pace == "paced":
-        told["workers"] = {}
-        words = [f"--redis={told['redis']['url']}", f"--deployment={told['deployment']}"]
-        words += [f"--listen={folder}/paced.sock", f"--model={MODEL}", f"--interval={interval}"]
-        workers = {"paced": [sys.executable, "-m", "loadtest.bench.worker", *words]}
+    words = [f"--redis={told['redis']['url']}", f"--deployment={told['deployment']}"]
+    words += [f"--listen={folder}", f"--model={MODEL}", f"--interval={interval}"]
+    words.append(f"--cast={'paced' if pace == 'paced' else 'pair'}")
     config.write_text(json.dumps(told))
     with ExitStack() as stack:
         others = {"redis": (_start_redis(stack, folder, cores),)}
-        for name, words in workers.items():
-            process = stack.enter_context(running(words, folder / f"{name}.log", cores=cores.rest))
-            others[name] = (process.pid,)
+        workers = stack.enter_context(
+            running(
+                [sys.executable, "-m", "loadtest.bench.worker", *words],
+                folder / "workers.log",
+                cores=cores.rest,
+            )
+        )
+        others["workers"] = (workers.pid,)
         log = folder / "gateway.log"
         words = [*BATON, "gateway", "--config", str(config)]
         gateway = stack.enter_context(running(words, log, cores=cores.server))
