@@ -1,17 +1,27 @@
-"""The sending end of one handoff: push slices as they become final, then commit."""
+"""The sending end of handoffs: push slices as they become final, then commit.
+
+`Push` is one handoff, `Pushes` all that are under way on this worker.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 
 import msgspec
+import structlog
 
-from backends.protocol import First
-from transfer.contract import KVSlice, Receipt, Sender, Source, Writer
+from backends.api import BackendInfo
+from backends.host.janitor import Janitor
+from backends.host.work import Prefilling
+from backends.protocol import First, HandedOver
+from transfer.contract import Buffer, KVSlice, Receipt, Sender, Source, Writer
 from transfer.errors import TransferError
 from transfer.layout import Landing
+
+log = structlog.get_logger()
 
 _note = msgspec.msgpack.Encoder()
 _read_note = msgspec.msgpack.Decoder(tuple[First, ...])
@@ -95,3 +105,100 @@ class Push:
                 overlapped=self._last_ready - began,
             )
         )
+
+
+class Pushes:
+    """The handoffs under way from one worker.
+
+    `failed(work, code, detail)` tells that one ended badly; `closed(work)` comes last, however
+    it ended: nothing reads the source any more.
+    """
+
+    def __init__(
+        self,
+        sender: Sender,
+        pool: Buffer,
+        info: BackendInfo,
+        janitor: Janitor,
+        spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
+        *,
+        commit_seconds: float,
+        failed: Callable[[Prefilling, str, str], None],
+        closed: Callable[[Prefilling], None],
+    ) -> None:
+        self._sender = sender
+        self._pool = pool
+        self._info = info
+        self._janitor = janitor
+        self._spawn = spawn
+        self._commit_seconds = commit_seconds
+        self._failed = failed
+        self._closed = closed
+        self._tasks: dict[Prefilling, asyncio.Task[None]] = {}
+
+    def __contains__(self, work: Prefilling) -> bool:
+        return work in self._tasks
+
+    def prepare(self, work: Prefilling, landing: Landing) -> Push:
+        """A push that begins with its first slice."""
+        return Push(
+            self._sender,
+            landing,
+            commit_seconds=self._commit_seconds,
+            handed=partial(self._tell, work),
+            failed=partial(self._give_up, work),
+        )
+
+    def ready(self, work: Prefilling, part: KVSlice) -> None:
+        """`part` of the prefix is final; the first one opens the handoff."""
+        assert work.push is not None
+        if work not in self._tasks:
+            self._begin(work, work.push)
+        work.push.slice(part)
+
+    def cancel(self, work: Prefilling) -> None:
+        """Push no more of `work`, if it is being pushed; `closed` says when that is true."""
+        if work in self._tasks:
+            self._tasks[work].cancel()
+
+    def _begin(self, work: Prefilling, push: Push) -> None:
+        source = Source(
+            self._info.layout,
+            self._pool,
+            self._info.pool_blocks,
+            tuple(work.blocks),
+            len(work.prefix),
+        )
+        task = self._spawn(push.run(source))
+        self._tasks[work] = task
+        # A callback and no `finally`: a task that is cancelled before it began runs neither.
+        task.add_done_callback(lambda _: self._janitor.hand(partial(self._close, work, push)))
+
+    async def _close(self, work: Prefilling, push: Push) -> None:
+        if push.writer is not None:
+            await push.writer.abort()  # after a commit it only lets go of the source
+        del self._tasks[work]
+        self._closed(work)
+
+    def _tell(self, work: Prefilling, handed: Handed) -> None:
+        work.link.send(
+            HandedOver(
+                handle=work.spec.handle,
+                bytes=handed.receipt.bytes,
+                exposed=handed.exposed,
+                overlapped=handed.overlapped,
+                verify=handed.receipt.verify_seconds,
+            )
+        )
+        log.info(
+            "handoff.committed",
+            request=work.spec.request,
+            bytes=handed.receipt.bytes,
+            exposed_ms=round(handed.exposed * 1e3, 2),
+            verify_ms=round(handed.receipt.verify_seconds * 1e3, 2),
+        )
+
+    def _give_up(self, work: Prefilling, error: Exception) -> None:
+        log.warning("handoff.failed", request=work.spec.request, cause=str(error))
+        code = type(error).__name__
+        self._failed(work, code, str(error) or code)

@@ -19,11 +19,12 @@ import structlog
 from backends.api import Output, Sampled, SteppedBackend
 from backends.errors import PoolExhausted
 from backends.host.config import HostConfig
-from backends.host.handoff import Handed, Push, decode_note
+from backends.host.handoff import Pushes, decode_note
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings, Reserved
 from backends.host.ledger import Holder, Ledger
 from backends.host.objections import objection
+from backends.host.sharing import share_out
 from backends.host.steps import Item, StepLoop
 from backends.host.work import (
     Prefilling,
@@ -40,7 +41,6 @@ from backends.protocol import (
     FirstToken,
     Flow,
     Granted,
-    HandedOver,
     Landed,
     Link,
     Phase,
@@ -51,7 +51,7 @@ from backends.protocol import (
     Token,
     Tokens,
 )
-from transfer.contract import Arrival, KVSlice, Sender, Source
+from transfer.contract import Arrival, KVSlice, Sender
 from transfer.errors import LandingGone
 
 log = structlog.get_logger()
@@ -89,11 +89,17 @@ class Requests:
         self._info = backend.info
         self._ends = frozenset(backend.info.end_tokens)
         self._ledger = ledger
-        self._janitor = janitor
-        self._sender = sender
-        self._spawn = spawn
         self._held: dict[tuple[Link, int], Held] = {}
-        self._pushing: dict[Prefilling, asyncio.Task[None]] = {}
+        self._pushes = Pushes(
+            sender,
+            backend.pool,
+            backend.info,
+            janitor,
+            spawn,
+            commit_seconds=config.commit_timeout_seconds,
+            failed=self._push_failed,
+            closed=self._push_closed,
+        )
         self.steps = StepLoop(
             backend,
             ledger,
@@ -158,13 +164,7 @@ class Requests:
             sequences=sequences_of(spec),
         )
         if message.landing is not None:
-            work.push = Push(
-                self._sender,
-                message.landing,
-                commit_seconds=self._config.commit_timeout_seconds,
-                handed=partial(self._handed, work),
-                failed=partial(self._push_failed, work),
-            )
+            work.push = self._pushes.prepare(work, message.landing)
         self._hold(link, spec).prefilling = work
         self.steps.add_prefill(work)
 
@@ -212,10 +212,7 @@ class Requests:
 
     def layer_ready(self, work: Prefilling, layer: int, start: int, end: int) -> None:
         """Push a layer of a chunk. The first one opens the handoff."""
-        assert work.push is not None
-        if work not in self._pushing:
-            self._begin_push(work, work.push)
-        work.push.slice(KVSlice(layer, start, end))
+        self._pushes.ready(work, KVSlice(layer, start, end))
 
     def prefilled(self, work: Prefilling, output: Output) -> None:
         """Send the first tokens; then commit, decode on, or end."""
@@ -283,48 +280,12 @@ class Requests:
 
     # ---- the sending end
 
-    def _begin_push(self, work: Prefilling, push: Push) -> None:
-        source = Source(
-            self._info.layout,
-            self._backend.pool,
-            self._info.pool_blocks,
-            tuple(work.blocks),
-            len(work.prefix),
-        )
-        task = self._spawn(push.run(source))
-        self._pushing[work] = task
-        # A callback and no `finally`: a task that is cancelled before it began runs neither.
-        task.add_done_callback(lambda _: self._janitor.hand(partial(self._close_push, work, push)))
+    def _push_failed(self, work: Prefilling, code: str, detail: str) -> None:
+        self._fail(work.link, work.spec.handle, "handoff", code, detail)
 
-    async def _close_push(self, work: Prefilling, push: Push) -> None:
-        if push.writer is not None:
-            await push.writer.abort()  # after a commit it only lets go of the source
-        del self._pushing[work]
+    def _push_closed(self, work: Prefilling) -> None:
         self._drop_prefilling(work)
         self._release_source(work)
-
-    def _handed(self, work: Prefilling, handed: Handed) -> None:
-        work.link.send(
-            HandedOver(
-                handle=work.spec.handle,
-                bytes=handed.receipt.bytes,
-                exposed=handed.exposed,
-                overlapped=handed.overlapped,
-                verify=handed.receipt.verify_seconds,
-            )
-        )
-        log.info(
-            "handoff.committed",
-            request=work.spec.request,
-            bytes=handed.receipt.bytes,
-            exposed_ms=round(handed.exposed * 1e3, 2),
-            verify_ms=round(handed.receipt.verify_seconds * 1e3, 2),
-        )
-
-    def _push_failed(self, work: Prefilling, error: Exception) -> None:
-        log.warning("handoff.failed", request=work.spec.request, cause=str(error))
-        code = type(error).__name__
-        self._fail(work.link, work.spec.handle, "handoff", code, str(error) or code)
 
     def _drop_prefilling(self, work: Prefilling) -> None:
         """Compute and push no more of `work`; its blocks go when nothing reads them."""
@@ -332,12 +293,11 @@ class Requests:
         if held is not None and held.prefilling is work:
             held.prefilling = None
             self._forget_if_empty(work.link, work.spec.handle)
-        if work in self._pushing:
-            self._pushing[work].cancel()
+        self._pushes.cancel(work)
         self.steps.end(work, partial(self._release_source, work))
 
     def _release_source(self, work: Prefilling) -> None:
-        if work.ended and not work.busy and work not in self._pushing:
+        if work.ended and not work.busy and work not in self._pushes:
             self._ledger.release(work.holder)
             self._ledger.release(work.headroom)
             self.steps.resume()
@@ -386,40 +346,17 @@ class Requests:
         *,
         ingested: bool,
     ) -> None:
-        """Decode the sequences that go on after `firsts`; they share the prefix in `blocks`.
-
-        A last block that is not full cannot be shared: each sequence but one gets a copy.
-        """
-        first_of = {first.index: first for first in firsts}
-        full, rest = divmod(len(spec.prefix), self._info.layout.block_tokens)
-        copies: list[tuple[int, int]] = []
-        started: list[Running] = []
-        for one, sequence in zip(spec.sequences, sequences_of(spec), strict=True):
-            first = first_of.get(one.index)
-            if first is not None and first.finish is not None:
-                continue
-            if first is not None:
-                sequence.generated.append(first.token)
-            holder = Holder("decode", f"{owner(link, spec)}/{one.index}")
-            table = list(blocks)
-            if rest and started:
-                table[full:] = self._ledger.take(1, holder)
-                copies.append((blocks[full], table[full]))
-                self._ledger.share(blocks[:full], holder)
-            else:
-                self._ledger.share(blocks, holder)
-            started.append(
-                Running(
-                    link=link,
-                    handle=spec.handle,
-                    index=one.index,
-                    sequence=sequence,
-                    blocks=table,
-                    holder=holder,
-                    max_tokens=self._limit(spec),
-                    deadline=deadline,
-                )
-            )
+        """Decode the sequences that go on after `firsts`."""
+        started, copies = share_out(
+            self._ledger,
+            self._info.layout.block_tokens,
+            link,
+            spec,
+            firsts,
+            blocks,
+            max_tokens=self._limit(spec),
+            deadline=deadline,
+        )
         self._hold(link, spec).running.update({one.index: one for one in started})
         self.steps.add_running(started, ingested=blocks if ingested else (), copies=copies)
 

@@ -308,7 +308,7 @@ class StepLoop:
     # ---- after the step
 
     def _layer_final(self, work: Prefilling, layer: int, start: int, end: int) -> None:
-        if not work.ended:
+        if not work.ended and not self._closed:
             work.reported.add(layer)
             self._outcome.layer_ready(work, layer, start, end)
 
