@@ -35,7 +35,7 @@ class Metrics:
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
         self._total = Histogram(
-            "baton_request_latency_seconds", "From a request's arrival to its last token.",
+            "baton_request_latency_seconds", "From the arrival of a request that was answered to its last token.",
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
         self._phases = Histogram(
@@ -72,7 +72,8 @@ class Metrics:
         counter.inc()
         self._prompt.inc(prompt_tokens)
         self._generated.inc(completion_tokens)
-        self._total.observe(total)
+        if timeline is not None:
+            self._total.observe(total)
         if seconds_to_first_token is not None:
             self._first.observe(seconds_to_first_token)
         if timeline is not None:
