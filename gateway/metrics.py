@@ -35,7 +35,7 @@ class Metrics:
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
         self._total = Histogram(
-            "baton_request_latency_seconds", "From the arrival of a request that was answered to its last token.",
+            "baton_request_latency_seconds", "From arrival to last token, of answered requests.",
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
         self._phases = Histogram(

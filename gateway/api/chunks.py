@@ -30,7 +30,12 @@ class Chunks:
             encode(wish.model),
         )
         self.usage = b',"usage":null}' + END if wish.style.usage else b"}" + END
-        self.closing = self._after_text() + b',"finish_reason":null}]' + self.usage
+        # OpenAI's schema wants the member in a completion's choice, asked for or not.
+        told = self._chat or wish.style.logprobs is not None
+        self._no_logprobs = b"" if told else b',"logprobs":null'
+        self.closing = (
+            self._after_text() + self._no_logprobs + b',"finish_reason":null}]' + self.usage
+        )
 
     def opening(self, index: int) -> bytes:
         """Everything of a text chunk before its text, which follows as a JSON string."""
@@ -40,10 +45,11 @@ class Chunks:
 
     def text(self, index: int, text: str, extra: bytes, usage: bytes) -> bytes:
         """A text chunk with more in it; `extra` are members of the choice, each after a comma."""
-        return b'%b%b%b%b,"finish_reason":null}]%b' % (
+        return b'%b%b%b%b%b,"finish_reason":null}]%b' % (
             self.opening(index),
             encode(text),
             self._after_text(),
+            self._no_logprobs,
             extra,
             usage,
         )
@@ -57,9 +63,10 @@ class Chunks:
     def finish(self, index: int, reason: str, extra: bytes, usage: bytes) -> bytes:
         """The last chunk of a choice."""
         body = b'{"index":%d,"delta":{}' if self._chat else b'{"index":%d,"text":""'
-        return b'%b%b%b,"finish_reason":"%b"}]%b' % (
+        return b'%b%b%b%b,"finish_reason":"%b"}]%b' % (
             self._head,
             body % index,
+            self._no_logprobs,
             extra,
             reason.encode(),
             usage,

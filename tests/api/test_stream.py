@@ -44,6 +44,13 @@ async def test_a_token_is_a_chunk_unless_it_is_half_a_character(http: aiohttp.Cl
     assert texts == ["Hello", " there", ",", " ", "🙃", " friend", "."] * 8
 
 
+async def test_every_choice_of_a_completion_says_that_it_has_no_logprobs(
+    http: aiohttp.ClientSession,
+):
+    *chunks, _ = await events(http, TEXTS, **TEXT)
+    assert all(chunk["choices"][0]["logprobs"] is None for chunk in chunks)
+
+
 async def test_usage_is_null_until_it_is_told(http: aiohttp.ClientSession):
     options = {"stream_options": {"include_usage": True}}
     *chunks, last, done = await events(http, CHATS, **CHAT, **options)
