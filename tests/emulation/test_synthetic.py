@@ -220,15 +220,3 @@ def test_a_row_that_the_model_could_not_compute_fails_the_step(tokens, start):
 def test_a_bad_option_is_named(option, value):
     with pytest.raises(BackendMisconfigured, match=option):
         make(**{option: value})
-
-
-def test_a_step_of_256_rows_costs_little():
-    backend = make(pool_tokens=256 * 128)
-    ones = [sequence(seed=i) for i in range(256)]
-    tables = [list(range(i * 8, i * 8 + 8)) for i in range(256)]
-    for one, table in zip(ones, tables, strict=True):
-        one.generated.append(prefill(backend, one, table))
-    decode(backend, ones, tables, 2)
-    started = time.process_time()
-    decode(backend, ones, tables, 10)
-    assert (time.process_time() - started) / 10 < 0.02, "an order of magnitude above what it takes"
