@@ -115,7 +115,7 @@ class Relay:
                         except RuntimeError:  # all journeys are being ended, and this one with them
                             journey.close()
 
-                journeys.create_task(self._finish(run, life, list(run.lines), apart))
+                await self._finish(run, life, list(run.lines), apart)
         except ExceptionGroup as group:
             raise _first_error(group) from None
 

@@ -32,6 +32,8 @@ class ChatTemplate:
             self._template = environment.from_string(source, globals=dict(tokens))
         except TemplateError as error:
             raise ModelUnreadable(f"the chat template is not valid: {error}") from error
+        # Jinja chains these with its own; every rendering copies them, and a dict copies faster.
+        self._template.globals = dict(self._template.globals)
 
     def render(
         self,
