@@ -99,15 +99,17 @@ def _service(
         max_n=config.gateway.max_n,
         max_choices=config.gateway.max_choices,
         expected_output_tokens=config.gateway.expected_output_tokens,
-        ready=lambda: not_ready(admission, fleet),
+        ready=lambda: not_ready(relay, admission, fleet),
         ledger=lambda: ledgers(fleet),
         registry=metrics.registry,
         observe=metrics.observe,
     )
 
 
-def not_ready(admission: Admission, fleet: Fleet) -> str | None:
+def not_ready(relay: Relay, admission: Admission, fleet: Fleet) -> str | None:
     """Why a request would not be answered now; None when it would."""
+    if relay.draining:
+        return "this gateway is shutting down"
     if not admission.available:
         return "Redis does not answer"
     chosen = place(fleet.snapshot(), Wish(tokens=1, sequences=1, sampling=Sampling()))
@@ -117,8 +119,10 @@ def not_ready(admission: Admission, fleet: Fleet) -> str | None:
 async def ledgers(fleet: Fleet) -> dict[str, Any]:
     """`/debug/ledger`: who holds which blocks on every worker, and whether the books balance."""
     books = await fleet.ledgers()
+    silent = sorted({worker.id for worker in fleet.workers} - {book.worker for book in books})
     return {
-        "balanced": all(book.balanced for book in books),
+        "balanced": not silent and all(book.balanced for book in books),
+        "silent": silent,
         "workers": [
             {
                 "worker": book.worker,
@@ -186,6 +190,7 @@ def _spare_the_collector() -> None:
 
 
 async def _drain(relay: Relay, seconds: float) -> None:
+    relay.drain()
     deadline = asyncio.get_running_loop().time() + seconds
     while relay.running and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.05)

@@ -17,6 +17,7 @@ from gateway.admission import Admission, Ticket
 from gateway.errors import (
     BadRequest,
     DeadlineExceeded,
+    Draining,
     GatewayError,
     NoWorkers,
     WorkerFailed,
@@ -48,6 +49,7 @@ class Relay:
         self._fleet = fleet
         self._max_retries = max_retries
         self._worker_wait = worker_wait_seconds
+        self.draining = False
         self._runs: dict[Job, Run] = {}
 
     @property
@@ -55,8 +57,14 @@ class Relay:
         """Jobs under way, those that wait included."""
         return len(self._runs)
 
+    def drain(self) -> None:
+        """Refuse new jobs from now on; those under way go on."""
+        self.draining = True
+
     async def carry(self, job: Job, listener: Listener) -> Timeline:
         """See `job.Carrier.carry`."""
+        if self.draining:
+            raise Draining("this gateway is shutting down")
         run = self._runs[job] = Run.of(job, listener)
         life = run.begin()
         began = time.monotonic()

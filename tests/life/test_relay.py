@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from backends.protocol import Sampling
-from gateway.errors import BadRequest, DeadlineExceeded, NoWorkers, WorkerFailed
+from gateway.errors import BadRequest, DeadlineExceeded, Draining, NoWorkers, WorkerFailed
 from tests.life.cluster import DECODE, PREFILL, Cluster, Heard, cluster
 
 SLOW = {"step_seconds": 0.005}
@@ -237,3 +237,16 @@ async def test_a_draining_worker_finishes_and_takes_no_more(redis_url: str) -> N
         await made.until(lambda: made.fleet.worker("d") is None)
         with pytest.raises(NoWorkers):
             await made.carry(made.job([1, 2]), Heard())
+
+
+async def test_a_draining_relay_finishes_what_runs_and_refuses_what_comes(redis_url: str) -> None:
+    async with cluster(redis_url) as made:
+        await pair(made, **SLOW)
+        heard = Heard()
+        carrying = asyncio.ensure_future(made.carry(made.job([1, 2], max_tokens=50), heard))
+        await heard.first.wait()
+        made.relay.drain()
+        with pytest.raises(Draining):
+            await made.carry(made.job([3, 4]), Heard())
+        await carrying
+        assert len(heard.tokens[0]) == 50
