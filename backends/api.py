@@ -64,6 +64,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ignore_eos: bool = False
 
 
+_NEUTRAL = Sampling()
+
+
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
     """Log probability of `token`, and the likeliest tokens with theirs, best first."""
 
@@ -150,6 +153,14 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     sampling: frozenset[str]
     max_batch: int = 256
     emulated: bool = False
+
+    def unsupported(self, sampling: Sampling) -> list[str]:
+        """Fields of `sampling` that change something and that the backend does not honour."""
+        return [
+            name
+            for name in Sampling.__struct_fields__
+            if name not in self.sampling and getattr(sampling, name) != getattr(_NEUTRAL, name)
+        ]
 
 
 class SteppedBackend(Protocol):

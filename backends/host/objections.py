@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from backends.api import BackendInfo, Sampling
+from backends.api import BackendInfo
 from backends.protocol import RequestSpec, Role
-
-DEFAULTS = Sampling()
-
-
-def unsupported(sampling: Sampling, info: BackendInfo) -> list[str]:
-    """Fields of `sampling` that change something and that the backend does not honour."""
-    return [
-        name
-        for name in Sampling.__struct_fields__
-        if getattr(sampling, name) != getattr(DEFAULTS, name) and name not in info.sampling
-    ]
 
 
 def objection(spec: RequestSpec, info: BackendInfo, role: Role, *, decode: bool) -> str:
@@ -39,7 +28,7 @@ def objection(spec: RequestSpec, info: BackendInfo, role: Role, *, decode: bool)
     known = chain(spec.prompt, *(one.generated for one in spec.sequences))
     if not all(0 <= token < info.vocabulary for token in known):
         return f"prompt: token ids must lie in 0..{info.vocabulary - 1}"
-    wrong = unsupported(spec.sampling, info)
+    wrong = info.unsupported(spec.sampling)
     if wrong:
         return f"{wrong[0]}: not supported by this worker's backend"
     return ""

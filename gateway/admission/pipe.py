@@ -99,19 +99,13 @@ class Pipe:
             pause = FIRST_PAUSE_SECONDS if was_ready else min(2 * pause, LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
-    async def call(self, *words: Argument) -> Any:
-        """Ask the server, once it has been greeted.
+    async def script(self, name: ScriptName, keys: tuple[str, ...], *words: Argument) -> Any:
+        """Run one of our scripts, once the server has been greeted.
 
         Raises:
             QueueUnavailable: there is no connection, it broke, or the server refused. Whether
-                the command was carried out is then unknown.
+                the script was carried out is then unknown.
         """
-        if not self.ready:
-            raise QueueUnavailable(f"Redis does not answer: {self._cause}")
-        return await self.ask(*words)
-
-    async def script(self, name: ScriptName, keys: tuple[str, ...], *words: Argument) -> Any:
-        """Run one of our scripts, as `call` does."""
         if not self.ready:
             raise QueueUnavailable(f"Redis does not answer: {self._cause}")
         return await self.ask_script(name, keys, *words)

@@ -9,8 +9,6 @@ import msgspec
 
 from backends.protocol import BackendInfo, Role, Sampling
 
-DEFAULTS = Sampling()
-
 
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one connected worker. `queued_tokens` wait for prefill there."""
@@ -112,9 +110,8 @@ def _refusal(worker: WorkerView, wish: Wish) -> Unplaceable | None:
     info = worker.info
     if worker.draining:
         return Unplaceable(f"{worker.id} is draining")
-    for name in Sampling.__struct_fields__:
-        if name not in info.sampling and getattr(wish.sampling, name) != getattr(DEFAULTS, name):
-            return Unplaceable(f"{name} is not supported by {worker.id}", field=name)
+    for name in info.unsupported(wish.sampling):
+        return Unplaceable(f"{name} is not supported by {worker.id}", field=name)
     if wish.tokens >= info.context_tokens:
         return Unplaceable(
             f"{wish.tokens} tokens exceed the context of {info.context_tokens}", field="messages"
