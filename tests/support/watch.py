@@ -1,0 +1,32 @@
+"""Notice what keeps an event loop from its other work."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+LIMIT_SECONDS = 0.05
+
+
+def slow_callbacks(work: Callable[[], Awaitable[Any]]) -> list[str]:
+    """Run `work` on a loop of its own; callbacks that took longer than `LIMIT_SECONDS`, in words.
+
+    Processor time of the loop's thread counts and not the clock's: a busy machine is no fault.
+    """
+    found: list[str] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        seconds = time.thread_time() - began
+        if seconds > LIMIT_SECONDS:
+            found.append(f"{seconds * 1e3:.0f} ms in {handle!r}")
+
+    asyncio.Handle._run = timed
+    try:
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(work())
+    finally:
+        asyncio.Handle._run = run
+    return found
