@@ -22,6 +22,7 @@ import msgspec
 
 from backends.errors import BackendError, BackendMisconfigured, BackendNotFound, StepFailed
 from transfer.layout import KVLayout
+from transfer.shared_memory import allocate
 
 __all__ = [
     "BackendError",
@@ -38,6 +39,7 @@ __all__ = [
     "Sequence",
     "StepFailed",
     "SteppedBackend",
+    "allocate",
 ]
 
 
@@ -170,6 +172,11 @@ class SteppedBackend(Protocol):
 
     pool: Any
     """Writable, C-contiguous buffer of `info.pool_blocks` blocks in the order `info.layout` says.
+
+    Make it with `allocate(bytes)` where the CPU computes or a copy in host memory is kept: a flat
+    array of zeroed bytes whose pages are there already, and which workers on the same machine
+    write to directly (transport `shm`). A pool that was allocated otherwise works as well, but is
+    reached over `tcp` only.
 
     The host reads it to push KV elsewhere and lets other workers write to it, only ever in
     blocks that no row of a running step uses. A device that the CPU cannot address offers a

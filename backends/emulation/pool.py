@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from backends.api import allocate
 from transfer.layout import DType, KVLayout
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
@@ -42,9 +43,11 @@ class PagedPool:
         self.layout = layout
         self.shadowed = device != "cpu" if shadow is None else shadow
         nbytes = layout.block_bytes * blocks
-        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device != "cpu").zero_()
+        self.buffer = allocate(nbytes)
+        host = torch.from_numpy(self.buffer)
+        if device != "cpu":
+            _pin(host)
         raw = torch.zeros(nbytes, dtype=torch.uint8, device=device) if self.shadowed else host
-        self.buffer = host.numpy()
         self._host = self._canonical(host, blocks)
         self.canonical = self._canonical(raw, blocks)
         numbers = raw.view(TORCH_DTYPES[layout.dtype])
@@ -140,3 +143,15 @@ class PagedPool:
             self.canonical[:, :, target] = self.canonical[:, :, source]
             if self.shadowed:
                 self._host[:, :, target] = self._host[:, :, source]
+
+
+def _pin(memory: torch.Tensor) -> None:
+    """Let CUDA copy from and to this memory without a detour.
+
+    Raises:
+        RuntimeError: CUDA refuses.
+    """
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(code):
+        raise RuntimeError(f"{memory.nbytes} bytes of host memory cannot be pinned: error {code}")

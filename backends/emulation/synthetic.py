@@ -13,7 +13,17 @@ from collections.abc import Sequence as Items
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.api import BackendInfo, Logprob, Output, Ready, Row, Sampled, Sampling, Sequence
+from backends.api import (
+    BackendInfo,
+    Logprob,
+    Output,
+    Ready,
+    Row,
+    Sampled,
+    Sampling,
+    Sequence,
+    allocate,
+)
 from backends.emulation.checks import (
     DEFAULT_AXES,
     blocks_in,
@@ -97,7 +107,7 @@ class SyntheticBackend:
         self._row_seconds = seconds("step_seconds_per_row", step_seconds_per_row)
         self._token_seconds = seconds("prefill_seconds_per_token", prefill_seconds_per_token)
         self._verify = verify_kv
-        self.pool: NDArray[np.uint8] = np.zeros(layout.block_bytes * self.info.pool_blocks, "u1")
+        self.pool: NDArray[np.uint8] = allocate(layout.block_bytes * self.info.pool_blocks)
         self._pattern = Pattern(layout, self.pool, self.info.pool_blocks)
         self._due = 0.0
         # Hashes of prompts by the identity of their sequence, which the entry keeps alive.

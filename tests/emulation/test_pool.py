@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from backends.emulation.pool import PagedPool
+from backends.emulation.synthetic import SyntheticBackend
 from transfer.layout import KVLayout
+from transfer.shared_memory import attach, segment_of
 
 ORDERS = [
     " ".join((*order, "dim"))
@@ -43,6 +45,14 @@ def test_what_is_written_is_gathered_in_order_from_any_axes(axes):
     seen = np.frombuffer(memoryview(pool.buffer), np.float32).reshape(sizes)
     place = {"layer": 1, "kv": 1, "block": 0, "token": 2, "head": 1, "dim": 3}
     assert seen[tuple(place[axis] for axis in axes.split())] == values[1, 7, 1, 1, 3]
+
+
+def test_other_processes_can_map_what_the_host_sees():
+    pool = PagedPool(layout(), 7, "cpu")
+    assert attach(segment_of(pool.buffer)).nbytes == 7 * layout().block_bytes
+    pool.canonical.fill_(9)
+    assert (attach(segment_of(pool.buffer)).view(np.float32) == 9).all()
+    assert segment_of(SyntheticBackend(pool_tokens=64).pool) is not None
 
 
 def test_a_new_block_is_cleared_behind_what_is_written_and_no_further():
