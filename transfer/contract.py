@@ -7,14 +7,12 @@ transport, opens a `Writer` for each handoff, and pushes slices as they become f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from transfer.layout import Endpoint, Epoch, KVLayout, Landing, Natural
-
-Buffer = Any
-"""An object with the buffer protocol over a whole pool, C-contiguous; the target's is writable."""
+from transfer.pool import Buffer as Buffer
 
 
 class Source(msgspec.Struct, frozen=True):

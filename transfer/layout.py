@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Annotated, Literal
+from math import prod
+from typing import Annotated, Literal, cast
 
 import msgspec
 
@@ -24,8 +25,12 @@ ITEM_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """How one worker cuts its pool into blocks, precisely enough for a stranger to read it.
 
-    The pool is one contiguous array whose dimensions `axes` names, outermost first;
-    `block` is the block number, `token` the place inside a block, `kv` is K then V.
+    The pool is one array whose dimensions `axes` names, outermost first; `block` is the block
+    number, `token` the place inside a block, `kv` is K then V. A bar, as in
+    `"layer kv | block token head dim"`, says that the array lies in pieces: for each combination
+    of the dimensions before it there is one *region*, contiguous in itself, and they are numbered
+    in order. Without a bar there is one region. Offsets count through all regions as if they lay
+    one after the other; `pool.py` knows where they really are.
 
     `model` identifies the checkpoint (architecture, RoPE parameters, vocabulary, original
     weights); two pools of unlike `model` never meet. `weights` says how this engine's copy of
@@ -43,13 +48,34 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     axes: Annotated[str, msgspec.Meta(max_length=64)] = "block layer kv head token dim"
 
     def __post_init__(self) -> None:
-        words = self.axes.split()
+        words = self.axes.replace("|", " ").split()
         if len(words) != len(AXES) or set(words) != AXES:
             raise ValueError(
                 f"axes must name each of {sorted(AXES)} once, outermost first; got {self.axes!r}"
             )
-        if words[-1] != "dim":
-            raise ValueError(f"the innermost axis must be dim; got {self.axes!r}")
+        before, *after = self.axes.split("|")
+        if len(after) > 1 or (after and not before.split()) or words[-1] != "dim":
+            raise ValueError(
+                f"axes may have one bar, between two of them, and end in dim; got {self.axes!r}"
+            )
+        if after and not after[0].split():
+            raise ValueError(f"a region must hold at least dim; got {self.axes!r}")
+
+    @cached_property
+    def order(self) -> tuple[Axis, ...]:
+        """The axes, outermost first, without the bar."""
+        return cast("tuple[Axis, ...]", tuple(self.axes.replace("|", " ").split()))
+
+    @cached_property
+    def apart(self) -> tuple[Axis, ...]:
+        """The axes before the bar: each combination of them is a region. None without a bar."""
+        before, bar, _ = self.axes.partition("|")
+        return cast("tuple[Axis, ...]", tuple(before.split())) if bar else ()
+
+    def regions(self, pool_blocks: int) -> int:
+        """Regions of a pool of `pool_blocks` blocks, all of one size."""
+        sizes = self.sizes(pool_blocks)
+        return prod(sizes[axis] for axis in self.apart)
 
     @property
     def item_bytes(self) -> int:
@@ -77,7 +103,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def sizes(self, pool_blocks: int) -> dict[str, int]:
         """The length of each axis in a pool of `pool_blocks` blocks, in the order of `axes`."""
-        lengths = {
+        lengths: dict[str, int] = {
             "layer": self.layers,
             "kv": 2,
             "block": pool_blocks,
@@ -85,7 +111,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "token": self.block_tokens,
             "dim": self.head_dim,
         }
-        return {axis: lengths[axis] for axis in self.axes.split()}
+        return {axis: lengths[axis] for axis in self.order}
 
 
 class Epoch(msgspec.Struct, frozen=True, array_like=True, order=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
-from typing import Literal, cast
+from typing import Literal
 
 import msgspec
 
@@ -50,7 +50,7 @@ class Plan(msgspec.Struct, frozen=True):
     def run_bytes(self) -> int:
         """Length of the contiguous runs that one layer of a whole block makes in the target."""
         run: list[str] = []
-        for axis in reversed(self.target.axes.split()):
+        for axis in reversed(self.target.order):
             if axis in ("block", "layer"):
                 break
             run.append(axis)
@@ -111,10 +111,8 @@ def _inner(source: KVLayout, target: KVLayout, *, alike_k_and_v: bool) -> tuple[
     movable = {"dim", "head", "kv"} if alike_k_and_v else {"dim", "head"}
     widest = max(source.item_bytes, target.item_bytes)
     inner: tuple[Axis, ...] = ()
-    for ours, theirs in zip(
-        reversed(source.axes.split()), reversed(target.axes.split()), strict=True
-    ):
-        longer = (cast("Axis", ours), *inner)
+    for ours, theirs in zip(reversed(source.order), reversed(target.order), strict=True):
+        longer = (ours, *inner)
         fits = ours in movable and ours == theirs
         if not fits or _items(source, longer) * widest > MAX_ROW_BYTES:
             break
