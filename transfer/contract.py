@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from transfer.errors import PeerLost
 from transfer.layout import Endpoint, Epoch, KVLayout, Landing, Natural
 from transfer.pool import Buffer as Buffer
 
@@ -77,8 +78,21 @@ class Writer(Protocol):
         """
 
 
+class Probe(msgspec.Struct, frozen=True):
+    """How fast a connection proved to be; `bytes_per_second` is 0 where nothing was moved."""
+
+    bytes_per_second: float = 0.0
+    round_trip_seconds: float = 0.0
+
+
 class Sender(Protocol):
     """One per transport in a prefill worker: connections to decode workers, kept and warmed."""
+
+    lost: Callable[[Endpoint, PeerLost], None]
+    """Called on the event loop, once for every connection that was made and has ended.
+
+    Whoever owns the sender sets it.
+    """
 
     async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
         """Meet a peer before any request needs it. Returns the plan in one printable line.
@@ -86,6 +100,15 @@ class Sender(Protocol):
         Raises:
             LayoutMismatch: the pools cannot be converted; says the first reason.
             PeerLost: nobody answers there, or it refused us.
+        """
+
+    async def probe(self, endpoint: Endpoint) -> Probe:
+        """Measure the connection that was made to `endpoint`, with a few MB that reach no pool.
+
+        A transport that cannot move bytes without a landing measures the round trip alone.
+
+        Raises:
+            PeerLost: there is no connection, or it broke.
         """
 
     async def open(self, landing: Landing, source: Source) -> Writer:
@@ -98,6 +121,10 @@ class Sender(Protocol):
 
     async def close(self) -> None:
         """Close every connection. Writers that are open fail with `PeerLost`."""
+
+
+def nobody_cares(endpoint: Endpoint, reason: PeerLost) -> None:
+    """What a sender's `lost` is until somebody sets it."""
 
 
 class Arrival(msgspec.Struct, frozen=True):

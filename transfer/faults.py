@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Literal, Protocol, Self, get_args
 
 import msgspec
 import numpy as np
 
-from transfer.contract import KVSlice, Receipt, Sender, Source, Writer
+from transfer.contract import KVSlice, Probe, Receipt, Sender, Source, Writer
 from transfer.convert import Frame, Tamper
+from transfer.errors import PeerLost
 from transfer.layout import Endpoint, KVLayout, Landing
 from transfer.rows import strides
 
@@ -84,6 +86,19 @@ class FaultySender:
     async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
         """As `Sender.connect`."""
         return await self._inner.connect(endpoint, source, target)
+
+    @property
+    def lost(self) -> Callable[[Endpoint, PeerLost], None]:
+        """As `Sender.lost`."""
+        return self._inner.lost
+
+    @lost.setter
+    def lost(self, told: Callable[[Endpoint, PeerLost], None]) -> None:
+        self._inner.lost = told
+
+    async def probe(self, endpoint: Endpoint) -> Probe:
+        """As `Sender.probe`."""
+        return await self._inner.probe(endpoint)
 
     async def open(self, landing: Landing, source: Source) -> Writer:
         """As `Sender.open`; counts handoffs."""

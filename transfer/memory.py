@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from transfer.contract import Arrival, Buffer, KVSlice, Receipt, Source
+from transfer.contract import Arrival, Buffer, KVSlice, Probe, Receipt, Source, nobody_cares
 from transfer.convert import Conversion, Frame, Tamper, check_part
 from transfer.digest import PrefixDigest, landing_key
 from transfer.errors import LandingGone, PeerLost
@@ -63,6 +63,7 @@ class MemoryReceiver:
         self._delay_seconds = delay_seconds
         self._landing: dict[str, set[asyncio.Future[None]]] = {}
         self._writers: set[MemoryWriter] = set()
+        self.senders: set[MemorySender] = set()
         network.receivers[name] = self
 
     async def __aenter__(self) -> Self:
@@ -106,6 +107,8 @@ class MemoryReceiver:
         self._network.receivers.pop(self._name, None)
         for writer in list(self._writers):
             writer.lose(PeerLost(f"{self._name} was closed"))
+        for sender in list(self.senders):
+            sender.leave(self)
         for landing_id in list(self._landing):
             await self.quiesce(landing_id)
 
@@ -149,9 +152,11 @@ class MemorySender:
     def __init__(self, network: MemoryNetwork, *, allow_unlike_weights: bool = False) -> None:
         """Send to the receivers of `network`."""
         self.tamper: Tamper | None = None
+        self.lost: Callable[[Endpoint, PeerLost], None] = nobody_cares
         self._network = network
         self._allow_unlike_weights = allow_unlike_weights
         self._writers: set[MemoryWriter] = set()
+        self._met: set[MemoryReceiver] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -162,9 +167,17 @@ class MemorySender:
     async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
         """As `Sender.connect`."""
         agreed = self._plan(source, target)
-        if self._network.find(endpoint).layout != target:
+        receiver = self._network.find(endpoint)
+        if receiver.layout != target:
             raise PeerLost(f"{endpoint.address} refused us: it has another layout")
+        receiver.senders.add(self)
+        self._met.add(receiver)
         return agreed.line
+
+    async def probe(self, endpoint: Endpoint) -> Probe:
+        """As `Sender.probe`: there is no distance."""
+        self._network.find(endpoint)
+        return Probe()
 
     async def open(self, landing: Landing, source: Source) -> MemoryWriter:
         """As `Sender.open`."""
@@ -179,6 +192,14 @@ class MemorySender:
         """As `Sender.close`."""
         for writer in list(self._writers):
             writer.lose(PeerLost("this sender was closed"))
+        for receiver in list(self._met):
+            self.leave(receiver)
+
+    def leave(self, receiver: MemoryReceiver) -> None:
+        """The connection to a receiver has ended."""
+        receiver.senders.discard(self)
+        self._met.discard(receiver)
+        self.lost(receiver.endpoint, PeerLost(f"{receiver.endpoint.address} was closed"))
 
     def _plan(self, source: KVLayout, target: KVLayout) -> Plan:
         return plan(source, target, allow_unlike_weights=self._allow_unlike_weights)

@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 
 from transfer.contract import Arrival, KVSlice, Writer
-from transfer.errors import DigestMismatch, LandingGone
-from transfer.layout import Epoch, Landing
+from transfer.errors import DigestMismatch, LandingGone, PeerLost
+from transfer.layout import Endpoint, Epoch, Landing
 from transfer.stage import (
     PATIENCE_SECONDS,
     SOURCE,
@@ -266,6 +266,24 @@ async def an_owner_may_decline(make: MakePair) -> None:
         await refused(stage.hand_over(), LandingGone)
 
 
+async def the_loss_of_a_peer_is_told_once(make: MakePair) -> None:
+    """A receiver that closes is told to the sender's owner, so that they can meet again."""
+    async with make(TARGET) as pair:
+        told: list[Endpoint] = []
+        pair.sender.lost = lambda endpoint, _: told.append(endpoint)
+        endpoint = pair.receiver.endpoint
+        await pair.sender.connect(endpoint, SOURCE, TARGET)
+        await pair.sender.connect(endpoint, SOURCE, TARGET)
+        probe = await pair.sender.probe(endpoint)
+        require(min(probe.bytes_per_second, probe.round_trip_seconds) >= 0, f"measured {probe}")
+        require(not told, "a loss was told of a connection that stands")
+        await pair.receiver.close()
+        await eventually(lambda: bool(told), "nobody was told")
+        await pair.sender.close()
+        require(told == [endpoint], f"what was told is {told}")
+        await refused(pair.sender.connect(endpoint, SOURCE, TARGET), PeerLost)
+
+
 PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     a_handoff_arrives_bit_for_bit,
     every_write_is_noticed,
@@ -288,6 +306,7 @@ PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     no_write_lands_after_quiesce,
     an_id_may_be_expected_again,
     an_owner_may_decline,
+    the_loss_of_a_peer_is_told_once,
 )
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +34,17 @@ class Listener(Protocol):
 class Connection(asyncio.Protocol):
     """One connection, from the handshake on, until it is lost; then it stays lost."""
 
-    def __init__(self, endpoint: Endpoint, backlog_bytes: int, stall_seconds: float) -> None:
-        """Prepare; asyncio connects it."""
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        backlog_bytes: int,
+        stall_seconds: float,
+        mourn: Callable[[Endpoint, PeerLost], None],
+    ) -> None:
+        """Prepare; asyncio connects it. `mourn` is told when it ends after it was welcomed."""
         self._loop = asyncio.get_running_loop()
         self._endpoint = endpoint
+        self._mourn = mourn
         self._stall_seconds = stall_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"tcp-send-{endpoint.address}")
         self._tickets = itertools.count()
@@ -87,6 +95,26 @@ class Connection(asyncio.Protocol):
         """Hear no more of a ticket."""
         self._listeners.pop(ticket, None)
 
+    async def round_trip(self, seconds: float) -> float:
+        """Seconds until a message is answered, at most `seconds`.
+
+        Raises:
+            PeerLost: the connection is lost, or nothing was answered in time.
+        """
+        echo = _Echo(self._loop.create_future())
+        ticket = self.enter(echo)
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(seconds):
+                # An abort of what was never opened is answered, and changes nothing.
+                await self.submit(self.send, wire.Abort(ticket))
+                await echo.heard
+        except (OSError, TimeoutError) as error:
+            raise PeerLost(f"{self._endpoint.address} did not answer: {error!r}") from error
+        finally:
+            self.leave(ticket)
+        return time.monotonic() - begun
+
     def submit(self, job: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
         """Have the thread do `job`, after all earlier ones.
 
@@ -129,6 +157,8 @@ class Connection(asyncio.Protocol):
         self.lost = reason
         if not self.welcomed.done():
             self.welcomed.set_exception(reason)
+        elif not self.welcomed.cancelled():
+            self._mourn(self._endpoint, reason)
         for listener in list(self._listeners.values()):
             listener.lost(reason)
         self._listeners.clear()
@@ -170,6 +200,21 @@ class Connection(asyncio.Protocol):
                 self.welcomed.set_result(None)
         elif listener := self._listeners.get(message.ticket):
             listener.answered(message)
+
+
+class _Echo:
+    """A listener that waits for one answer."""
+
+    def __init__(self, heard: asyncio.Future[None]) -> None:
+        self.heard = heard
+
+    def answered(self, answer: wire.Answer) -> None:
+        if not self.heard.done():
+            self.heard.set_result(None)
+
+    def lost(self, reason: PeerLost) -> None:
+        if not self.heard.done():
+            self.heard.set_exception(reason)
 
 
 class Backlog:

@@ -13,7 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from transfer.contract import KVSlice, Receipt, Source
+from transfer.contract import KVSlice, Probe, Receipt, Source, nobody_cares
 from transfer.convert import Conversion, Frame, Tamper, check_part
 from transfer.digest import PrefixDigest, landing_key
 from transfer.errors import DigestMismatch, LandingGone, PeerLost, TransferError
@@ -42,6 +42,7 @@ class TcpSender:
     ) -> None:
         """Prepare; nothing is connected yet."""
         self.tamper: Tamper | None = None
+        self.lost: Callable[[Endpoint, PeerLost], None] = nobody_cares
         self._secret = secret.encode()
         self._allow_unlike_weights = allow_unlike_weights
         self._backlog_bytes = backlog_bytes
@@ -67,6 +68,13 @@ class TcpSender:
         agreed = self._plan(source, target)
         await self._meet(endpoint, target)
         return agreed.line
+
+    async def probe(self, endpoint: Endpoint) -> Probe:
+        """As `Sender.probe`: the round trip alone."""
+        for (address, _), connection in self._connections.items():
+            if address == endpoint.address:
+                return Probe(round_trip_seconds=await connection.round_trip(self._stall_seconds))
+        raise PeerLost(f"there is no connection to {endpoint.address}")
 
     async def open(self, landing: Landing, source: Source) -> TcpWriter:
         """As `Sender.open`."""
@@ -104,6 +112,9 @@ class TcpSender:
                 self._connections[key] = connection
         return connection
 
+    def _mourn(self, endpoint: Endpoint, reason: PeerLost) -> None:
+        self.lost(endpoint, reason)
+
     def _drop_lost(self) -> None:
         """Forget peers that are gone, so that restarts do not add up."""
         kept = {key: it for key, it in self._connections.items() if it.lost is None}
@@ -116,7 +127,7 @@ class TcpSender:
             host, port = wire.host_and_port(endpoint)
         except ValueError as error:
             raise PeerLost(str(error)) from error
-        connection = Connection(endpoint, self._backlog_bytes, self._stall_seconds)
+        connection = Connection(endpoint, self._backlog_bytes, self._stall_seconds, self._mourn)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_seconds):
