@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check bench-gateway bench-engine \
+.PHONY: help venv dev demo test check test-gpu bench-gateway bench-engine \
 	bench-interference loadtest clean
 
 help: ## Show this list
@@ -43,6 +43,9 @@ check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 		$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec "$$file"; done
 	@for file in $(wildcard deploy/Dockerfile*); do \
 		$(BIN)/hadolint "$$file"; echo "ok -- $$file"; done
+
+test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (with a CUDA build of torch)
+	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation tests/life/test_real_model.py
 
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
 	@exec $(BIN)/python -m loadtest.bench_gateway

@@ -8,6 +8,7 @@ Knows rows, blocks and logits; not requests, workers or the network. Start with
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,9 @@ class EmulationBackend:
     The RoPE pairing is the file's: interleaved for Llama in GGUF (whose Q and K rows are kept
     as they are), half for everything else.
 
-    On `device` "cuda" the pool lives on the device and `pool` is a pinned copy in host memory,
-    brought up to date before a layer is reported ready and read in `ingest`. The copying is
-    tested on the CPU; on a GPU this code has never run.
+    On `device` "cuda" the pool lives on the device and `pool` is a copy in host memory, brought
+    up to date before a layer is reported ready and read in `ingest`. The copying is tested on
+    the CPU; on a GPU this code has never run.
 
     Raises:
         BackendMisconfigured: names the option, or what in the checkpoint is not supported.
@@ -134,6 +135,7 @@ class EmulationBackend:
             with torch.inference_mode():
                 return self._step(batch, ready)
         except (RuntimeError, MemoryError) as error:  # torch's own: out of memory, a lost device
+            self._pool.abandon()
             raise StepFailed(f"the engine could not compute the step: {error}") from error
 
     def _step(self, batch: Items[Row], ready: Ready) -> list[Output]:
@@ -141,11 +143,11 @@ class EmulationBackend:
 
         def written(layer: int) -> None:
             for chunk in plan.chunks:
-                self._pool.publish(chunk.blocks, layer)
-                ready(chunk.row, layer)
+                self._pool.publish(chunk.blocks, layer, partial(ready, chunk.row, layer))
 
         states = self._model.forward(plan, self._pool, written)
         self._publish_decoded(batch)
+        self._pool.settle()
         sampled = self._sample(batch, plan, states)
         return [
             Output(tokens, self._prompt_logprobs(row, states[place]))

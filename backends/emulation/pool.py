@@ -11,11 +11,14 @@ of a block whenever a sequence starts to write into it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from backends.api import allocate
+from backends.emulation.staging import Staging
 from transfer.layout import DType, KVLayout
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
@@ -29,11 +32,15 @@ _UNKNOWN = -1
 Indexes = npt.NDArray[np.int64]
 
 
+def _nobody() -> None:
+    """Hears that something has landed."""
+
+
 class PagedPool:
     """`blocks` blocks of KV on `device`, and the buffer in host memory that others see.
 
-    With `shadow` (needed where the device is not the CPU) that buffer is a copy in pinned
-    memory: `publish` brings it up to date, `ingest` takes what others wrote there. Otherwise
+    With `shadow` (needed where the device is not the CPU) that buffer is a copy: `publish`
+    brings it up to date, `ingest` takes what others wrote there (see `staging.py`). Otherwise
     the two are the same memory.
     """
 
@@ -45,11 +52,10 @@ class PagedPool:
         nbytes = layout.block_bytes * blocks
         self.buffer = allocate(nbytes)
         host = torch.from_numpy(self.buffer)
-        if device != "cpu":
-            _pin(host)
         raw = torch.zeros(nbytes, dtype=torch.uint8, device=device) if self.shadowed else host
         self._host = self._canonical(host, blocks)
         self.canonical = self._canonical(raw, blocks)
+        self._staging = Staging(self.canonical, self._host) if self.shadowed else None
         numbers = raw.view(TORCH_DTYPES[layout.dtype])
         self.by_token = layout.axes.split()[-2] != "token"
         run = layout.head_dim * (1 if self.by_token else layout.block_tokens)
@@ -122,36 +128,39 @@ class PagedPool:
 
     # ---- the host's side -------------------------------------------------------------------
 
-    def publish(self, blocks: torch.Tensor, layer: int | None = None) -> None:
-        """Bring the host's copy of these blocks up to date, in one layer or in all."""
-        if self.shadowed:
-            span = slice(None) if layer is None else slice(layer, layer + 1)
-            self._host[span, :, blocks.cpu()] = self.canonical[span, :, blocks].cpu()
+    def publish(
+        self, blocks: torch.Tensor, layer: int | None = None, landed: Callable[[], None] = _nobody
+    ) -> None:
+        """Bring the host's copy of these blocks up to date, in one layer or in all.
+
+        `landed` is called once that is so: here, or in a later call or `settle`.
+        """
+        if self._staging is None:
+            landed()
+            return
+        layers = slice(None) if layer is None else slice(layer, layer + 1)
+        self._staging.send(layers, blocks, landed)
+
+    def settle(self) -> None:
+        """Return when all that was published is in the host's copy."""
+        if self._staging is not None:
+            self._staging.collect(leave=0)
+
+    def abandon(self) -> None:
+        """Forget what was published and has not landed: its step failed."""
+        if self._staging is not None:
+            self._staging.abandon()
 
     def ingest(self, blocks: Indexes) -> None:
         """Take these blocks from the host's copy; others wrote them."""
         self._filled[blocks] = _UNKNOWN
-        if self.shadowed:
-            index = torch.from_numpy(blocks)
-            taken = self._host[:, :, index].to(self.canonical.device)
-            self.canonical[:, :, index.to(self.canonical.device)] = taken
+        if self._staging is not None:
+            self._staging.fetch(torch.from_numpy(blocks))
 
     def copy(self, sources: Indexes, targets: Indexes) -> None:
         """Copy blocks, all layers, in the engine's memory and in the host's."""
         self._filled[targets] = self._filled[sources]
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
             self.canonical[:, :, target] = self.canonical[:, :, source]
-            if self.shadowed:
+            if self._staging is not None:
                 self._host[:, :, target] = self._host[:, :, source]
-
-
-def _pin(memory: torch.Tensor) -> None:
-    """Let CUDA copy from and to this memory without a detour.
-
-    Raises:
-        RuntimeError: CUDA refuses.
-    """
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-    if int(code):
-        raise RuntimeError(f"{memory.nbytes} bytes of host memory cannot be pinned: error {code}")

@@ -6,8 +6,7 @@ import pytest
 import torch
 import transformers
 
-from backends.emulation import EmulationBackend
-from tests.emulation.desk import Desk, bundled_model
+from tests.emulation.desk import Desk, bundled_model, engine
 
 # Threads of one process wait for each other by spinning; beside other tests that costs more than
 # a second core gives.
@@ -80,7 +79,7 @@ def tiny(tiny_folder):
 
     def make(**options) -> Desk:
         wanted = {"dtype": "float32", "pool_tokens": 2048, **options}
-        made.append(EmulationBackend(model=str(tiny_folder), **wanted))
+        made.append(engine(model=str(tiny_folder), **wanted))
         return Desk(made[-1], seed=len(made))
 
     yield make
@@ -91,13 +90,13 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="session")
 def real():
     """The bundled model in float32, in the decode worker's default layout."""
-    return Desk(EmulationBackend(model=bundled_model(), dtype="float32", pool_tokens=8192))
+    return Desk(engine(model=bundled_model(), dtype="float32", pool_tokens=8192))
 
 
 @pytest.fixture(scope="session")
 def real_elsewhere():
     """The same in the prefill worker's default layout."""
-    backend = EmulationBackend(
+    backend = engine(
         model=bundled_model(),
         dtype="float32",
         pool_tokens=4096,

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from backends.api import Row, Sampled, Sampling, Sequence, SteppedBackend
+from backends.emulation import EmulationBackend
 
 GREEDY = Sampling(temperature=0.0)
+DEVICE = os.environ.get("BATON_TEST_DEVICE", "cpu")
+"""Where the engine computes: `make test-gpu` runs the same tests on `cuda`."""
+
+
+def engine(**options: object) -> EmulationBackend:
+    """An engine on the device under test."""
+    return EmulationBackend(**{"device": DEVICE, **options})
 
 
 def bundled_model() -> str:

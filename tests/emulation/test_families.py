@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from backends.api import Row, Sampling
-from backends.emulation import EmulationBackend
-from tests.emulation.desk import Desk, Line, nothing, prompts
+from tests.emulation.desk import Desk, Line, engine, nothing, prompts
 
 LENGTHS = 6
 
@@ -25,7 +24,7 @@ def expected(model, tokens) -> np.ndarray:
 
 
 def desk(folder, **options) -> Desk:
-    return Desk(EmulationBackend(model=str(folder), dtype="float32", pool_tokens=2048, **options))
+    return Desk(engine(model=str(folder), dtype="float32", pool_tokens=2048, **options))
 
 
 def test_the_next_token_has_the_probabilities_of_transformers(family):
@@ -106,7 +105,7 @@ def test_weights_stored_in_half_precision_load_in_any(tiny_folder, tmp_path):
 
 def test_identity_is_the_checkpoints_whatever_the_engine_makes_of_it(tiny_folder, tmp_path):
     one = desk(tiny_folder, block_tokens=4, rope="interleaved").backend.info.layout
-    other = EmulationBackend(model=str(tiny_folder), dtype="bfloat16", pool_tokens=64).info.layout
+    other = engine(model=str(tiny_folder), dtype="bfloat16", pool_tokens=64).info.layout
     assert one.model == other.model
     assert (one.weights, other.weights) == ("float32", "bfloat16")
 

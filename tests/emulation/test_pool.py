@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from backends.emulation.pool import PagedPool
+from backends.emulation.staging import Staging, _Copy
 from backends.emulation.synthetic import SyntheticBackend
 from transfer.layout import KVLayout
 from transfer.shared_memory import attach, segment_of
@@ -68,6 +69,63 @@ def test_a_new_block_is_cleared_behind_what_is_written_and_no_further():
     pool.ingest(np.array([2]))
     pool.begin(np.array([2]), np.array([3]), np.array([3]))
     assert (pool.canonical[:, :, 2, 4:] == 0).all(), "others wrote it: cleared"
+
+
+class Ending:
+    """A copy's end, as CUDA tells it."""
+
+    def __init__(self):
+        self.over = False
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        self.over = True
+
+
+def test_copies_under_way_land_in_order_once_they_have_ended():
+    device, host = torch.ones(3, 2, 4, 5), torch.zeros(3, 2, 4, 5)
+    staging, heard = Staging(device, host), []
+    endings = [Ending(), Ending()]
+    for layer, ending in enumerate(endings):
+        span, block = slice(layer, layer + 1), torch.tensor([2])
+        staged = torch.full((1, 2, 1, 5), 7.0 + layer)
+        copy = _Copy(span, block, staged, ending, lambda layer=layer: heard.append(layer))
+        staging._under_way.append(copy)
+    endings[1].over = True
+    staging.collect(leave=2)
+    assert not heard
+    assert not host.any()
+    staging.collect(leave=1)
+    assert heard == [0, 1]
+    assert (host[0, :, 2] == 7).all()
+    assert (host[1, :, 2] == 8).all()
+    assert host.sum() == 10 * (7 + 8)
+    staging._under_way.append(copy)
+    staging.abandon()
+    staging.collect(leave=0)
+    assert heard == [0, 1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_travel_from_the_device_and_back(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here; `make test-gpu` says what has run on one")
+    pool = torch.randn(3, 2, 4, 5, 2, 8).to(device)
+    host, heard = torch.zeros(pool.shape), []
+    staging, blocks = Staging(pool, host), torch.tensor([3, 1])
+    for layer in range(3):
+        staging.send(slice(layer, layer + 1), blocks.to(device), lambda: heard.append(len(heard)))
+    before = pool.cpu().clone()
+    pool[:, :, blocks.to(device)] = 0
+    staging.collect(leave=0)
+    assert heard == [0, 1, 2]
+    assert torch.equal(host[:, :, blocks], before[:, :, blocks])
+    assert not host[:, :, [0, 2]].any()
+    staging.fetch(blocks)
+    host.zero_()
+    assert torch.equal(pool.cpu(), before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

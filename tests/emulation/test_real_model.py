@@ -10,11 +10,10 @@ import torch
 import transformers
 
 from backends.api import Sampling
-from backends.emulation import EmulationBackend
 from backends.emulation.gguf_file import GGUFCheckpoint
 from backends.emulation.huggingface import _IN_LAYER, _TOP
 from backends.emulation.rope import repaired
-from tests.emulation.desk import Desk, Line, bundled_model, hand_over, nothing, prompts
+from tests.emulation.desk import Desk, Line, bundled_model, engine, hand_over, nothing, prompts
 from tests.support.margin import assert_same_or_near_tie
 
 pytestmark = pytest.mark.slow
@@ -84,9 +83,7 @@ def test_probabilities_are_those_of_transformers(real, reference):
 
 
 def test_the_hugging_face_folder_of_the_same_weights_gives_the_same_text(real, reference):
-    folder = Desk(
-        EmulationBackend(model=str(reference[1]), dtype="float32", pool_tokens=512), seed=3
-    )
+    folder = Desk(engine(model=str(reference[1]), dtype="float32", pool_tokens=512), seed=3)
     assert folder.backend.info.layout.rope == "half"
     assert real.backend.info.layout.rope == "interleaved"
     prompt = prompts(5, VOCABULARY, 100)[-1]
@@ -157,7 +154,7 @@ def distributions(desk: Desk, text: list[int]) -> np.ndarray:
     ids=str,
 )
 def test_a_lower_precision_changes_the_distribution_by_less_than_its_bound(real, precision, bound):
-    other = Desk(EmulationBackend(model=bundled_model(), pool_tokens=256, **precision))
+    other = Desk(engine(model=bundled_model(), pool_tokens=256, **precision))
     divergences: list[float] = []
     for prompt in prompts(2, VOCABULARY, 8):
         text = [*prompt, *real.run(prompt, 8)]

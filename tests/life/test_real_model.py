@@ -8,7 +8,7 @@ import pytest
 
 from backends.emulation import EmulationBackend
 from backends.protocol import Sampling
-from tests.emulation.desk import Desk, bundled_model
+from tests.emulation.desk import Desk, bundled_model, engine
 from tests.life.cluster import DECODE, PREFILL, Cluster, Heard, cluster
 from tests.support.margin import assert_same_or_near_tie
 
@@ -30,17 +30,15 @@ class Kept:
 
 
 def make(**options: object) -> EmulationBackend:
-    return EmulationBackend(
-        model=bundled_model(), dtype="float32", threads=1, pool_tokens=8192, **options
-    )
+    return engine(model=bundled_model(), dtype="float32", threads=1, pool_tokens=8192, **options)
 
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[dict[str, EmulationBackend]]:
     made = {"p": make(**PREFILL), "d": make(**DECODE), "b": make(**DECODE)}
     yield made
-    for engine in made.values():
-        engine.close()
+    for each in made.values():
+        each.close()
 
 
 @pytest.fixture
