@@ -6,35 +6,31 @@ landing, so that each end goes through its own memory in its own order, and neit
 of an earlier handoff nor anything in a wrong place agrees. Both ends use `PrefixDigest`: the
 sender reads its source (not what it converted to send), the receiver its own pool.
 
-The tile hash is multilinear: the words of a tile times secret random factors, modulo 2**64, once
-whole and once only their upper halves (which the first sum does not see well). Two unlike tiles
-agree with a probability of about 2**-33 in each tile, for anyone who does not know the landing's
-secret. What remains of a tile is then mixed with its place before it is added up.
+A tile is hashed by NH on 32-bit words, twice with independent keys. NH is 2**-32-almost universal
+on strings of equal length (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, CRYPTO 1999, theorem
+4.2), so two unlike tiles agree in both with a probability of at most 2**-64, for anyone who does
+not know the landing's secret. Both hashes and the place then go through one-to-one mixing before
+they are added up: a single tile that hashes differently always shows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
 
-import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from transfer.contract import Buffer, KVSlice
-from transfer.convert import CACHED_ROWS, check_part
+from transfer.convert import check_part
+from transfer.kernels import I64, U64, add_tiles
 from transfer.layout import Landing
 from transfer.plan import Plan
-from transfer.rounding import cast, pair
-from transfer.rows import WORD, Addresses, Rows, Words, table
+from transfer.pool import Pool
+from transfer.rows import Side, Walks
 
-U64 = NDArray[np.uint64]
-
-PIECE_BYTES = 1 << 19
 DIGEST_BYTES = 16
 TOKEN_BITS = 32
-ODD = np.uint64(0x9E3779B97F4A7C15)
+"""Places of neighbouring heads are so many bits apart."""
 
 
 class PrefixDigest:
@@ -56,17 +52,15 @@ class PrefixDigest:
         """
         self._plan = plan
         self._tokens = tokens
-        self._rows = table(pool, plan.source, pool_blocks, ("dim",))
-        self._where = Addresses(plan.source, pool_blocks, blocks, tokens, ("dim",))
-        words = -(-plan.target.head_dim * plan.target.item_bytes // 8)
-        self._key = _Key(key, words)
-        self._piece_rows = max(1, PIECE_BYTES // (words * 8))
-        # 64-bit words for alignment; the numbers of the source are gathered into a view of it.
-        wide = -(-plan.source.head_dim * plan.source.item_bytes // 8)
-        self._scratch = np.empty(self._piece_rows * wide, dtype=np.uint64)
-        self._cached = (0, 0)
-        self._pieces: list[_Piece] = []
-        self._lanes = [0, 0]
+        self._pool = Pool.of(plan.source, pool_blocks, pool)
+        self._where = Side.of(plan.source, pool_blocks, blocks, tokens)
+        self._places = _places(plan, tokens)
+        tile_bytes = plan.source.head_dim * plan.source.item_bytes
+        # From places to memory, in the order of memory.
+        self._walks = Walks(self._places, self._where, plan.counts, ("dim",), (1, tile_bytes))
+        self._keys = _keys(key, -(-plan.target.head_dim * plan.target.item_bytes // 8))
+        self._scratch = np.empty(3 * plan.scratch_bytes, np.uint8)
+        self._sums: U64 = np.zeros(2, np.uint64)
 
     def add(self, part: KVSlice) -> None:
         """Add one slice.
@@ -78,120 +72,48 @@ class PrefixDigest:
         self._add(part.layer, part.layer + 1, part.start, part.end)
 
     def add_all(self) -> None:
-        """Add the whole prefix; of a short one, several layers at a time."""
-        layers = self._plan.target.layers
-        step = max(1, self._piece_rows // (self._tokens * self._where.rows_per_token))
-        for first in range(0, layers, step):
-            self._add(first, min(layers, first + step), 0, self._tokens)
-
-    def _add(self, first: int, last: int, start: int, end: int) -> None:
-        """Add tokens `start` to `end` of layers `first` to `last`, all ends exclusive."""
-        layers = np.arange(first, last, dtype=np.int64)[:, None]
-        layer_places = layers.astype(np.uint64) * np.uint64(
-            (2 * self._plan.target.kv_heads) << TOKEN_BITS
-        )
-        for piece in self._pieces_of(start, end):
-            rows = (layers * self._where.layer_rows + piece.rows).reshape(-1)
-            keys = None if piece.keys is None else np.tile(piece.keys, last - first)
-            tiles = self._gather(rows, keys)
-            sums = self._key.sums(tiles, (layer_places + piece.places).reshape(-1))
-            for lane, total in enumerate(sums):
-                self._lanes[lane] = (self._lanes[lane] + total) % (1 << 64)
+        """Add the whole prefix."""
+        self._add(0, self._plan.target.layers, 0, self._tokens)
 
     def result(self) -> bytes:
         """The sum so far."""
-        return struct.pack(">QQ", *self._lanes)
+        return struct.pack(">QQ", *self._sums.tolist())
 
-    def _gather(self, rows: Rows, keys: NDArray[np.bool_] | None) -> U64:
-        """The tiles at `rows` as the target has them, in 64-bit words; scratch memory."""
-        plan = self._plan
-        words: Words = self._scratch.view(WORD[plan.source.item_bytes])
-        words = words[: len(rows) * plan.source.head_dim].reshape(len(rows), -1)
-        np.take(self._rows, rows, axis=0, out=words, mode="clip")
-        if plan.pairing and keys is not None:
-            words[keys] = pair(words[keys], plan.pairing)
-        if plan.cast:
-            words = cast(words, *plan.cast)
-        tile_bytes = plan.target.head_dim * plan.target.item_bytes
-        if tile_bytes % 8:
-            padded = np.zeros((len(rows), -(-tile_bytes // 8) * 8), dtype=np.uint8)
-            padded[:, :tile_bytes] = words.view(np.uint8)
-            return padded.view(np.uint64)
-        return words.view(np.uint64)
-
-    def _pieces_of(self, start: int, end: int) -> Iterator[_Piece]:
-        """Rows and places of layer 0, in pieces; kept, as the next layer usually asks the same."""
-        if self._cached == (start, end):
-            yield from self._pieces
-            return
-        tokens = max(1, self._piece_rows // self._where.rows_per_token)
-        keep = (end - start) * self._where.rows_per_token <= CACHED_ROWS
-        made: list[_Piece] = []
-        for first in range(start, end, tokens):
-            for piece in self._make(first, min(end, first + tokens)):
-                if keep:
-                    made.append(piece)
-                yield piece
-        if keep:
-            self._cached, self._pieces = (start, end), made
-
-    def _make(self, start: int, end: int) -> Iterator[_Piece]:
-        rows = self._where.rows(start, end)
-        kv, token, head = np.ix_(
-            np.arange(2, dtype=np.uint64),
-            np.arange(start, end, dtype=np.uint64),
-            np.arange(rows.shape[2], dtype=np.uint64),
+    def _add(self, first: int, last: int, start: int, end: int) -> None:
+        """Add tokens `start` to `end` of layers `first` to `last`, all ends exclusive."""
+        way = self._walks.over(start, end)
+        add_tiles(
+            way.strips,
+            way.steps[1],
+            way.steps[0],
+            first,
+            last,
+            (self._pool.region_bytes, self._where.step["layer"]),
+            self._places.step["layer"],
+            self._pool.bases,
+            self._plan.form,
+            self._keys,
+            self._scratch.ctypes.data,
+            self._sums,
         )
-        heads = np.uint64(rows.shape[2])
-        places = (((kv * heads + head) << np.uint64(TOKEN_BITS)) + token).reshape(-1)
-        keys = (places >> np.uint64(TOKEN_BITS)) < heads
-        rows = rows.reshape(-1)
-        for first in range(0, len(rows), self._piece_rows):
-            cut = slice(first, first + self._piece_rows)
-            yield _Piece(rows[cut], places[cut], keys[cut] if self._plan.pairing else None)
 
 
-class _Piece(msgspec.Struct, frozen=True, eq=False):
-    """Tiles of a slice, the same for every layer but for a constant."""
+def _places(plan: Plan, tokens: int) -> Side:
+    """The canonical places as if they were memory: (layer, K or V, head, token), one for each."""
+    heads = 1 << TOKEN_BITS
+    planes = plan.target.kv_heads * heads
+    step = {"layer": 2 * planes, "kv": planes, "head": heads, "block": 0, "token": 1}
+    block: I64 = np.zeros(1, np.int64)
+    return Side(("layer", "kv", "head", "block", "token", "dim"), (), step, block, tokens, 1)
 
-    rows: Rows
-    places: U64
-    keys: NDArray[np.bool_] | None
 
-
-class _Key:
-    """The random factors of one landing."""
-
-    def __init__(self, key: bytes, words: int) -> None:
-        stream = hashlib.shake_256(b"baton digest 1" + key).digest(8 * (2 * words + 1))
-        numbers: U64 = np.frombuffer(stream, dtype="<u8").astype(np.uint64)
-        self._whole = numbers[:words] | np.uint64(1)
-        self._upper = numbers[words : 2 * words] | np.uint64(1)
-        self._seed = numbers[-1]
-
-    def sums(self, tiles: U64, places: U64) -> tuple[int, int]:
-        """Hash each tile with its place and add up, in two lanes. Destroys `tiles`."""
-        whole: U64 = np.einsum("ij,j->i", tiles, self._whole)
-        tiles >>= np.uint64(32)
-        upper: U64 = np.einsum("ij,j->i", tiles, self._upper)
-        places *= ODD
-        places += self._seed
-        first = _mix(places + whole)
-        second = _mix(first + upper)
-        return int(np.add.reduce(first)), int(np.add.reduce(second))
+def _keys(key: bytes, words: int) -> U64:
+    """The random factors of one landing; the last is the seed."""
+    stream = hashlib.shake_256(b"baton digest 2" + key).digest(8 * (4 * words + 1))
+    return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
 
 
 def landing_key(landing: Landing) -> bytes:
     """What makes this landing's digest unlike that of every other."""
     epoch = struct.pack(">QQ", landing.epoch.incarnation, landing.epoch.counter)
     return epoch + struct.pack(">I", len(landing.secret)) + landing.secret + landing.id.encode()
-
-
-def _mix(values: U64) -> U64:
-    """Spread every bit over all others, one to one (the finaliser of SplitMix64)."""
-    values = values ^ (values >> np.uint64(30))
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values

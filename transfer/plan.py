@@ -6,7 +6,7 @@ Pure and cached; touches no memory. `convert.py` and `digest.py` carry a plan ou
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal
 
@@ -14,6 +14,7 @@ import msgspec
 
 from transfer.errors import LayoutMismatch
 from transfer.layout import ITEM_BYTES, Axis, DType, KVLayout
+from transfer.rounding import KIND, SAME, TO_HALF, TO_INTERLEAVED
 
 MAX_ROW_BYTES = 1 << 20
 """The smallest unit that is moved may not be larger than this."""
@@ -21,7 +22,7 @@ MAX_ROW_BYTES = 1 << 20
 Pairing = Literal["half to interleaved", "interleaved to half"]
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, dict=True):
     """How numbers of the source pool become numbers of the target pool.
 
     `inner` are the innermost axes that are alike in both: one *row* is a run over them,
@@ -45,6 +46,46 @@ class Plan(msgspec.Struct, frozen=True):
     def row_items(self) -> int:
         """Numbers in one row."""
         return _items(self.target, self.inner)
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Length of a row, at the source and at the target."""
+        items = self.row_items
+        return items * self.source.item_bytes, items * self.target.item_bytes
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether bytes are only put elsewhere: no number is rounded, none paired anew."""
+        return self.cast is None and self.pairing is None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many planes and heads there are."""
+        return {"kv": 2, "head": self.target.kv_heads}
+
+    @property
+    def layer_token_bytes(self) -> int:
+        """Bytes of one token in one layer of the target."""
+        return self.target.token_bytes // self.target.layers
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Room that the kernels need to convert one row."""
+        return 0 if self.verbatim else 8 * self.row_items
+
+    @cached_property
+    def form(self) -> tuple[int, int, int, int, int, int]:
+        """The conversion of one number, as the kernels want it told."""
+        how = {None: SAME, "half to interleaved": TO_INTERLEAVED, "interleaved to half": TO_HALF}
+        source, target = self.source, self.target
+        return (
+            how[self.pairing],
+            KIND[source.dtype],
+            source.item_bytes,
+            KIND[target.dtype],
+            target.item_bytes,
+            target.head_dim,
+        )
 
     @property
     def run_bytes(self) -> int:

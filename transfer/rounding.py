@@ -1,79 +1,132 @@
-"""Round numbers from one dtype to another and permute RoPE pairs, on unsigned words.
+"""Numbers of one dtype as those of another, and RoPE pairs in another order: compiled.
 
-`bfloat16`, which numpy lacks, is handled as the upper half of a float32. Rounding is to nearest,
-ties to even. Every NaN comes out as the one quiet NaN of its sign wherever hardware and software
-would disagree about its payload, so that two machines round alike to the bit.
+Everything goes through float32. Rounding is to nearest, ties to even. A number too large for
+float16 or bfloat16 becomes infinite. Every NaN comes out as the one quiet NaN of its sign, so
+that two machines round alike to the bit, whatever their hardware does with a NaN's payload.
 """
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
 import numpy as np
 
-from transfer.layout import ITEM_BYTES, DType
-from transfer.plan import Pairing
-from transfer.rows import WORD, Words
+from transfer.layout import DType
+from transfer.raw import (
+    as_bits,
+    as_float,
+    compiled,
+    copy,
+    inlined,
+    load8,
+    load16,
+    load32,
+    store8,
+    store16,
+    store32,
+)
 
-CHUNK = 16384
-"""Numbers rounded at a time: what lies between the steps stays in the nearest cache."""
+KIND: dict[DType, int] = {"float32": 0, "float16": 1, "bfloat16": 2}
+"""How the kernels call a dtype."""
 
+FLOAT32, FLOAT16, BFLOAT16 = KIND.values()
 
-def cast(words: Words, source: DType, target: DType) -> Words:
-    """Numbers of type `source` as numbers of type `target`, both as words; shape is kept."""
-    if source == target:
-        return words
-    flat = words.reshape(-1)
-    rounded: Words = np.empty(flat.size, dtype=WORD[ITEM_BYTES[target]])
-    for first in range(0, flat.size, CHUNK):
-        piece = slice(first, first + CHUNK)
-        rounded[piece] = _narrow(_widen(flat[piece], source), target)
-    return rounded.reshape(words.shape)
+SAME, TO_INTERLEAVED, TO_HALF = 0, 1, 2
+"""How the kernels call what is done to the pairs of K."""
 
-
-def pair(words: Words, pairing: Pairing) -> Words:
-    """Permute the last axis from one RoPE pairing to the other."""
-    half = words.shape[-1] // 2
-    outer = words.shape[:-1]
-    split = (2, half) if pairing == "half to interleaved" else (half, 2)
-    return words.reshape(*outer, *split).swapaxes(-1, -2).reshape(words.shape)
-
-
-def _widen(words: Words, source: DType) -> Words:
-    """As words of float32."""
-    if source == "float32":
-        return words
-    if source == "bfloat16":
-        return words.astype(np.uint32) << np.uint32(16)
-    wide: Words = words.view(np.float16).astype(np.float32).view(np.uint32)
-    nan = (words & np.uint16(0x7FFF)) > 0x7C00
-    if nan.any():
-        sign = words[nan].astype(np.uint32) & np.uint32(0x8000)
-        wide[nan] = (sign << np.uint32(16)) | np.uint32(0x7FC00000)
-    return wide
+U32 = np.uint32
+MAGNITUDE = U32(0x7FFFFFFF)
+QUIET = U32(0x7FC00000)
+INFINITE = U32(0x7F800000)
 
 
-def _narrow(wide: Words, target: DType) -> Words:
-    """From words of float32."""
-    if target == "float32":
-        return wide
-    if target == "bfloat16":
-        rounded = (wide >> np.uint32(16)) & np.uint32(1)
-        rounded += np.uint32(0x7FFF)
-        rounded += wide
-        narrow: Words = _upper_halves(rounded)
-        quiet = 0x7FC0
-    else:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            narrow = wide.view(np.float32).astype(np.float16).view(np.uint16)
-        quiet = 0x7E00
-    nan = np.isnan(wide.view(np.float32))
-    if nan.any():
-        sign = (wide[nan] >> np.uint32(16)).astype(np.uint16) & np.uint16(0x8000)
-        narrow[nan] = sign | np.uint16(quiet)
+@inlined
+def _half_to_float(half: Any) -> Any:
+    sign = U32(U32(half & U32(0x8000)) << U32(16))
+    shifted = U32(U32(half & U32(0x7FFF)) << U32(13))
+    # Moves the exponent's bias from 15 to 127, subnormal numbers included.
+    bits = as_bits(as_float(shifted) * as_float(U32(0x77800000)))
+    if U32(half & U32(0x7C00)) == U32(0x7C00):
+        bits = INFINITE if U32(half & U32(0x3FF)) == 0 else QUIET
+    return U32(bits | sign)
+
+
+@inlined
+def _float_to_half(bits: Any) -> Any:
+    """After F. Giesen's float_to_half_fast3_rtne."""
+    sign = U32(U32(bits >> U32(16)) & U32(0x8000))
+    size = U32(bits & MAGNITUDE)
+    odd = U32(U32(size >> U32(13)) & U32(1))
+    narrow = U32(U32(size + U32(0xC8000FFF) + odd) >> U32(13))
+    if size < U32(113 << 23):  # subnormal: the adder rounds
+        magic = U32(126 << 23)
+        narrow = U32(as_bits(as_float(size) + as_float(magic)) - magic)
+    if size >= U32(143 << 23):
+        narrow = U32(0x7E00) if size > INFINITE else U32(0x7C00)
+    return U32(narrow | sign)
+
+
+@inlined
+def _float_to_brain(bits: Any) -> Any:
+    odd = U32(U32(bits >> U32(16)) & U32(1))
+    narrow = U32(U32(bits + U32(0x7FFF) + odd) >> U32(16))
+    if U32(bits & MAGNITUDE) > INFINITE:
+        narrow = U32(U32(U32(bits >> U32(16)) & U32(0x8000)) | U32(0x7FC0))
     return narrow
 
 
-def _upper_halves(wide: Words) -> Words:
-    upper = 1 if sys.byteorder == "little" else 0
-    return np.ascontiguousarray(wide.view(np.uint16).reshape(*wide.shape, 2)[..., upper])
+@compiled
+def widen(kind: int, source: int, target: int, count: int) -> None:
+    """Turn `count` numbers of a kind at address `source` into float32 at `target`."""
+    if kind == FLOAT16:
+        for i in range(count):
+            store32(target, i, _half_to_float(U32(load16(source, i))))
+    elif kind == BFLOAT16:
+        for i in range(count):
+            store32(target, i, U32(U32(load16(source, i)) << U32(16)))
+    else:
+        copy(target, source, count * 4)
+
+
+@compiled
+def narrow(kind: int, source: int, target: int, count: int) -> None:
+    """Round `count` numbers of float32 at address `source` to a kind at `target`."""
+    if kind == FLOAT16:
+        for i in range(count):
+            store16(target, i, np.uint16(_float_to_half(load32(source, i))))
+    elif kind == BFLOAT16:
+        for i in range(count):
+            store16(target, i, np.uint16(_float_to_brain(load32(source, i))))
+    else:
+        copy(target, source, count * 4)
+
+
+@compiled
+def pair(how: int, item_bytes: int, source: int, target: int, count: int) -> None:
+    """Put the `count` numbers of one head vector into the order of the other RoPE pairing."""
+    half = count // 2
+    if how == TO_INTERLEAVED:
+        if item_bytes == 4:
+            for i in range(half):
+                store32(target, 2 * i, load32(source, i))
+                store32(target, 2 * i + 1, load32(source, half + i))
+        elif item_bytes == 2:
+            for i in range(half):
+                store16(target, 2 * i, load16(source, i))
+                store16(target, 2 * i + 1, load16(source, half + i))
+        else:
+            for i in range(half):
+                store8(target, 2 * i, load8(source, i))
+                store8(target, 2 * i + 1, load8(source, half + i))
+    elif item_bytes == 4:
+        for i in range(half):
+            store32(target, i, load32(source, 2 * i))
+            store32(target, half + i, load32(source, 2 * i + 1))
+    elif item_bytes == 2:
+        for i in range(half):
+            store16(target, i, load16(source, 2 * i))
+            store16(target, half + i, load16(source, 2 * i + 1))
+    else:
+        for i in range(half):
+            store8(target, i, load8(source, 2 * i))
+            store8(target, half + i, load8(source, 2 * i + 1))

@@ -1,42 +1,35 @@
-"""Where the rows of a prefix lie in a pool, as arrays of numbers.
+"""Where the rows of a prefix lie, and how to walk from one pool's to another's.
 
-A row is a contiguous run over a layout's innermost axes; a pool is then a table of rows, and
-gathering a prefix in any order is one indexed copy. Knows neither what the numbers mean nor
-where they go.
+A *row* is a run over a layout's innermost axes, contiguous on both sides; a *strip* is a few rows
+whose distance is constant on either side; a *walk* is all strips of a slice, in the order of the
+target. It is the same for every layer but for a constant, so it is made for layer 0 and kept.
+Knows neither what the numbers mean nor where memory is: all offsets are bytes (or places, see
+`digest.py`) in a flat, virtual array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer.kernels import COUNT, I64, PLANE, SOURCE, TARGET, copy_runs
 from transfer.layout import Axis, KVLayout
-
-Rows = NDArray[np.int64]
-Words = NDArray[Any]
 
 MAX_POOL_BYTES = 1 << 62
 """Beyond this, places would not fit into 64 bits."""
 
-WORD: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
+STRIP_BYTES = 1 << 20
+"""The most that one strip holds, unless a single row is more."""
 
 
-def table(pool: Any, layout: KVLayout, pool_blocks: int, inner: tuple[Axis, ...]) -> Words:
-    """The whole pool as a table of rows, without copying; numbers appear as unsigned words.
-
-    Raises:
-        ValueError: the buffer's length is not that of `pool_blocks` blocks.
-    """
-    flat = np.frombuffer(pool, dtype=np.uint8)
-    if flat.size != pool_blocks * layout.block_bytes:
-        raise ValueError(
-            f"pool: {flat.size} bytes are not {pool_blocks} blocks of {layout.block_bytes}"
-        )
-    return flat.view(WORD[layout.item_bytes]).reshape(-1, row_items(layout, inner))
+KEPT_STRIPS = 1 << 18
+"""Walks are kept up to so many strips; each takes 32 bytes, and as much again for its runs."""
 
 
 def row_items(layout: KVLayout, inner: Iterable[Axis]) -> int:
@@ -55,67 +48,193 @@ def strides(layout: KVLayout, pool_blocks: int) -> dict[str, int]:
     return apart
 
 
-class Addresses:
-    """Row numbers of one prefix in one pool, layer 0.
+class Side(msgspec.Struct, frozen=True, eq=False):
+    """How one prefix lies in a flat array: in `blocks` of `block_tokens` tokens each.
 
-    `layer_rows` leads to the same row of the next layer, and at every multiple of `wrap_rows` a
-    new round over all blocks begins.
+    `order` are its axes and `apart` those of them that lead to another region; `step` is how far
+    apart neighbours along an axis are. At every multiple of `wrap` a new round over all blocks
+    begins: what lies on either side of it is not one run.
     """
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        pool_blocks: int,
-        blocks: tuple[int, ...],
-        tokens: int,
-        inner: tuple[Axis, ...],
-    ) -> None:
-        """Take note of where the prefix lies.
+    order: tuple[Axis, ...]
+    apart: tuple[Axis, ...]
+    step: Mapping[str, int]
+    blocks: I64
+    block_tokens: int
+    wrap: int
+
+    @classmethod
+    def of(cls, layout: KVLayout, pool_blocks: int, blocks: tuple[int, ...], tokens: int) -> Side:
+        """Where `tokens` tokens in `blocks` of a pool lie, in bytes.
 
         Raises:
             ValueError: the blocks are too few for the tokens, or not all of the pool.
         """
         if pool_blocks * layout.block_bytes >= MAX_POOL_BYTES:
             raise ValueError(f"pool_blocks: {pool_blocks} is more than memory can hold")
-        self._layout = layout
-        self._blocks = np.asarray(blocks, dtype=np.int64)
+        numbers = np.asarray(blocks, dtype=np.int64)
         if len(blocks) < layout.blocks_for(tokens):
             raise ValueError(f"blocks: {len(blocks)} do not hold {tokens} tokens")
-        if len(blocks) and not 0 <= self._blocks.min() <= self._blocks.max() < pool_blocks:
+        if len(blocks) and not 0 <= numbers.min() <= numbers.max() < pool_blocks:
             raise ValueError(f"blocks: not all of them are in a pool of {pool_blocks}")
-        items = row_items(layout, inner)
-        apart = strides(layout, pool_blocks)
-        self._apart = {axis: apart[axis] // items for axis in ("block", "token")}
-        self.layer_rows = apart["layer"] // items
-        self.wrap_rows = self._apart["block"] * pool_blocks
-        self._kv = _steps(1 if "kv" in inner else 2, apart["kv"] // items)
-        self._head = _steps(1 if "head" in inner else layout.kv_heads, apart["head"] // items)
+        step = {axis: it * layout.item_bytes for axis, it in strides(layout, pool_blocks).items()}
+        wrap = step["block"] * pool_blocks
+        return cls(layout.order, layout.apart, step, numbers, layout.block_tokens, wrap)
+
+    def at(self, tokens: I64) -> I64:
+        """Where the first number of each of `tokens` lies, in layer 0, plane 0, head 0."""
+        block, within = np.divmod(tokens, self.block_tokens)
+        there: I64 = self.blocks[block] * self.step["block"] + within * self.step["token"]
+        return there
+
+
+class Walk(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """The strips of a slice in layer 0, in the order of the target.
+
+    `strips` has a line (source, target, rows, plane) for each, and `steps` says how far apart the
+    rows of a strip are; `row_bytes` is a row's length, both at the source and at the target.
+    """
+
+    strips: I64
+    steps: tuple[int, int]
+    row_bytes: tuple[int, int]
+    wrap: int
+
+    def rows(self) -> tuple[I64, I64]:
+        """Where each single row begins, at the source and at the target."""
+        count = self.strips[:, COUNT]
+        within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        source, target = (
+            np.repeat(self.strips[:, column], count) + within * self.steps[column]
+            for column in (SOURCE, TARGET)
+        )
+        return source, target
 
     @property
-    def rows_per_token(self) -> int:
-        """Rows that one token has in one layer."""
-        return len(self._kv) * len(self._head)
+    def target_runs(self) -> tuple[I64, I64]:
+        """Offsets and lengths of the longest runs that the walk makes of the target."""
+        if self.steps[TARGET] == self.row_bytes[TARGET]:
+            target = self.strips[:, TARGET]
+            lengths = self.strips[:, COUNT] * self.row_bytes[TARGET]
+        else:
+            _, target = self.rows()
+            lengths = np.full(len(target), self.row_bytes[TARGET])
+        first = self._first_of_run(target, lengths, np.zeros(len(target), np.bool_))
+        return target[first], np.add.reduceat(lengths, first)
 
-    def rows(self, start: int, end: int) -> Rows:
-        """Row numbers of tokens `start` to `end`, of shape (K and V, tokens, heads).
+    @cached_property
+    def runs(self) -> tuple[I64, I64, I64]:
+        """Offsets at the source and at the target, and lengths, of what can be copied at once."""
+        if self.steps == self.row_bytes:
+            source, target = self.strips[:, SOURCE], self.strips[:, TARGET]
+            lengths = self.strips[:, COUNT] * self.row_bytes[TARGET]
+        else:
+            source, target = self.rows()
+            lengths = np.full(len(target), self.row_bytes[TARGET])
+        jumps = np.zeros(len(source), np.bool_)
+        jumps[1:] = source[1:] != source[:-1] + lengths[:-1]
+        first = self._first_of_run(target, lengths, jumps)
+        return source[first], target[first], np.add.reduceat(lengths, first)
 
-        An axis that lies within a row has length 1.
-        """
-        block, within = np.divmod(np.arange(start, end), self._layout.block_tokens)
-        token = self._blocks[block] * self._apart["block"] + within * self._apart["token"]
-        rows: Rows = self._kv[:, None, None] + token[None, :, None] + self._head[None, None, :]
-        return rows
+    def _first_of_run(self, target: I64, lengths: I64, jumps: NDArray[np.bool_]) -> I64:
+        # The last block and, one round of blocks further, the first are no neighbours.
+        jumps[1:] |= (target[1:] != target[:-1] + lengths[:-1]) | (target[1:] % self.wrap == 0)
+        jumps[0] = True
+        return np.flatnonzero(jumps)
 
 
-def _steps(count: int, step: int) -> Rows:
-    return np.arange(count, dtype=np.int64) * step
+def walk(
+    source: Side,
+    target: Side,
+    start: int,
+    end: int,
+    counts: Mapping[str, int],
+    inner: tuple[Axis, ...],
+    row_bytes: tuple[int, int],
+) -> Walk:
+    """The walk over tokens `start` to `end`, for rows over the axes `inner`.
+
+    `counts` has how many planes and heads there are.
+    """
+    order = [axis for axis in target.order if axis != "layer" and axis not in inner]
+    along: str = order[-1]  # along which strips lie, if rows are at constant distance there
+    if along not in ("token", "head") or along in (*source.apart, *target.apart):
+        along = "none"
+    tokens, lengths = _pieces(source, target, start, end, along, max(row_bytes))
+    here, there = source.at(tokens), target.at(tokens)
+    if (there[1:] < there[:-1]).any():
+        rank = np.argsort(there, kind="stable")
+        here, there, lengths = here[rank], there[rank], lengths[rank]
+    axes = [axis for axis in order if axis not in ("token", along)]
+    strips = np.zeros((*(len(here) if it == "block" else counts[it] for it in axes), 4), np.int64)
+    strips[..., COUNT] = counts.get(along, 1)
+    for place, axis in enumerate(axes):
+        shape = [-1 if it == place else 1 for it in range(len(axes))]
+        if axis == "block":
+            strips[..., SOURCE] += here.reshape(shape)
+            strips[..., TARGET] += there.reshape(shape)
+            strips[..., COUNT] *= lengths.reshape(shape)
+            continue
+        number = np.arange(counts[axis]).reshape(shape)
+        strips[..., SOURCE] += number * source.step[axis]
+        strips[..., TARGET] += number * target.step[axis]
+        if axis == "kv":
+            strips[..., PLANE] = number
+    strips = strips.reshape(-1, 4)
+    if along != "token" and order.index("token") != order.index("block") + 1:
+        strips = strips[np.argsort(strips[:, TARGET], kind="stable")]
+    steps = (source.step.get(along, row_bytes[0]), target.step.get(along, row_bytes[1]))
+    return Walk(strips, steps, row_bytes, target.wrap)
 
 
-def scatter(data: Any, pool: NDArray[np.uint8], offsets: Rows, lengths: Rows) -> None:
-    """Write `data`, which is runs one after the other, to where they belong, in one copy."""
-    unit = int(np.gcd.reduce(np.concatenate([offsets, lengths, [pool.size]])))
-    counts = lengths // unit
-    before = np.cumsum(counts) - counts
-    index = np.repeat(offsets // unit - before, counts) + np.arange(int(counts.sum()))
-    kind = np.dtype(f"V{unit}")
-    pool.view(kind)[index] = np.frombuffer(data, dtype=kind)
+class Walks:
+    """The walks between two sides, each kept for the next layer, which usually asks the same."""
+
+    def __init__(
+        self,
+        source: Side,
+        target: Side,
+        counts: Mapping[str, int],
+        inner: tuple[Axis, ...],
+        row_bytes: tuple[int, int],
+    ) -> None:
+        """As `walk`, which makes them."""
+        self._made: dict[tuple[int, int], Walk] = {}
+        self._strips = 0
+        self._make = partial(walk, source, target, counts=counts, inner=inner, row_bytes=row_bytes)
+
+    def over(self, start: int, end: int) -> Walk:
+        """The walk over tokens `start` to `end`."""
+        way = self._made.get((start, end))
+        if way is None:
+            way = self._make(start, end)
+            self._strips += len(way.strips)
+            if self._strips > KEPT_STRIPS:
+                self._made.clear()
+                self._strips = len(way.strips)
+            self._made[start, end] = way
+        return way
+
+
+def _pieces(
+    source: Side, target: Side, start: int, end: int, along: str, row_bytes: int
+) -> tuple[I64, I64]:
+    """Cut tokens into pieces: the first of each, and how many.
+
+    Along tokens a piece lies within one block on either side; else it is a single token.
+    """
+    if along != "token":
+        tokens = np.arange(start, end)
+        return tokens, np.ones_like(tokens)
+    grids = {source.block_tokens, target.block_tokens, max(1, STRIP_BYTES // row_bytes)}
+    cuts = [np.arange(start // grid * grid + grid, end, grid) for grid in grids]
+    first = np.unique(np.concatenate([[start], *cuts]))
+    return first, np.diff(first, append=end)
+
+
+def scatter(data: Any, pool: NDArray[np.uint8], offsets: I64, lengths: I64) -> None:
+    """Write `data`, which is runs one after the other, to where they belong."""
+    flat = np.frombuffer(data, dtype=np.uint8)
+    begin = np.cumsum(lengths) - lengths
+    # A copy, as what came over a wire may be read-only, for which nothing is compiled.
+    copy_runs(begin + flat.ctypes.data, offsets + pool.ctypes.data, lengths.copy())

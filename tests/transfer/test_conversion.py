@@ -2,19 +2,24 @@
 
 import itertools
 
+import msgspec
+import numba.core.dispatcher
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from oracle import cast, pair
 
-from transfer.contract import KVSlice, Source
+from transfer import kernels
+from transfer.contract import KVSlice, Source, whole
 from transfer.convert import Conversion
 from transfer.digest import PrefixDigest
 from transfer.errors import PeerMisbehaved
+from transfer.kernels import copy_runs
 from transfer.landings import Expected
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
-from transfer.rounding import cast, pair
+from transfer.pool import Pool
 from transfer.rows import scatter
 
 OUTER = ("layer", "kv", "block", "head", "token")
@@ -123,11 +128,29 @@ def test_a_conversion_agrees_with_the_oracle(drawn):
             scatter(frame.data, got, frame.offsets, frame.lengths)
 
     assert (got == wanted).all()
-    assert sent_digest(source, theirs, slices) == found_digest(landing, got)
+    digest = found_digest(landing, got)
+    assert sent_digest(source, theirs, slices) == digest
+
+    straight = np.full(landing.pool_blocks * theirs.block_bytes, 0xAB, np.uint8)
+    summed = digest_of(source, theirs)
+    for part in slices:
+        conversion.write(part, Pool.of(theirs, landing.pool_blocks, straight), summed)
+    assert (straight == wanted).all()
+    assert summed.result() == digest
+    if conversion.verbatim:
+        moved = np.full(landing.pool_blocks * theirs.block_bytes, 0xAB, np.uint8)
+        for part in slices:
+            addresses, offsets, lengths = conversion.moves(part)
+            expected.check(offsets, lengths)
+            copy_runs(addresses, offsets + moved.ctypes.data, lengths)
+        assert (moved == wanted).all()
+    else:
+        with pytest.raises(ValueError, match="as it is"):
+            conversion.moves(slices[0])
 
 
-def sent_digest(source, target, slices):
-    digest = PrefixDigest(
+def digest_of(source, target):
+    return PrefixDigest(
         plan(source.layout, target),
         source.pool,
         source.pool_blocks,
@@ -135,6 +158,10 @@ def sent_digest(source, target, slices):
         source.tokens,
         b"key",
     )
+
+
+def sent_digest(source, target, slices):
+    digest = digest_of(source, target)
     for part in slices:
         digest.add(part)
     return digest.result()
@@ -176,6 +203,40 @@ def test_any_bit_of_the_prefix_changes_the_digest_and_no_other_does(drawn, data)
     word ^= word.dtype.type(1 << data.draw(some.integers(0, 8 * layout.item_bytes - 1)))
     in_prefix = place[2] < tokens
     assert (found_digest(landing, pool) != before) == in_prefix
+
+
+def test_a_warm_process_compiles_nothing_more():
+    source = KVLayout(
+        model="m", weights="w", layers=2, kv_heads=2, head_dim=4, dtype="float32",
+        block_tokens=4, rope="half", axes="token block kv layer head dim",
+    )  # fmt: skip
+    target = msgspec.structs.replace(
+        source, rope="interleaved", dtype="float16", axes="layer | block kv head token dim"
+    )
+    kernels.warm_up()
+    compiled = {
+        name: it
+        for name, it in vars(kernels).items()
+        if isinstance(it, numba.core.dispatcher.Dispatcher)
+    }
+    before = {name: list(it.signatures) for name, it in compiled.items()}
+    for ours, theirs in ((source, source), (source, target)):
+        there, landing = source_of(ours, 3, (2, 0, 1), 11), landing_of(theirs, 3, (0, 2, 1), 11)
+        conversion = Conversion(plan(ours, theirs), there, landing)
+        regions = [
+            np.zeros(3 * theirs.block_bytes // theirs.regions(3), np.uint8)
+            for _ in range(theirs.regions(3))
+        ]
+        pool = Pool.of(theirs, 3, regions)
+        for part in whole(2, 11):
+            conversion.write(part, pool, digest_of(there, theirs))
+            for frame in conversion.frames(part):
+                frozen = frame.lengths.copy()
+                frozen.flags.writeable = False
+                scatter(bytes(frame.data), np.zeros(pool.nbytes, np.uint8), frame.offsets, frozen)
+        found_digest(landing, regions)
+    assert {name: list(it.signatures) for name, it in compiled.items()} == before
+    assert all(before[it] for it in ("move", "add_tiles", "copy_runs"))
 
 
 def test_two_flips_of_the_highest_bit_do_not_cancel_out():
