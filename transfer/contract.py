@@ -15,6 +15,9 @@ from transfer.errors import PeerLost
 from transfer.layout import Endpoint, Epoch, KVLayout, Landing, Natural
 from transfer.pool import Buffer as Buffer
 
+TOUCH_SECONDS = 0.05
+"""How often a lease is renewed, at least, while something is written."""
+
 
 class Source(msgspec.Struct, frozen=True):
     """A prefix in the sender's pool: `tokens` tokens that lie in `blocks`, in their order."""
@@ -155,7 +158,8 @@ class Receiver(Protocol):
     ) -> None:
         """Accept writes for `landing` into `pool` from now on.
 
-        `touched` is called on each write (it renews the lease). At a commit whose digest agrees,
+        `touched` is called while something is written (it renews the lease), within
+        `TOUCH_SECONDS` of the last call. At a commit whose digest agrees,
         `arrived` is called once; it may raise `LandingGone`, and what it returns goes back to the
         sender. At a commit whose digest disagrees, at an abort, or when the sender's connection
         is lost before the commit, `failed` is called once instead, with the reason. All three run

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import msgspec
 import numpy as np
 
-from transfer.contract import Arrival, KVSlice, Writer
+from transfer.contract import TOUCH_SECONDS, Arrival, KVSlice, Writer
 from transfer.errors import DigestMismatch, LandingGone, PeerLost
 from transfer.layout import Endpoint, Epoch, Landing
 from transfer.stage import (
@@ -53,14 +53,15 @@ async def a_handoff_arrives_bit_for_bit(make: MakePair) -> None:
         require(not stage.failures, f"the owner was also told of {stage.failures}")
 
 
-async def every_write_is_noticed(make: MakePair) -> None:
-    """`touched` is called for every write, so that the lease is renewed."""
+async def a_write_renews_the_lease(make: MakePair) -> None:
+    """`touched` is called for every write that comes a while after the last one."""
     async with _stage(make) as stage:
         writer = await stage.sender.open(stage.landing, stage.source)
         for layer in range(SOURCE.layers):
             before = stage.touches
             await writer.write(KVSlice(layer, 0, TOKENS))
             await eventually(lambda seen=before: stage.touches > seen, "a write went unnoticed")  # type: ignore[misc]
+            await asyncio.sleep(1.2 * TOUCH_SECONDS)
         await writer.abort()
 
 
@@ -286,7 +287,7 @@ async def the_loss_of_a_peer_is_told_once(make: MakePair) -> None:
 
 PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     a_handoff_arrives_bit_for_bit,
-    every_write_is_noticed,
+    a_write_renews_the_lease,
     many_handoffs_share_a_pair,
     landing_is_used_once,
     landing_has_one_writer,

@@ -2,12 +2,19 @@
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
+import socket
 
+import msgspec
 import numpy as np
 
 from transfer.contract import Source
 from transfer.layout import Epoch, KVLayout, Landing
+from transfer.session import wire as session
 from transfer.tcp import wire
+
+EVERYTHING = msgspec.msgpack.Decoder(session.Greeting | session.ToReceiver | session.ToSender)
 
 # Runs of 16 KiB, so that they are received in place.
 WIDE = KVLayout(
@@ -56,32 +63,58 @@ class Stranger:
     """A client that speaks the protocol byte by byte."""
 
     def __init__(self, receiver):
-        host, port = wire.host_and_port(receiver.endpoint)
-        self._where = host, port
+        self._where = wire.host_and_port(receiver.endpoint)
         self._layout = receiver.layout
+        self._lanes = []
 
     async def __aenter__(self):
-        self.reader, self.writer = await asyncio.open_connection(*self._where)
+        self._socket = socket.create_connection(self._where)
+        self.reader, self.writer = await asyncio.open_connection(sock=self._socket)
         return self
 
     async def __aexit__(self, *exit_):
-        self.writer.close()
-        with contextlib.suppress(OSError):
-            await self.writer.wait_closed()
+        for writer in (self.writer, *self._lanes):
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
-    async def greeted(self):
-        self.say(wire.Hello(wire.VERSION, b"", self._layout.fingerprint))
-        assert await self.hear() == wire.Welcome(wire.VERSION)
+    async def greeted(self, secret=b""):
+        """Be welcomed, and open a data connection."""
+        said = hashlib.sha256(b"baton session")
+        hello = session.Hello(session.VERSION, self._layout.fingerprint, b"n")
+        self.say(hello)
+        said.update(session.frame(hello))
+        said.update(session.frame(await self.hear()))
+        mac = hmac.digest(secret, b"sender" + said.digest(), "sha256")
+        self.say(session.Proof(mac, b""))
+        welcome = await self.hear()
+        assert isinstance(welcome, session.Welcome)
+        self.lane = await self.join(welcome.token)
         return self
 
-    def say(self, message, payload=0):
-        self.writer.write(wire.frame(message, payload))
+    async def join(self, token):
+        _, lane = await asyncio.open_connection(*self._where)
+        self._lanes.append(lane)
+        lane.write(session.frame(session.Join(token)))
+        return lane
+
+    def say(self, message):
+        self.writer.write(session.frame(message))
+
+    def write(self, ticket, offsets, lengths, payload_bytes=None):
+        """The beginning of a frame; its payload is the caller's."""
+        size = int(lengths.sum()) if payload_bytes is None else payload_bytes
+        self.lane.write(wire.head(ticket, offsets, lengths, size))
 
     async def hear(self):
+        """The next message that says something."""
         async with asyncio.timeout(5):
-            size, payload = wire.PREFIX.unpack(await self.reader.readexactly(wire.PREFIX.size))
-            assert payload == 0
-            return wire.to_sender(await self.reader.readexactly(size))
+            while True:
+                prefix = await self.reader.readexactly(session.PREFIX.size)
+                body = await self.reader.readexactly(*session.PREFIX.unpack(prefix))
+                message = EVERYTHING.decode(body)
+                if not isinstance(message, session.Alive):
+                    return message
 
     async def closed(self):
         async with asyncio.timeout(5):
@@ -91,7 +124,7 @@ class Stranger:
 
 
 def opening(landing, ticket=0):
-    return wire.Open(ticket, landing.id, landing.epoch, landing.secret)
+    return session.Open(ticket, landing.id, landing.epoch, landing.secret, ask=False)
 
 
 def runs(*pairs):

@@ -17,7 +17,8 @@ from tcp_desk import WIDE, Owner, Stranger, landing_at, opening, runs, wide_sour
 from transfer.contract import Source, whole
 from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.layout import Epoch
-from transfer.stage import TARGET, Pair, Stage, eventually
+from transfer.session import wire as session
+from transfer.stage import Pair, Stage, eventually
 from transfer.tcp import TcpReceiver, wire
 
 
@@ -42,8 +43,8 @@ async def test_handoffs_larger_than_the_socket_s_buffer_arrive_side_by_side(send
     pool = random.integers(0, 256, 128 * WIDE.block_bytes, dtype=np.uint8)
     async with TcpReceiver(WIDE) as receiver:
         await sender.connect(receiver.endpoint, WIDE, WIDE)
-        [connection] = sender._connections.values()
-        connection._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+        [session] = sender._sessions.values()
+        session.mover._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
 
         async def hand_over(name):
             landing = msgspec.structs.replace(
@@ -76,21 +77,24 @@ async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_b
     async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
         await stranger.greeted()
         owner = Owner(receiver)
-        pieces = runs(*((at, run_bytes) for at in range(0, 32768, run_bytes)))
         stranger.say(opening(owner.landing))
-        stranger.say(wire.write_message(0, *pieces), 32768)
-        stranger.writer.write(b"\xaa" * 20000)
-        await eventually(lambda: owner.touches == 1, "the write was not begun")
+        stranger.write(0, *runs(*((at, run_bytes) for at in range(0, 32768, run_bytes))))
+        stranger.lane.write(b"\xaa" * 20000)
         if run_bytes == 16384:
             await eventually(lambda: owner.pool[19999] == 0xAA, "it was not received in place")
         receiver.withdraw("wide")
-        await receiver.quiesce("wide")
+        async with asyncio.timeout(5):  # though the sender has said nothing
+            await receiver.quiesce("wide")
         owner.pool[:] = 0xEE
-        stranger.writer.write(b"\xaa" * 12768)
+        stranger.lane.write(b"\xaa" * 12768)
         gone = await stranger.hear()
         assert (gone.ticket, gone.outcome) == (0, "gone")
-        stranger.say(wire.Abort(0))
-        assert (await stranger.hear()).outcome == "aborted"
+        stranger.say(session.Released(0))
+        again = Owner(receiver)
+        stranger.say(opening(again.landing, 1))
+        stranger.write(1, *runs((0, 64)))
+        stranger.lane.write(b"\xbb" * 64)
+        await eventually(lambda: again.pool[63] == 0xBB, "the connection is of no use any more")
         assert (owner.pool == 0xEE).all()
         assert not owner.failures
 
@@ -100,12 +104,12 @@ async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_b
     [
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         bytes(8),
-        struct.pack(">II", 0xFFFFFFFF, 0),
-        struct.pack(">II", wire.MAX_STRANGER_BYTES + 1, 0),
-        struct.pack(">II", 4, 0xFFFFFFFF) + b"\x00" * 4,
-        struct.pack(">II", 4, 0) + b"\xc1\xc1\xc1\xc1",
-        wire.frame(wire.Abort(0)),
-        wire.frame(wire.Hello(wire.VERSION, b"", TARGET.fingerprint), 8),
+        struct.pack(">I", 0xFFFFFFFF),
+        struct.pack(">I", session.MAX_STRANGER_BYTES + 1),
+        struct.pack(">I", 4) + b"\xc1\xc1\xc1\xc1",
+        session.frame(session.Released(0)),
+        session.frame(session.Proof(b"", b"")),
+        session.frame(session.Join(b"x" * 32)),
     ],
 )
 async def test_nonsense_closes_its_connection_and_no_other(receiver, sender, nonsense):
@@ -118,39 +122,120 @@ async def test_nonsense_closes_its_connection_and_no_other(receiver, sender, non
     await writer.commit(b"", 5.0)
 
 
-def claims(message, payload=0):
-    return message, payload
+OUTSIDE = 2 * WIDE.block_bytes  # block 2 is not the landing's
 
 
 @pytest.mark.parametrize(
-    ("message", "payload"),
+    "lie",
     [
-        claims(wire.write_message(0, *runs((0, 64))), 65),
-        claims(wire.write_message(0, *runs((0, 64))), 63),
-        claims(wire.Write(0, b"", b""), 0),
-        claims(wire.Write(0, bytes(7), bytes(4)), 4),
-        claims(wire.Write(0, bytes(16), bytes(4)), 4),
-        claims(wire.write_message(5, *runs((0, 64))), 64),
-        claims(wire.write_message(0, *runs((0, 0))), 0),
-        claims(wire.write_message(0, *runs((-64, 64))), 64),
-        claims(wire.write_message(0, *runs((2 * WIDE.block_bytes - 1, 2))), 2),
-        claims(wire.write_message(0, *runs((4 * WIDE.block_bytes - 1, 2))), 2),
-        claims(wire.write_message(0, *runs((0, 64), (2 * WIDE.block_bytes, 64))), 128),
-        claims(wire.Hello(wire.VERSION, b"", WIDE.fingerprint)),
-        claims(wire.Open(0, "wide", Epoch(1, 1), b"")),
-        claims(wire.Commit(9, b"", b"")),
+        wire.head(0, *runs((0, 64)), 65),
+        wire.head(0, *runs((0, 64)), 63),
+        wire.head(0, *runs((0, 64)), 0xFFFFFFFF),
+        wire.head(0, *runs((0, 1 << 62), (0, 1 << 62), (0, 1 << 62), (0, (1 << 62) + 64)), 64),
+        wire.HEAD.pack(0, 0, 64),
+        wire.HEAD.pack(0, 0xFFFFFFFF, 64),
+        wire.head(0, *runs((0, 0)), 0),
+        wire.head(0, *runs((0, 64), (64, 0)), 64),
+        wire.head(0, *runs((-64, 64)), 64),
+        wire.head(0, *runs((OUTSIDE - 1, 2)), 2),
+        wire.head(0, *runs((4 * WIDE.block_bytes - 1, 2)), 2),
+        wire.head(0, *runs((0, 64), (OUTSIDE, 64)), 128),
     ],
 )
-async def test_a_sender_that_lies_is_cut_off_and_its_landing_freed(message, payload):
+async def test_a_sender_that_lies_in_a_frame_is_cut_off_and_its_landing_freed(lie):
     async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
         await stranger.greeted()
         owner = Owner(receiver)
         stranger.say(opening(owner.landing))
-        stranger.say(message, payload)
-        stranger.writer.write(b"\xaa" * payload)
+        stranger.lane.write(lie + b"\xaa" * 128)
         assert await stranger.closed()
         assert [type(it) for it in owner.failures] == [PeerMisbehaved]
         assert not owner.pool.any()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        session.Hello(session.VERSION, WIDE.fingerprint, b""),
+        session.Open(0, "wide", Epoch(1, 1), b"", ask=False),
+        session.Open(2, "wide", Epoch(1, 1), b"", ask=False),
+        session.Commit(9, b"", b"", b""),
+        session.Commit(0, b"", b"not a number", b""),
+        session.Touch(9),
+        session.Released(9),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+async def test_a_sender_that_says_what_it_may_not_is_cut_off_and_its_landing_freed(lie):
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        stranger.say(opening(owner.landing))
+        stranger.say(lie)
+        assert await stranger.closed()
+        assert [type(it) for it in owner.failures] == [PeerMisbehaved]
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_sender_that_wrote_more_than_it_committed_is_cut_off(early):
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        stranger.say(opening(owner.landing))
+        commit = session.Commit(0, b"", wire.PROOF.pack(32), b"")
+        if early:
+            stranger.say(commit)
+        stranger.write(0, *runs((0, 64)))
+        stranger.lane.write(b"\xaa" * 64)
+        if not early:
+            await eventually(lambda: owner.pool[63] == 0xAA, "not written")
+            await asyncio.sleep(0.01)
+            stranger.say(commit)
+        assert await stranger.closed()
+        assert [type(it) for it in owner.failures] == [PeerMisbehaved]
+
+
+async def test_a_commit_waits_for_the_bytes_it_names():
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        stranger.say(opening(owner.landing))
+        stranger.say(session.Commit(0, b"", wire.PROOF.pack(128), b""))
+        stranger.write(0, *runs((0, 64)))
+        stranger.lane.write(b"\xaa" * 64)
+        await eventually(lambda: owner.pool[63] == 0xAA, "not written")
+        await asyncio.sleep(0.02)
+        assert not owner.failures
+        stranger.write(0, *runs((64, 64)))
+        stranger.lane.write(b"\xaa" * 64)
+        assert (await stranger.hear()).outcome == "mismatch"
+
+
+async def test_a_frame_before_its_opening_waits_for_it():
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        stranger.write(0, *runs((0, 64)))
+        stranger.lane.write(b"\xaa" * 64)
+        await asyncio.sleep(0.02)
+        stranger.say(opening(owner.landing))
+        await eventually(lambda: owner.pool[63] == 0xAA, "not written")
+
+
+async def test_a_frame_that_is_never_opened_ends_the_session_in_time():
+    async with TcpReceiver(WIDE, stall_seconds=0.2) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        stranger.write(0, *runs((0, 64)))
+        assert await stranger.closed()
+
+
+async def test_a_sender_that_falls_silent_is_lost_and_its_landing_freed():
+    async with TcpReceiver(WIDE, stall_seconds=0.2) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner = Owner(receiver)
+        stranger.say(opening(owner.landing))
+        assert await stranger.closed()
+        assert [type(it) for it in owner.failures] == [PeerLost]
 
 
 async def test_runs_may_span_neighbouring_blocks_of_the_landing():
@@ -159,8 +244,8 @@ async def test_runs_may_span_neighbouring_blocks_of_the_landing():
         owner = Owner(receiver)
         stranger.say(opening(owner.landing))
         at = WIDE.block_bytes - 32  # from block 0 into block 1
-        stranger.say(wire.write_message(0, *runs((at, 64))), 64)
-        stranger.writer.write(b"\xaa" * 64)
+        stranger.write(0, *runs((at, 64)))
+        stranger.lane.write(b"\xaa" * 64)
         await eventually(lambda: bool((owner.pool[at : at + 64] == 0xAA).all()), "not written")
         assert owner.pool.sum() == 64 * 0xAA
 
@@ -171,9 +256,9 @@ async def test_a_connection_that_breaks_within_a_payload_fails_its_landings_once
         async with Stranger(receiver) as stranger:
             await stranger.greeted()
             stranger.say(opening(owner.landing))
-            stranger.say(wire.write_message(0, *runs((0, 16384))), 16384)
-            stranger.writer.write(b"\xaa" * 5000)
-            await eventually(lambda: owner.touches == 1, "the write was not begun")
+            stranger.write(0, *runs((0, 16384)))
+            stranger.lane.write(b"\xaa" * 5000)
+            await eventually(lambda: owner.pool[4999] == 0xAA, "the write was not begun")
         await eventually(lambda: bool(owner.failures), "the owner was not told")
         assert [type(it) for it in owner.failures] == [PeerLost]
         assert len(receiver.landings) == 0
@@ -181,7 +266,6 @@ async def test_a_connection_that_breaks_within_a_payload_fails_its_landings_once
 
 async def test_a_stranger_who_says_nothing_is_sent_away():
     async with TcpReceiver(WIDE, stall_seconds=0.05) as receiver, Stranger(receiver) as stranger:
-        assert isinstance(await stranger.hear(), wire.Denied)
         assert await stranger.closed()
 
 
@@ -192,7 +276,7 @@ async def test_one_connection_too_many_is_denied():
         Stranger(receiver) as other,
     ):
         await one.greeted()
-        assert await other.hear() == wire.Denied("too many connections")
+        assert await other.hear() == session.Denied("too many connections")
 
 
 async def test_a_receiver_on_every_address_must_say_its_name():

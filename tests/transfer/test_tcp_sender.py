@@ -2,17 +2,20 @@
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import os
 import socket
 
 import msgspec
 import numpy as np
 import pytest
-from tcp_desk import WIDE, Owner, Stranger, landing_at, wide_source
+from tcp_desk import EVERYTHING, WIDE, Owner, Stranger, landing_at, wide_source
 
 from transfer.contract import KVSlice, Source, whole
 from transfer.errors import LandingGone, LayoutMismatch, PeerLost
 from transfer.layout import Endpoint
+from transfer.session import wire as session
 from transfer.stage import SOURCE, TARGET, eventually
 from transfer.tcp import TcpReceiver, TcpSender, wire
 
@@ -38,35 +41,46 @@ async def fake(behave):
 
 
 async def take(reader):
-    size, payload = wire.PREFIX.unpack(await reader.readexactly(wire.PREFIX.size))
-    message = wire.to_receiver(await reader.readexactly(size))
-    while payload:
-        payload -= len(await reader.read(min(payload, 65536)))
-    return message
+    [size] = session.PREFIX.unpack(await reader.readexactly(session.PREFIX.size))
+    return EVERYTHING.decode(await reader.readexactly(size))
 
 
-async def welcome(reader, writer):
-    assert isinstance(await take(reader), wire.Hello)
-    writer.write(wire.frame(wire.Welcome(wire.VERSION)))
+def welcoming(after, *, secret=b""):
+    """Greet as a receiver does; what a session says then is for `after`, a data connection idle."""
+
+    async def behave(reader, writer):
+        said = hashlib.sha256(b"baton session")
+        first = await take(reader)
+        if isinstance(first, session.Join):
+            await after(reader, writer, lane=True)
+            return
+        challenge = session.frame(session.Challenge(b"n"))
+        writer.write(challenge)
+        said.update(session.frame(first) + challenge)
+        said.update(session.frame(await take(reader)))
+        bare = session.Welcome(b"", b"token", digest=True, blob=b"")
+        mac = hmac.digest(secret, b"receiver" + said.digest() + session.frame(bare), "sha256")
+        writer.write(session.frame(msgspec.structs.replace(bare, mac=mac)))
+        await after(reader, writer, lane=False)
+
+    return behave
 
 
-async def welcome_and_listen(reader, writer):
-    await welcome(reader, writer)
+async def listen(reader, writer, *, lane):
+    while lane:
+        await reader.readexactly(1)
     while True:
-        message = await take(reader)
-        if isinstance(message, wire.Abort):
-            writer.write(wire.frame(wire.Answer(message.ticket, "aborted")))
+        await take(reader)
 
 
-async def welcome_and_read_nothing(reader, writer):
-    await welcome(reader, writer)
+async def read_nothing(reader, writer, *, lane):
     await asyncio.Event().wait()
 
 
-async def answer_nonsense(reader, writer):
-    await welcome(reader, writer)
-    assert isinstance(await take(reader), wire.Open)
-    writer.write(b"\xff" * 64)
+async def answer_nonsense(reader, writer, *, lane):
+    if not lane:
+        assert isinstance(await take(reader), session.Open)
+        writer.write(b"\xff" * 64)
     await asyncio.Event().wait()
 
 
@@ -92,9 +106,9 @@ async def test_another_layout_than_expected_is_refused_with_the_reason(receiver,
 
 async def test_another_version_is_refused_with_the_reason(receiver):
     async with Stranger(receiver) as stranger:
-        stranger.say(wire.Hello(wire.VERSION + 1, b"", TARGET.fingerprint))
+        stranger.say(session.Hello(session.VERSION + 1, TARGET.fingerprint, b""))
         denied = await stranger.hear()
-        assert isinstance(denied, wire.Denied)
+        assert isinstance(denied, session.Denied)
         assert "version" in denied.reason
 
 
@@ -119,7 +133,7 @@ async def test_a_peer_that_does_not_greet_is_lost_in_time():
 
 
 async def test_a_peer_that_answers_nonsense_is_lost(sender):
-    async with fake(answer_nonsense) as endpoint:
+    async with fake(welcoming(answer_nonsense)) as endpoint:
         writer = await sender.open(landing_at(endpoint), wide_source())
         with pytest.raises(PeerLost, match="misbehaved"):
             await writer.commit(b"", 5.0)
@@ -127,7 +141,7 @@ async def test_a_peer_that_answers_nonsense_is_lost(sender):
 
 
 async def test_a_commit_without_an_answer_ends_at_its_deadline(sender):
-    async with fake(welcome_and_listen) as endpoint:
+    async with fake(welcoming(listen)) as endpoint:
         writer = await sender.open(landing_at(endpoint), wide_source())
         with pytest.raises(TimeoutError):
             await writer.commit(b"", 0.05)
@@ -144,7 +158,7 @@ async def test_a_peer_that_reads_nothing_holds_up_writers_and_is_then_lost():
     source = Source(WIDE, pool, len(blocks), blocks, tokens)
     slice_bytes = tokens * WIDE.token_bytes // WIDE.layers
     async with (
-        fake(welcome_and_read_nothing) as endpoint,
+        fake(welcoming(read_nothing)) as endpoint,
         TcpSender(stall_seconds=0.2, backlog_bytes=slice_bytes) as sender,
     ):
         writer = await sender.open(landing_at(endpoint, tokens), source)
@@ -155,25 +169,54 @@ async def test_a_peer_that_reads_nothing_holds_up_writers_and_is_then_lost():
 
 
 async def test_a_writer_that_is_aborted_sends_nothing_of_what_is_queued(sender):
-    heard = []
+    heard, taken = [], []
 
-    async def listen(reader, writer):
-        await welcome(reader, writer)
-        while True:
+    async def count(reader, writer, *, lane):
+        while lane:
+            taken.append(len(await reader.readexactly(1)))
+        while not heard or not isinstance(heard[-1], session.Released):
             heard.append(await take(reader))
-            if isinstance(heard[-1], wire.Abort):
-                writer.write(wire.frame(wire.Answer(0, "aborted")))
 
-    async with fake(listen) as endpoint:
+    async with fake(welcoming(count)) as endpoint:
         writer = await sender.open(landing_at(endpoint), wide_source())
         for _ in range(50):
             await writer.write(KVSlice(0, 0, 24))
         await writer.abort()
-        kinds = [type(it) for it in heard]
-        assert kinds[-1] is wire.Abort
-        assert kinds.count(wire.Write) < 50
+        await eventually(lambda: isinstance(heard[-1], session.Released), "no word of it")
+        assert sum(taken) < 50 * 24 * WIDE.token_bytes // WIDE.layers
         with pytest.raises(LandingGone):
             await writer.write(KVSlice(0, 0, 24))
+
+
+async def test_a_receiver_that_does_not_know_the_secret_is_not_trusted(sender):
+    async with fake(welcoming(listen, secret=b"another")) as endpoint:
+        with pytest.raises(PeerLost, match="secret"):
+            await sender.connect(endpoint, WIDE, WIDE)
+
+
+async def test_the_secret_is_never_said():
+    heard = bytearray()
+
+    async def listen_in(reader, writer):
+        heard.extend(await reader.readexactly(20))
+        writer.write(session.frame(session.Challenge(b"n" * 32)))
+        while data := await reader.read(4096):
+            heard.extend(data)
+
+    async with fake(listen_in) as endpoint:
+        async with TcpSender(secret="between workers", connect_seconds=0.2) as sender:
+            with pytest.raises(PeerLost):
+                await sender.connect(endpoint, WIDE, WIDE)
+        await eventually(lambda: b"Proof" in heard, "it proved nothing")
+    assert b"between workers" not in heard
+
+
+async def test_a_receiver_that_falls_silent_is_lost():
+    async with fake(welcoming(listen)) as endpoint, TcpSender(stall_seconds=0.2) as sender:
+        writer = await sender.open(landing_at(endpoint), wide_source())
+        with pytest.raises(PeerLost, match="nothing was heard"):
+            await writer.commit(b"", 5.0)
+        await writer.abort()
 
 
 async def test_a_receiver_that_comes_back_is_met_again(sender):
@@ -197,11 +240,11 @@ async def test_a_receiver_that_comes_back_is_met_again(sender):
         assert len(owner.arrivals) == 1
 
 
-async def test_a_pair_has_one_connection_however_many_meet_at_once(receiver, sender):
+async def test_a_pair_has_one_session_however_many_meet_at_once(receiver, sender):
     async with asyncio.TaskGroup() as group:
         for _ in range(10):
             group.create_task(sender.connect(receiver.endpoint, SOURCE, TARGET))
-    assert len(receiver._connections) == 1
+    assert len(receiver._sessions) == 1
 
 
 async def test_closing_leaves_no_thread_and_no_descriptor():

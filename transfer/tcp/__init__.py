@@ -1,6 +1,7 @@
 """The transport that works anywhere: frames over TCP, received straight into the pool.
 
-Start with `wire.py` (what is said), then `sending.py` and `receiving.py`.
+Beside its session, a pair has data connections that carry nothing but frames (`wire.py`):
+`sending.py` fills them, `lane.py` empties them, each in a thread of its own.
 """
 
 from transfer.tcp.receiving import TcpReceiver

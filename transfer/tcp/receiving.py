@@ -1,35 +1,31 @@
-"""Take writes over TCP straight into the pool, and verify a handoff before its owner hears of it.
+"""Take frames over TCP straight into the pool; one thread for each data connection (`lane.py`).
 
-`incoming.py` walks through the frames of one connection, `landings.py` decides what is allowed.
-The kernel copies into the pool inside a callback of the event loop and nowhere else, so a
-withdrawn landing is safe as soon as the book says so: what still comes is read into scratch.
+Every frame is checked against its landing here, so that a landing which was withdrawn needs no
+word from its sender to be quiet.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
+import socket
+import ssl
+import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from types import TracebackType
-from typing import Self
 
-from transfer.contract import Arrival, Buffer
-from transfer.errors import DigestMismatch, LandingGone, PeerLost
-from transfer.landings import Expected, Landings
-from transfer.layout import Endpoint, KVLayout, Landing
+from transfer.errors import PeerMisbehaved
+from transfer.layout import Endpoint, KVLayout
+from transfer.session import Offer, SessionReceiver
+from transfer.session.handoff import Handoff, Peer
 from transfer.tcp import wire
-from transfer.tcp.incoming import SCRATCH_BYTES, Handoff, Incoming
+from transfer.tcp.lane import Lane
 
 WILDCARDS = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 -- refused, not listened on
 
 
-class TcpReceiver:
-    """Listens for senders and takes what they write for the landings it was told to expect.
+class TcpReceiver(SessionReceiver):
+    """A `Receiver` over TCP; further arguments are those of `SessionReceiver`.
 
-    `advertise` is the host name that senders are told, where it is not `host`. `stall_seconds`
-    is how long a peer's machine may be silent before its connection counts as lost.
+    `advertise` is the host name that senders are told, where it is not `host`.
     """
 
     def __init__(
@@ -38,10 +34,12 @@ class TcpReceiver:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        secret: str = "",
         advertise: str = "",
+        secret: str = "",
+        tls: ssl.SSLContext | None = None,
         stall_seconds: float = 10.0,
         max_connections: int = 256,
+        digest: bool = True,
     ) -> None:
         """Prepare; `start` begins to listen.
 
@@ -50,114 +48,118 @@ class TcpReceiver:
         """
         if not advertise and host in WILDCARDS:
             raise ValueError(f"advertise: must be set where host is {host!r}")
-        self.layout = layout
-        self.secret = secret.encode()
-        self.stall_seconds = stall_seconds
-        self.landings = Landings(layout)
-        self.scratch = memoryview(bytearray(SCRATCH_BYTES))
-        self._host, self._port, self._advertise = host, port, advertise or host
-        self._max_connections = max_connections
-        self._connections: set[Incoming] = set()
-        self._server: asyncio.Server | None = None
-        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="tcp-verify")
+        super().__init__(
+            layout,
+            TcpIntake(host, port, advertise or host, stall_seconds),
+            secret=secret,
+            tls=tls,
+            stall_seconds=stall_seconds,
+            max_connections=max_connections,
+            digest=digest,
+        )
 
-    async def start(self) -> None:
-        """Listen.
 
-        Raises:
-            OSError: the address cannot be listened on.
-        """
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._accept, self._host, self._port)
-        self._port = self._server.sockets[0].getsockname()[1]
+class _Account:
+    """How much of one handoff has arrived, and how much will have to."""
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.due: int | None = None
+        self.then: Callable[[], None] | None = None
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        await self.close()
 
-    @property
-    def endpoint(self) -> Endpoint:
-        """Where senders reach this receiver, once it listens."""
-        return wire.address(self._advertise, self._port)
+class TcpIntake:
+    """Listens at `host:port`, and says that it is reached at `advertise`."""
 
-    def expect(
-        self,
-        landing: Landing,
-        pool: Buffer,
-        *,
-        touched: Callable[[], None],
-        arrived: Callable[[Arrival], bytes],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """As `Receiver.expect`.
+    def __init__(self, host: str, port: int, advertise: str, stall_seconds: float) -> None:
+        """Prepare; nothing is listened on yet."""
+        self._host, self._port, self._advertise = host, port, advertise
+        self._stall_seconds = stall_seconds
+        self._lock = threading.Lock()
+        self._lanes: dict[Peer, list[Lane]] = {}
+        self._accounts: weakref.WeakKeyDictionary[Handoff, _Account] = weakref.WeakKeyDictionary()
 
-        Raises:
-            ValueError: it is expected already, or contradicts the pool or this layout.
-        """
-        self.landings.expect(landing, pool, touched, arrived, failed)
+    def listen(self) -> tuple[socket.socket, Endpoint]:
+        """As `Intake.listen`."""
+        found = socket.getaddrinfo(
+            self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, where = found[0][0], found[0][4]
+        listener = socket.create_server(where[:2], family=family, backlog=128)
+        return listener, wire.address(self._advertise, listener.getsockname()[1])
 
-    def withdraw(self, landing_id: str) -> None:
-        """As `Receiver.withdraw`; the sender is told."""
-        entry = self.landings.withdraw(landing_id)
-        if entry is not None and isinstance(entry.writer, Handoff):
-            entry.writer.end("gone", f"landing {landing_id} was withdrawn")
+    def welcome(self, peer: Peer, hello: bytes) -> Offer:
+        """As `Intake.welcome`."""
+        wire.notice_death(peer.connection, self._stall_seconds)
+        return Offer()
 
-    async def quiesce(self, landing_id: str) -> None:
-        """As `Receiver.quiesce`: nothing can be on its way past a withdrawal, see above."""
+    def join(self, peer: Peer, connection: socket.socket) -> None:
+        """As `Intake.join`: a data connection."""
+        wire.notice_death(connection, self._stall_seconds)
+        lane = Lane(self, peer, connection, self._stall_seconds)
+        with self._lock:
+            self._lanes.setdefault(peer, []).append(lane)
+        try:
+            if not peer.gone:
+                lane.run()
+        finally:
+            with self._lock:
+                lanes = self._lanes[peer]
+                lanes.remove(lane)
+                if not lanes:
+                    del self._lanes[peer]
+
+    def complete(self, handoff: Handoff, proof: bytes, then: Callable[[], None]) -> None:
+        """As `Intake.complete`: waits for as many bytes as were sent."""
+        due = wire.proof_of(proof)
+        with self._lock:
+            account = self._account(handoff)
+            account.due, account.then = due, then
+            arrived = account.arrived
+        if arrived > due:
+            raise PeerMisbehaved(f"{arrived} bytes, where {due} were committed")
+        if arrived == due:
+            then()
+
+    def stopped(self, handoff: Handoff) -> None:
+        """As `Intake.stopped`: quiet once no lane is in the landing."""
+        with self._lock:
+            lanes = list(self._lanes.get(handoff.peer, ()))
+        if not any(lane.busy_with(handoff) for lane in lanes):
+            handoff.released()
+
+    def acknowledged(self, handoff: Handoff) -> None:
+        """As `Intake.acknowledged`: it may have been quiet before."""
+        self.stopped(handoff)
+
+    def parted(self, peer: Peer, handoffs: list[Handoff]) -> None:
+        """As `Intake.parted`: the lanes end, and whoever is in a landing leaves it."""
+        with self._lock:
+            lanes = list(self._lanes.get(peer, ()))
+        for lane in lanes:
+            lane.cut()
+        for handoff in handoffs:
+            self.stopped(handoff)
 
     async def close(self) -> None:
-        """Stop listening and close every connection; their landings fail with `PeerLost`."""
-        if self._server is not None:
-            self._server.close()
-        closing = [connection.closed for connection in self._connections]
-        for connection in list(self._connections):
-            connection.drop()
-        if closing:
-            await asyncio.wait(closing, timeout=self.stall_seconds)
-        self._verifier.shutdown(wait=False, cancel_futures=True)
+        """As `Intake.close`."""
 
-    def verify(self, handoff: Handoff, entry: Expected, commit: wire.Commit) -> None:
-        """Compute the digest in a thread, then settle the landing and answer."""
-        entry.begin_verifying()
-        loop = asyncio.get_running_loop()
-        digest = loop.run_in_executor(self._verifier, entry.digest)
-        digest.add_done_callback(partial(self._verified, handoff, entry, commit, time.monotonic()))
+    # ---- what lanes tell, in their threads ---------------------------------------------------
 
-    def _verified(
-        self,
-        handoff: Handoff,
-        entry: Expected,
-        commit: wire.Commit,
-        begun: float,
-        digest: asyncio.Future[bytes],
-    ) -> None:
-        seconds = time.monotonic() - begun
-        broken = PeerLost("closed") if digest.cancelled() else digest.exception()
-        try:
-            if broken is not None:
-                entry.fail(broken)
-                raise LandingGone(f"the pool could not be verified: {broken}")
-            answer = entry.settle(digest.result(), commit.digest, commit.note, seconds)
-        except DigestMismatch as error:
-            handoff.end("mismatch", str(error))
-        except LandingGone as error:
-            handoff.end("gone", str(error))
-        else:
-            size = entry.landing.tokens * self.layout.token_bytes
-            handoff.end("landed", verify_seconds=seconds, size=size, answer=answer)
-        finally:
-            self.landings.forget(entry)
+    def arrived(self, handoff: Handoff, count: int) -> None:
+        """As `Reception.arrived`."""
+        with self._lock:
+            account = self._account(handoff)
+            account.arrived += count
+            arrived, due, then = account.arrived, account.due, account.then
+        if due is not None and arrived > due:
+            raise PeerMisbehaved(f"{arrived} bytes, where {due} were committed")
+        if arrived == due and then is not None:
+            handoff.peer.loop.call_soon_threadsafe(then)
 
-    def _accept(self) -> Incoming:
-        connection = Incoming(self, crowded=len(self._connections) >= self._max_connections)
-        self._connections.add(connection)
-        connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
-        return connection
+    def left(self, handoff: Handoff) -> None:
+        """As `Reception.left`."""
+        handoff.peer.loop.call_soon_threadsafe(self.stopped, handoff)
+
+    def _account(self, handoff: Handoff) -> _Account:
+        return self._accounts.setdefault(handoff, _Account())

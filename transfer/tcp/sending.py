@@ -1,312 +1,158 @@
-"""Push slices over TCP: converted, digested and sent by one thread per connection.
-
-`TcpSender` keeps one connection per decode worker, over which all handoffs to it travel. What a
-`TcpWriter` is told to write is queued there, within a bound, so that `write` returns while the
-next layer is still being computed.
-"""
+"""Push slices over TCP: converted and sent, frame by frame, by the session's moving thread."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from functools import partial
-from types import TracebackType
-from typing import Any, Self
+import contextlib
+import socket
+import ssl
+import time
+from typing import Any
 
-from transfer.contract import KVSlice, Probe, Receipt, Source, nobody_cares
-from transfer.convert import Conversion, Frame, Tamper, check_part
-from transfer.digest import PrefixDigest, landing_key
-from transfer.errors import DigestMismatch, LandingGone, PeerLost, TransferError
-from transfer.layout import Endpoint, KVLayout, Landing
-from transfer.plan import Plan, plan
+import numpy as np
+
+from transfer.contract import KVSlice
+from transfer.convert import Conversion, Frame, Tamper
+from transfer.layout import Endpoint, Landing
+from transfer.session import Met, Move, Outgoing, SessionSender
 from transfer.tcp import wire
-from transfer.tcp.connection import Connection
+
+PROBE_FRAMES = 4
 
 
-class TcpSender:
-    """Connections to decode workers, by their endpoint.
-
-    `backlog_bytes` bounds what is queued per connection, `connect_seconds` the time to be
-    welcomed, `stall_seconds` how long one write or an abort may make no progress before the
-    connection counts as lost. `tamper` is for drills.
-    """
+class TcpSender(SessionSender):
+    """A `Sender` over TCP; the arguments are those of `SessionSender`."""
 
     def __init__(
         self,
         *,
         secret: str = "",
+        tls: ssl.SSLContext | None = None,
         allow_unlike_weights: bool = False,
         backlog_bytes: int = 64 << 20,
         connect_seconds: float = 5.0,
         stall_seconds: float = 10.0,
     ) -> None:
         """Prepare; nothing is connected yet."""
-        self.tamper: Tamper | None = None
-        self.lost: Callable[[Endpoint, PeerLost], None] = nobody_cares
-        self._secret = secret.encode()
-        self._allow_unlike_weights = allow_unlike_weights
-        self._backlog_bytes = backlog_bytes
-        self._connect_seconds = connect_seconds
-        self._stall_seconds = stall_seconds
-        self._connections: dict[tuple[str, str], Connection] = {}
-        self._meeting: dict[tuple[str, str], asyncio.Lock] = {}
-        self._closed = False
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
-        """As `Sender.connect`."""
-        agreed = self._plan(source, target)
-        await self._meet(endpoint, target)
-        return agreed.line
-
-    async def probe(self, endpoint: Endpoint) -> Probe:
-        """As `Sender.probe`: the round trip alone."""
-        for (address, _), connection in self._connections.items():
-            if address == endpoint.address:
-                return Probe(round_trip_seconds=await connection.round_trip(self._stall_seconds))
-        raise PeerLost(f"there is no connection to {endpoint.address}")
-
-    async def open(self, landing: Landing, source: Source) -> TcpWriter:
-        """As `Sender.open`."""
-        agreed = self._plan(source.layout, landing.layout)
-        endpoint = next((it for it in landing.endpoints if it.transport == "tcp"), None)
-        if endpoint is None:
-            raise PeerLost(f"worker {landing.worker} offers no tcp endpoint")
-        connection = await self._meet(endpoint, landing.layout)
-        return TcpWriter(connection, agreed, landing, source, self.tamper, self._stall_seconds)
-
-    async def close(self) -> None:
-        """As `Sender.close`."""
-        self._closed = True
-        connections = list(self._connections.values())
-        self._connections.clear()
-        for connection in connections:
-            connection.lose(PeerLost("this sender was closed"))
-        if connections:
-            await asyncio.wait([it.ended for it in connections], timeout=self._stall_seconds)
-
-    def _plan(self, source: KVLayout, target: KVLayout) -> Plan:
-        return plan(source, target, allow_unlike_weights=self._allow_unlike_weights)
-
-    async def _meet(self, endpoint: Endpoint, target: KVLayout) -> Connection:
-        """The connection to `endpoint`, made anew where there is none."""
-        key = (endpoint.address, target.fingerprint)
-        async with self._meeting.setdefault(key, asyncio.Lock()):
-            connection = self._connections.get(key)
-            if connection is None or connection.lost is not None:
-                connection = await self._dial(endpoint, target)
-                if self._closed:
-                    connection.lose(PeerLost("this sender was closed"))
-                    raise PeerLost("this sender was closed")
-                self._drop_lost()
-                self._connections[key] = connection
-        return connection
-
-    def _mourn(self, endpoint: Endpoint, reason: PeerLost) -> None:
-        self.lost(endpoint, reason)
-
-    def _drop_lost(self) -> None:
-        """Forget peers that are gone, so that restarts do not add up."""
-        kept = {key: it for key, it in self._connections.items() if it.lost is None}
-        busy = {key: it for key, it in self._meeting.items() if key in kept or it.locked()}
-        self._connections, self._meeting = kept, busy
-
-    async def _dial(self, endpoint: Endpoint, target: KVLayout) -> Connection:
-        """Connect and be welcomed."""
-        try:
-            host, port = wire.host_and_port(endpoint)
-        except ValueError as error:
-            raise PeerLost(str(error)) from error
-        connection = Connection(endpoint, self._backlog_bytes, self._stall_seconds, self._mourn)
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_seconds):
-                await loop.create_connection(lambda: connection, host, port)
-                hello = wire.Hello(wire.VERSION, self._secret, target.fingerprint)
-                await connection.submit(connection.send, hello)
-                await connection.welcomed
-        except TimeoutError as error:
-            raise PeerLost(f"{endpoint.address} did not welcome us in time") from error
-        except OSError as error:
-            raise PeerLost(f"{endpoint.address} cannot be reached: {error}") from error
-        finally:
-            if not connection.welcomed.done():
-                connection.welcomed.cancel()
-            if connection.welcomed.cancelled():
-                connection.lose(PeerLost("given up"))
-        return connection
-
-
-class TcpWriter:
-    """The sender's end of one handoff."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        agreed: Plan,
-        landing: Landing,
-        source: Source,
-        tamper: Tamper | None,
-        stall_seconds: float,
-    ) -> None:
-        """Show the right to `landing`; its refusal is heard at a later write or commit.
-
-        Raises:
-            ValueError: pool, blocks and tokens of either side contradict each other.
-            PeerLost: the connection is lost.
-        """
-        self._connection = connection
-        self._landing = landing
-        self._plan = agreed
-        self._tamper = tamper
-        self._stall_seconds = stall_seconds
-        self._conversion = Conversion(agreed, source, landing)
-        self._digest = PrefixDigest(
-            agreed,
-            source.pool,
-            source.pool_blocks,
-            source.blocks,
-            source.tokens,
-            landing_key(landing),
+        super().__init__(
+            TcpCarrier(stall_seconds),
+            secret=secret,
+            tls=tls,
+            allow_unlike_weights=allow_unlike_weights,
+            backlog_bytes=backlog_bytes,
+            connect_seconds=connect_seconds,
+            stall_seconds=stall_seconds,
         )
-        self._jobs: set[asyncio.Future[None]] = set()
-        loop = asyncio.get_running_loop()
-        self._answer: asyncio.Future[wire.Answer] = loop.create_future()
-        self._put_down: asyncio.Future[None] = loop.create_future()
-        self._error: BaseException | None = None
-        self._committed = False
-        self._stopped = False
-        self._settled = False
-        self._ticket = connection.enter(self)
-        opening = wire.Open(self._ticket, landing.id, landing.epoch, landing.secret)
-        self._submit(0, connection.send, opening)
 
-    # ---- the contract -----------------------------------------------------------------------
 
-    async def write(self, part: KVSlice) -> None:
-        """As `Writer.write`; returns when `part` is queued. Each slice is written once."""
-        check_part(part, self._plan.target.layers, self._conversion.tokens)
-        self._raise_if_over()
-        target = self._plan.target
-        size = (part.end - part.start) * target.token_bytes // target.layers
-        await self._connection.backlog.take(size)
-        try:
-            self._raise_if_over()
-            self._submit(size, self._send_slice, part)
-        except BaseException:
-            self._connection.backlog.give(size)
-            raise
+class TcpCarrier:
+    """Reaches TCP receivers. One write may make no progress for `stall_seconds`."""
 
-    async def commit(self, note: bytes, seconds: float) -> Receipt:
-        """As `Writer.commit`."""
-        if len(note) > wire.MAX_NOTE_BYTES:
-            raise ValueError(f"note: {len(note)} bytes, at most {wire.MAX_NOTE_BYTES}")
-        self._raise_if_over()
-        self._committed = True
-        self._submit(0, self._send_commit, note)
-        async with asyncio.timeout(seconds):
-            answer = await self._answer
-        self._settle()
-        if answer.outcome == "mismatch":
-            raise DigestMismatch(answer.detail)
-        return Receipt(answer.verify_seconds, answer.answer, answer.size)
+    transport = "tcp"
 
-    async def abort(self) -> None:
-        """As `Writer.abort`."""
-        self._stopped = True
-        if not self._settled and self._connection.lost is None:
-            try:
-                async with asyncio.timeout(self._stall_seconds):
-                    self._submit(0, self._connection.send, wire.Abort(self._ticket))
-                    await self._put_down
-            except (TransferError, OSError) as error:
-                self._connection.lose(PeerLost(f"an abort was not answered: {error!r}"))
-        self._settle()
-        if self._jobs:
-            # What was queued skips itself, and after a loss every send fails at once.
-            await asyncio.wait(self._jobs, timeout=self._stall_seconds)
+    def __init__(self, stall_seconds: float) -> None:
+        """Prepare; nothing is connected yet."""
+        self._stall_seconds = stall_seconds
 
-    # ---- what the connection tells ----------------------------------------------------------
+    def dial(self, endpoint: Endpoint, seconds: float) -> socket.socket:
+        """As `Carrier.dial`."""
+        connection = socket.create_connection(wire.host_and_port(endpoint), seconds)
+        wire.notice_death(connection, self._stall_seconds)
+        return connection
 
-    def answered(self, answer: wire.Answer) -> None:
-        """Hear how the handoff ended."""
-        if answer.outcome == "aborted":
-            self._release()
-        elif answer.outcome == "gone":
-            self._fail(LandingGone(answer.detail))
-        elif self._committed and not self._answer.done():
-            self._answer.set_result(answer)
+    def hello(self, endpoint: Endpoint) -> bytes:
+        """As `Carrier.hello`: nothing to say."""
+        return b""
 
-    def lost(self, reason: PeerLost) -> None:
-        """Hear that the connection broke."""
-        self._fail(reason)
-        self._release()
+    def meet(self, met: Met) -> TcpMover:
+        """As `Carrier.meet`: opens the data connection."""
+        connection = met.join()
+        connection.settimeout(self._stall_seconds)
+        return TcpMover(connection)
 
-    # ---- in the connection's thread ---------------------------------------------------------
+    def close(self) -> None:
+        """As `Carrier.close`."""
 
-    def _send_slice(self, part: KVSlice) -> None:
+
+class TcpMover:
+    """The data connection to one peer."""
+
+    waits_for_grant = False  # the receiver checks each frame
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Own `connection` from now on."""
+        self._connection = connection
+
+    def begin(self, outgoing: Outgoing) -> Move:
+        """As `Mover.begin`."""
+        return _TcpMove(self._connection, outgoing)
+
+    def probe(self) -> float:
+        """As `Mover.probe`: frames that the other end reads, answers and forgets."""
+        [run] = runs = np.array([wire.MAX_PAYLOAD_BYTES], np.int64)
+        head, payload = wire.head(wire.NOBODY, runs, runs, run), bytes(run)
+        begun = time.monotonic()
+        for _ in range(PROBE_FRAMES):
+            self._connection.sendall(head)
+            self._connection.sendall(payload)
+        for _ in range(PROBE_FRAMES):
+            if not self._connection.recv(1):
+                raise ConnectionResetError("the data connection was closed")
+        return float(PROBE_FRAMES * run / (time.monotonic() - begun))
+
+    def cut(self) -> None:
+        """As `Mover.cut`."""
+        with contextlib.suppress(OSError):  # the peer may have closed it before us
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """As `Mover.close`."""
+        self._connection.close()
+
+
+class _TcpMove:
+    """One handoff as frames."""
+
+    def __init__(self, connection: socket.socket, outgoing: Outgoing) -> None:
+        self._connection = connection
+        self._ticket = outgoing.ticket
+        self._landing: Landing = outgoing.landing
+        self._over = outgoing.over
+        self._tamper: Tamper | None = outgoing.tamper
+        self._conversion = Conversion(outgoing.plan, outgoing.source, outgoing.landing)
+        self._sent = 0
+
+    def write(self, part: KVSlice) -> None:
+        """As `Move.write`."""
         for frame in self._conversion.frames(part):
-            if self._stopped or self._error is not None:
+            if self._over():
                 return
             if self._tamper is None:
-                self._send_frame(frame)
+                self._send(frame)
             elif (damaged := self._tamper(self._landing.id, frame)) is not None:
-                self._send_frame(damaged)
-        self._digest.add(part)
+                self._send(damaged)
 
-    def _send_frame(self, frame: Frame) -> None:
-        message = wire.write_message(self._ticket, frame.offsets, frame.lengths)
-        self._connection.send(message, frame.data)
+    def settle(self) -> bytes:
+        """As `Move.settle`: how much was sent."""
+        return wire.PROOF.pack(self._sent)
 
-    def _send_commit(self, note: bytes) -> None:
-        if not self._stopped and self._error is None:
-            self._connection.send(wire.Commit(self._ticket, self._digest.result(), note))
+    def release(self) -> None:
+        """As `Move.release`: the thread that calls it is the one that would write."""
 
-    # ---- on the event loop ------------------------------------------------------------------
+    def _send(self, frame: Frame) -> None:
+        size = len(frame.data)
+        head = wire.head(self._ticket, frame.offsets, frame.lengths, size)
+        self._sent += size
+        buffers: list[Any] = [head, frame.data.data]
+        sent = self._sendmsg(buffers)
+        for buffer in buffers:
+            if sent < len(buffer):
+                self._connection.sendall(memoryview(buffer)[sent:])
+                sent = 0
+            else:
+                sent -= len(buffer)
 
-    def _submit(self, size: int, job: Callable[..., None], *arguments: Any) -> None:
-        future = self._connection.submit(job, *arguments)
-        self._jobs.add(future)
-        future.add_done_callback(partial(self._done, size))
-
-    def _done(self, size: int, job: asyncio.Future[None]) -> None:
-        self._jobs.discard(job)
-        self._connection.backlog.give(size)
-        error = None if job.cancelled() else job.exception()
-        if isinstance(error, OSError):
-            self._connection.lose(PeerLost(f"a write failed: {error!r}"))
-        elif error is not None:
-            self._fail(error)
-
-    def _raise_if_over(self) -> None:
-        if isinstance(self._error, TransferError):
-            raise type(self._error)(str(self._error)) from self._error
-        if self._error is not None:
-            raise self._error
-        if self._committed or self._stopped:
-            raise LandingGone(f"landing {self._landing.id} was used already")
-
-    def _settle(self) -> None:
-        self._settled = True
-        self._connection.leave(self._ticket)
-
-    def _release(self) -> None:
-        """Let an abort return."""
-        if not self._put_down.done():
-            self._put_down.set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        if self._error is None:
-            self._error = error
-        if self._committed and not self._answer.done():
-            self._answer.set_exception(error)
+    def _sendmsg(self, buffers: list[Any]) -> int:
+        """Begin with as much as leaves in one call; TLS has no such call."""
+        if isinstance(self._connection, ssl.SSLSocket):
+            return 0
+        return self._connection.sendmsg(buffers)

@@ -1,167 +1,78 @@
-"""What the two ends of a connection say to each other, and how long it may be.
+"""What travels on a data connection, one frame after the other, all little-endian.
 
-A frame is two big-endian 32-bit lengths, then a MessagePack message of the first length, then a
-payload of the second. Only `Write` has a payload: the bytes of its runs, one after the other.
-The sender speaks first (`Hello`), and nothing else is heard before it was welcomed. A `ticket`
-is a number by which the sender names one handoff on this connection; `Open` shows the right to
-its landing once, and what follows under that ticket can only come from whoever showed it.
+    head       ticket u64, number of runs u32, bytes of payload u32
+    offsets    one i64 for each run, flat byte offsets into the target pool
+    lengths    one i64 for each run
+    payload    the bytes of the runs, one after the other
+
+A frame under the ticket `NOBODY` is read, answered with a single byte, and forgotten. It is for
+measurements. A commit names, as its proof, how many bytes of payload were sent under its ticket.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
 import socket
 import struct
-from typing import Annotated, Literal
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer.errors import PeerMisbehaved
-from transfer.layout import Endpoint, Epoch, Natural
+from transfer.layout import Endpoint
 
-VERSION = 1
-PREFIX = struct.Struct(">II")
+HEAD = struct.Struct("<QII")
+PROOF = struct.Struct("<Q")
+RUN_BYTES = 16
 
-MAX_NOTE_BYTES = 4 << 20
-MAX_MESSAGE_BYTES = MAX_NOTE_BYTES + (64 << 10)
-MAX_STRANGER_BYTES = 4 << 10
-MAX_PAYLOAD_BYTES = 2 << 20
-MAX_TICKETS = 4096
-
-LandingId = Annotated[str, msgspec.Meta(max_length=64)]
-MAX_DETAIL = 4096
-Detail = Annotated[str, msgspec.Meta(max_length=MAX_DETAIL)]
-Outcome = Literal["landed", "gone", "mismatch", "aborted"]
+NOBODY = (1 << 64) - 1
+MAX_RUNS = 1 << 16
+MAX_PAYLOAD_BYTES = 4 << 20
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Anything that travels in a frame."""
+def head(
+    ticket: int, offsets: NDArray[np.int64], lengths: NDArray[np.int64], payload_bytes: int
+) -> bytes:
+    """A frame up to its payload."""
+    runs = offsets.astype("<i8").tobytes() + lengths.astype("<i8").tobytes()
+    return HEAD.pack(ticket, len(offsets), payload_bytes) + runs
 
 
-class Hello(Message, frozen=True):
-    """First from the sender: which protocol, the workers' shared secret, the layout it expects."""
-
-    version: int
-    secret: Annotated[bytes, msgspec.Meta(max_length=1024)]
-    fingerprint: Annotated[str, msgspec.Meta(max_length=64)]
-
-
-class Open(Message, frozen=True):
-    """Begin to write into a landing, under `ticket`."""
-
-    ticket: Natural
-    landing: LandingId
-    epoch: Epoch
-    secret: Annotated[bytes, msgspec.Meta(max_length=64)]
-
-
-class Write(Message, frozen=True):
-    """Runs of the pool whose bytes follow: offsets as little-endian u64, lengths as u32."""
-
-    ticket: Natural
-    offsets: bytes
-    lengths: bytes
-
-
-class Commit(Message, frozen=True):
-    """All has been written: compare this digest with the pool and hand the prefix over."""
-
-    ticket: Natural
-    digest: Annotated[bytes, msgspec.Meta(max_length=64)]
-    note: Annotated[bytes, msgspec.Meta(max_length=MAX_NOTE_BYTES)]
-
-
-class Abort(Message, frozen=True):
-    """Nothing more comes under this ticket."""
-
-    ticket: Natural
-
-
-class Welcome(Message, frozen=True):
-    """Answer to `Hello`."""
-
-    version: int
-
-
-class Denied(Message, frozen=True):
-    """Instead of `Welcome`: why not. The receiver closes the connection."""
-
-    reason: Detail
-
-
-class Answer(Message, frozen=True):
-    """How a handoff ended: after `Commit` or `Abort`, or unasked when its landing is gone."""
-
-    ticket: Natural
-    outcome: Outcome
-    detail: Detail = ""
-    verify_seconds: float = 0.0
-    size: int = 0
-    answer: Annotated[bytes, msgspec.Meta(max_length=MAX_NOTE_BYTES)] = b""
-
-
-ToReceiver = Hello | Open | Write | Commit | Abort
-ToSender = Welcome | Denied | Answer
-
-_encoder = msgspec.msgpack.Encoder()
-_to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
-_to_sender: msgspec.msgpack.Decoder[ToSender] = msgspec.msgpack.Decoder(ToSender)
-
-
-def frame(message: Message, payload_bytes: int = 0) -> bytes:
-    """The beginning of a frame, up to its payload."""
-    body = _encoder.encode(message)
-    return PREFIX.pack(len(body), payload_bytes) + body
-
-
-def to_receiver(body: bytes | bytearray | memoryview) -> ToReceiver:
-    """Decode what a sender said.
+def measures(data: bytes | bytearray | memoryview) -> tuple[int, int, int]:
+    """Ticket, number of runs and bytes of payload that a head names.
 
     Raises:
-        PeerMisbehaved: it is not one of the messages.
+        PeerMisbehaved: they are out of bounds.
     """
-    try:
-        return _to_receiver.decode(body)
-    except msgspec.MsgspecError as error:
-        raise PeerMisbehaved(f"not a message: {error}") from error
+    ticket, runs, payload_bytes = HEAD.unpack(data)
+    if not 0 < runs <= MAX_RUNS or not 0 < payload_bytes <= MAX_PAYLOAD_BYTES:
+        raise PeerMisbehaved(f"a frame of {runs} runs and {payload_bytes} bytes")
+    return ticket, runs, payload_bytes
 
 
-def to_sender(body: bytes | bytearray | memoryview) -> ToSender:
-    """Decode what a receiver said.
+def runs_of(table: memoryview, payload_bytes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets and lengths out of the bytes between head and payload.
 
     Raises:
-        PeerMisbehaved: it is not one of the messages.
+        PeerMisbehaved: the lengths contradict the payload.
     """
-    try:
-        return _to_sender.decode(body)
-    except msgspec.MsgspecError as error:
-        raise PeerMisbehaved(f"not a message: {error}") from error
-
-
-def write_message(ticket: int, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> Write:
-    """Name runs of the pool."""
-    return Write(ticket, offsets.astype("<u8").tobytes(), lengths.astype("<u4").tobytes())
-
-
-def runs_of(write: Write, payload_bytes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The runs that a `Write` names, as offsets and lengths.
-
-    Raises:
-        PeerMisbehaved: they contradict each other or the payload.
-    """
-    count, rest = divmod(len(write.offsets), 8)
-    if not count or rest or len(write.lengths) != 4 * count:
-        raise PeerMisbehaved(
-            f"{len(write.offsets)} bytes of offsets with {len(write.lengths)} of lengths"
-        )
-    offsets = np.frombuffer(write.offsets, dtype="<u8").astype(np.int64)
-    lengths = np.frombuffer(write.lengths, dtype="<u4").astype(np.int64)
-    if int(lengths.sum()) != payload_bytes:
-        raise PeerMisbehaved(f"runs of {lengths.sum()} bytes with {payload_bytes} of payload")
+    offsets, lengths = np.frombuffer(table, dtype="<i8").astype(np.int64).reshape(2, -1)
+    # Each bounded first: a sum of lies could wrap around to the truth.
+    inside = lengths.min() > 0 and lengths.max() <= payload_bytes
+    if not inside or int(lengths.sum()) != payload_bytes:
+        raise PeerMisbehaved(f"runs that do not make up {payload_bytes} bytes of payload")
     return offsets, lengths
+
+
+def proof_of(data: bytes) -> int:
+    """How many bytes a commit says were sent.
+
+    Raises:
+        PeerMisbehaved: it does not say.
+    """
+    if len(data) != PROOF.size:
+        raise PeerMisbehaved(f"a proof of {len(data)} bytes")
+    [sent] = PROOF.unpack(data)
+    return int(sent)
 
 
 def address(host: str, port: int) -> Endpoint:
@@ -181,15 +92,10 @@ def host_and_port(endpoint: Endpoint) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def twin(transport: asyncio.BaseTransport) -> socket.socket:
-    """A second socket object for the connection of `transport`; to be closed by the caller."""
-    return socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-
-
-def notice_death(sock: socket.socket, seconds: float) -> None:
+def notice_death(connection: socket.socket, seconds: float) -> None:
     """Have the kernel close the connection when the peer's machine is silent for so long."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", max(1, round(seconds / 2))),
         ("TCP_KEEPINTVL", max(1, round(seconds / 6))),
@@ -197,4 +103,4 @@ def notice_death(sock: socket.socket, seconds: float) -> None:
         ("TCP_USER_TIMEOUT", round(seconds * 1000)),
     ):
         if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

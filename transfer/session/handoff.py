@@ -1,0 +1,77 @@
+"""One ticket of one session, as the receiver sees it, and the session that it belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from transfer.landings import Expected
+from transfer.session import wire
+
+
+class Peer(Protocol):
+    """A sender that was welcomed; compared by identity."""
+
+    loop: asyncio.AbstractEventLoop
+    connection: socket.socket
+    """The session's own. Not to be read or written; says who the peer is (`SO_PEERCRED`)."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the session has ended."""
+
+    def find(self, ticket: int, seconds: float) -> Handoff | None:
+        """The handoff of a ticket, waiting for its `Open` up to `seconds`; blocks, any thread.
+
+        None if it has ended.
+
+        Raises:
+            PeerMisbehaved: it was not opened in time.
+            PeerLost: the session has ended.
+        """
+
+    def drop(self, reason: Exception) -> None:
+        """End the session, from any thread. Its landings fail with `reason`."""
+
+
+class Handoff:
+    """What is known of one ticket. `entry` is None where the landing was refused at once.
+
+    Made, ended and released on the event loop; `live` may be asked in any thread.
+    """
+
+    def __init__(self, ticket: int, peer: Peer, say: Callable[[wire.Message], None]) -> None:
+        """Enter a ticket; `say` reaches its sender, or nobody if that is gone."""
+        self.ticket = ticket
+        self.peer = peer
+        self.entry: Expected | None = None
+        self.quiet: asyncio.Future[None] = peer.loop.create_future()
+        self._say = say
+        self._ended = False
+
+    @property
+    def live(self) -> Expected | None:
+        """The landing, while it may be written to."""
+        return self.entry if self.entry is not None and self.entry.state == "open" else None
+
+    def end(
+        self,
+        outcome: wire.Outcome,
+        detail: str = "",
+        *,
+        verify_seconds: float = 0.0,
+        size: int = 0,
+        answer: bytes = b"",
+    ) -> None:
+        """Tell the sender, once, how this ended; in vain if the connection is lost."""
+        if not self._ended:
+            self._ended = True
+            detail = detail[: wire.MAX_DETAIL]
+            self._say(wire.Answer(self.ticket, outcome, detail, verify_seconds, size, answer))
+
+    def released(self) -> None:
+        """No write of this handoff can land any more. Safe to call twice."""
+        if not self.quiet.done():
+            self.quiet.set_result(None)

@@ -1,0 +1,201 @@
+"""The sender's end of one handoff, whatever the transport."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+
+from transfer.contract import TOUCH_SECONDS, KVSlice, Receipt, Source
+from transfer.convert import Tamper, check_part
+from transfer.digest import PrefixDigest, landing_key
+from transfer.errors import DigestMismatch, LandingGone, PeerLost, TransferError
+from transfer.layout import Landing
+from transfer.plan import Plan
+from transfer.session import wire
+from transfer.session.mover import Outgoing
+from transfer.session.outgoing import Session
+
+
+class SessionWriter:
+    """A `Writer`. What it is told to write is queued, within a bound, for the session's thread."""
+
+    def __init__(
+        self,
+        session: Session,
+        agreed: Plan,
+        landing: Landing,
+        source: Source,
+        tamper: Tamper | None,
+    ) -> None:
+        """Show the right to `landing`; its refusal is heard at a later write or commit.
+
+        Raises:
+            ValueError: pool, blocks and tokens of either side contradict each other.
+            PeerLost: the session is lost.
+            PeerMisbehaved: the landing contradicts itself.
+        """
+        self._session = session
+        self._landing = landing
+        self._plan = agreed
+        self._tokens = source.tokens
+        self._digest = PrefixDigest(
+            agreed,
+            source.pool,
+            source.pool_blocks,
+            source.blocks,
+            source.tokens,
+            landing_key(landing),
+        )
+        loop = asyncio.get_running_loop()
+        self._granted: asyncio.Future[None] = loop.create_future()
+        self._answer: asyncio.Future[wire.Answer] = loop.create_future()
+        self._released: asyncio.Future[None] = loop.create_future()
+        self._error: BaseException | None = None
+        self._committed = False
+        self._stopped = False
+        self._releasing = False
+        self._touched_at = float("-inf")
+        self._ticket = session.next_ticket
+        self._move = session.mover.begin(
+            Outgoing(self._ticket, agreed, source, landing, self._over, tamper)
+        )
+        session.enter(self)
+        ask = session.mover.waits_for_grant
+        session.send(wire.Open(self._ticket, landing.id, landing.epoch, landing.secret, ask))
+
+    # ---- the contract -----------------------------------------------------------------------
+
+    async def write(self, part: KVSlice) -> None:
+        """As `Writer.write`; returns when `part` is queued. Each slice is written once."""
+        check_part(part, self._plan.target.layers, self._tokens)
+        self._raise_if_over()
+        await self._permission()
+        target = self._plan.target
+        size = (part.end - part.start) * target.token_bytes // target.layers
+        await self._session.backlog.take(size)
+        try:
+            self._raise_if_over()
+        except BaseException:
+            self._session.backlog.give(size)
+            raise
+        self._session.submit(partial(self._write, part, size))
+
+    async def commit(self, note: bytes, seconds: float) -> Receipt:
+        """As `Writer.commit`."""
+        if len(note) > wire.MAX_NOTE_BYTES:
+            raise ValueError(f"note: {len(note)} bytes, at most {wire.MAX_NOTE_BYTES}")
+        self._raise_if_over()
+        self._committed = True
+        self._session.submit(partial(self._commit, note))
+        async with asyncio.timeout(seconds):
+            answer = await self._answer
+        if answer.outcome == "mismatch":
+            raise DigestMismatch(answer.detail)
+        return Receipt(answer.verify_seconds, answer.answer, answer.size)
+
+    async def abort(self) -> None:
+        """As `Writer.abort`."""
+        self._stopped = True
+        self._release()
+        patience = self._session.stall_seconds
+        await asyncio.wait([self._released], timeout=patience)
+        if not self._released.done():
+            self._session.lose(PeerLost(f"an abort took more than {patience} s"))
+            await asyncio.wait([self._released], timeout=patience)
+
+    # ---- what the session tells -------------------------------------------------------------
+
+    def granted(self) -> None:
+        """The receiver knows the writer."""
+        if not self._granted.done():
+            self._granted.set_result(None)
+
+    def answered(self, answer: wire.Answer) -> None:
+        """Hear how the handoff ended."""
+        if answer.outcome == "gone":
+            self._fail(LandingGone(answer.detail))
+        elif self._committed and not self._answer.done():
+            self._answer.set_result(answer)
+        self._release()
+
+    def lost(self, reason: PeerLost) -> None:
+        """Hear that the session has ended."""
+        self._fail(reason)
+        self._release()
+
+    # ---- in the session's thread ------------------------------------------------------------
+
+    def _over(self) -> bool:
+        return self._stopped or self._error is not None or self._session.broken
+
+    def _write(self, part: KVSlice, size: int) -> None:
+        try:
+            if not self._over():
+                self._move.write(part)
+            if not self._over():
+                self._touch()
+                self._digest.add(part)
+        except OSError as error:
+            self._session.break_down(PeerLost(f"a write failed: {error!r}"))
+        except Exception as error:
+            self._session.call_soon(self._fail, error)
+        finally:
+            self._session.backlog.give(size)
+
+    def _touch(self) -> None:
+        now = time.monotonic()
+        if now - self._touched_at >= TOUCH_SECONDS:
+            self._touched_at = now
+            self._session.send(wire.Touch(self._ticket))
+
+    def _commit(self, note: bytes) -> None:
+        if self._over():
+            return
+        try:
+            proof = self._move.settle()
+        except OSError as error:
+            self._session.break_down(PeerLost(f"a write failed: {error!r}"))
+        else:
+            self._session.send(wire.Commit(self._ticket, self._digest.result(), proof, note))
+
+    def _let_go(self) -> None:
+        self._move.release()
+        self._session.send(wire.Released(self._ticket))
+        self._session.call_soon(self._let_gone)
+
+    # ---- on the event loop ------------------------------------------------------------------
+
+    async def _permission(self) -> None:
+        """Wait until the receiver knows us, where the transport needs that."""
+        if not self._session.mover.waits_for_grant or self._granted.done():
+            return
+        patience = self._session.stall_seconds
+        await asyncio.wait([self._granted], timeout=patience)
+        if not self._granted.done():
+            raise PeerLost(f"an opening was not answered in {patience} s")
+        self._raise_if_over()
+
+    def _release(self) -> None:
+        if not self._releasing:
+            self._releasing = True
+            self._session.submit(self._let_go)
+
+    def _let_gone(self) -> None:
+        self._session.leave(self._ticket)
+        self._released.set_result(None)
+
+    def _raise_if_over(self) -> None:
+        if isinstance(self._error, TransferError):
+            raise type(self._error)(str(self._error)) from self._error
+        if self._error is not None:
+            raise self._error
+        if self._committed or self._stopped:
+            raise LandingGone(f"landing {self._landing.id} was used already")
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+        self.granted()  # nothing will be; whoever waits for it sees the error
+        if self._committed and not self._answer.done():
+            self._answer.set_exception(error)
