@@ -130,7 +130,7 @@ class Session:
             except OSError as error:
                 rate = 0.0
                 self.break_down(PeerLost(f"a probe failed: {error!r}"))
-            self.call_soon(lambda: measured.done() or measured.set_result(rate))
+            self.call_soon(_deliver, measured, rate)
 
         self.submit(measure)
         rate = await measured
@@ -213,6 +213,11 @@ class Session:
         self._stream.end(self.lost)
         if not self.ended.done():
             self.ended.set_result(None)
+
+
+def _deliver(measured: asyncio.Future[float], rate: float) -> None:
+    if not measured.done():
+        measured.set_result(rate)
 
 
 class Backlog:

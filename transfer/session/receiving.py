@@ -78,7 +78,6 @@ class SessionReceiver:
         self._connections: dict[asyncio.Future[None], socket.socket] = {}
         self._writers: dict[str, set[Handoff]] = {}
         self._verifier = ThreadPoolExecutor(1, thread_name_prefix="kv-verify")
-        self._closed = False
 
     async def start(self) -> None:
         """Listen.
@@ -140,10 +139,10 @@ class SessionReceiver:
 
     async def close(self) -> None:
         """As `Receiver.close`; landings fail with `PeerLost`."""
-        self._closed = True
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
+            self._listener = None
         self._end_sessions()
         for connection in self._connections.values():
             with contextlib.suppress(OSError):  # its thread wakes up and ends
@@ -184,7 +183,7 @@ class SessionReceiver:
         ).start()
 
     def _accept_again(self) -> None:
-        if self._listener is not None and not self._closed:
+        if self._listener is not None:
             self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _serve(self, connection: socket.socket, ended: asyncio.Future[None]) -> None:
