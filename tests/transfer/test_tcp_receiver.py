@@ -89,7 +89,7 @@ async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_b
         stranger.lane.write(b"\xaa" * 12768)
         gone = await stranger.hear()
         assert (gone.ticket, gone.outcome) == (0, "gone")
-        stranger.say(session.Released(0))
+        stranger.say(session.Released(0, lost=False))
         again = Owner(receiver)
         stranger.say(opening(again.landing, 1))
         stranger.write(1, *runs((0, 64)))
@@ -107,7 +107,7 @@ async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_b
         struct.pack(">I", 0xFFFFFFFF),
         struct.pack(">I", session.MAX_STRANGER_BYTES + 1),
         struct.pack(">I", 4) + b"\xc1\xc1\xc1\xc1",
-        session.frame(session.Released(0)),
+        session.frame(session.Released(0, lost=False)),
         session.frame(session.Proof(b"", b"")),
         session.frame(session.Join(b"x" * 32)),
     ],
@@ -162,7 +162,7 @@ async def test_a_sender_that_lies_in_a_frame_is_cut_off_and_its_landing_freed(li
         session.Commit(9, b"", b"", b""),
         session.Commit(0, b"", b"not a number", b""),
         session.Touch(9),
-        session.Released(9),
+        session.Released(9, lost=False),
     ],
     ids=lambda it: type(it).__name__,
 )

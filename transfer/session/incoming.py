@@ -139,7 +139,7 @@ class Incoming:
         elif isinstance(message, wire.Commit):
             self._commit(handoff, message)
         else:
-            self._release(handoff)
+            self._release(handoff, lost=message.lost)
 
     def _open(self, message: wire.Open) -> None:
         if message.ticket != self._opened or len(self._handoffs) >= wire.MAX_TICKETS:
@@ -173,10 +173,11 @@ class Incoming:
 
         self._house.intake.complete(handoff, message.proof, complete)
 
-    def _release(self, handoff: Handoff) -> None:
+    def _release(self, handoff: Handoff, *, lost: bool) -> None:
         """The sender gave it up, or knows that its landing is gone."""
         del self._handoffs[handoff.ticket]
-        self._stop(handoff, LandingGone("the sender gave up"))
+        gave_up, ended = LandingGone("the sender gave up"), PeerLost("the sender ends the session")
+        self._stop(handoff, ended if lost else gave_up)
         if not handoff.quiet.done():
             self._house.intake.acknowledged(handoff)
 

@@ -93,30 +93,31 @@ class Stream:
 
     def _readable(self) -> None:
         try:
-            self._read()
+            more = self._read()
             while self.ended is None and (body := self._take()) is not None:
                 self._hear(body)
-        except _LATER:
-            pass
+            if not more:
+                self.end(PeerLost("the peer closed it"))
         except PeerMisbehaved as error:
             self.end(error)
         except OSError as error:
             self.end(PeerLost(f"the connection broke: {error}"))
 
-    def _read(self) -> None:
-        """Take what is there into `_received`."""
+    def _read(self) -> bool:
+        """Take what is there into `_received`; False at the end."""
         while self.ended is None:
             try:
                 with self._lock:
                     data = self._connection.recv(READ_BYTES)
             except _LATER:
-                return
+                break
             if not data:
-                raise ConnectionResetError("the peer closed it")
+                return False
             self._heard_at = time.monotonic()
             self._received += data
             if len(data) < READ_BYTES and not isinstance(self._connection, ssl.SSLSocket):
-                return
+                break
+        return True
 
     def _take(self) -> bytes | None:
         """The body of the next message, if all of it is here."""

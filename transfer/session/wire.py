@@ -130,9 +130,13 @@ class Commit(Message, frozen=True):
 
 
 class Released(Message, frozen=True):
-    """Nothing more can land under this ticket: it was given up, or its landing was withdrawn."""
+    """Nothing more can land under this ticket.
+
+    It was given up, or its landing was withdrawn; where `lost`, the session ends with it.
+    """
 
     ticket: Natural
+    lost: bool
 
 
 class Answer(Message, frozen=True):

@@ -161,7 +161,7 @@ class SessionWriter:
 
     def _let_go(self) -> None:
         self._move.release()
-        self._session.send(wire.Released(self._ticket))
+        self._session.send(wire.Released(self._ticket, lost=self._session.broken))
         self._session.call_soon(self._let_gone)
 
     # ---- on the event loop ------------------------------------------------------------------
