@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check test-gpu bench-gateway bench-engine \
+.PHONY: help venv dev demo test check test-gpu bench-gateway bench-engine bench-transfer \
 	bench-interference loadtest clean
 
 help: ## Show this list
@@ -53,6 +53,9 @@ bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare p
 bench-engine: $(VENV)/.dev ## Measure engine and handoff beside other engines
 	@$(BIN)/python -m tests.bench.engine
 	@$(BIN)/python -m tests.bench.handoff
+
+bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, NIXL and Mooncake
+	@exec $(BIN)/python -m tests.bench.transfer
 
 bench-interference: $(VENV)/.runtime ## Measure what a long prompt does to running streams
 	@exec $(BIN)/python -m loadtest.interference
