@@ -14,12 +14,6 @@ from torch.nn import functional
 _PACKED_FOR_ROWS = 8
 
 
-def _multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    operator = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (there is no public name)
-    result: torch.Tensor = operator(rows, packed, bias, "none", [], "")
-    return result
-
-
 class Linear:
     """`y = x W^T + b` for `x` of shape [rows, in], with `W` of shape [out, in]."""
 
@@ -28,12 +22,21 @@ class Linear:
         packed = _prepack(weight)
         self.prepacked = packed is not None
         self._weight = weight if packed is None else packed
+        if self.prepacked:
+            operator = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (it has no public name)
+            self._multiply, self._multiply_and_add = operator.default, operator.binary
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Multiply. Allocates the result."""
+    def __call__(self, rows: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply, and add `plus`. Allocates the result."""
+        product: torch.Tensor
         if not self.prepacked:
-            return functional.linear(rows, self._weight, self._bias)
-        return _multiply(rows, self._weight, self._bias)
+            product = functional.linear(rows, self._weight, self._bias)
+            return product if plus is None else product.add_(plus)
+        if plus is None:
+            product = self._multiply(rows, self._weight, self._bias, "none", [], "")
+        else:
+            product = self._multiply_and_add(rows, plus, self._weight, self._bias, "add")
+        return product
 
 
 def bfloat16_is_fast() -> bool:

@@ -26,7 +26,7 @@ _CACHED_BYTES = 4 << 20
 class DecodeGroup(msgspec.Struct, frozen=True):
     """Flat tokens `start` to `end`, one per row: read `runs`, ignore what `mask` forbids.
 
-    `mask` is added to the scores: [row * kv head, 1, token].
+    `mask` is added to the scores: [row, 1, 1, token].
     """
 
     start: int
@@ -64,7 +64,6 @@ class Plan(msgspec.Struct, frozen=True):
     chunks: tuple[Chunk, ...]
     wanted: torch.Tensor | None
     places: tuple[slice, ...]
-    scratch: int
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -115,11 +114,10 @@ def make_plan(rows: Items[Row], pool: PagedPool, dtype: torch.dtype, device: str
         tokens=torch.tensor([t for row in order for t in row.tokens], device=device),
         positions=torch.from_numpy(positions).to(device),
         cells=_moved(pool.cells_of(blocks, positions % pool.layout.block_tokens), device),
-        groups=(groups := _groups([rows[i] for i in decode], pool, dtype, device)),
-        chunks=(chunks := _chunks(rows, chunked, len(decode), pool, dtype, device)),
+        groups=_groups([rows[i] for i in decode], pool, dtype, device),
+        chunks=_chunks(rows, chunked, len(decode), pool, dtype, device),
         wanted=None if len(wanted) == len(positions) else _moved(wanted, device),
         places=places,
-        scratch=_scratch(groups, chunks, pool),
     )
 
 
@@ -182,13 +180,12 @@ def _groups(
         # a padded place repeats the row's first block: always written, so always finite
         table = np.array([_padded(row, longest, size) for row in rows[start:end]])
         mask = np.where(np.arange(longest * size) < lengths[:, None], 0, _NEVER)
-        mask = mask.repeat(pool.layout.kv_heads, 0)[:, None, :]
         groups.append(
             DecodeGroup(
                 start,
                 end,
                 _moved(pool.runs_of(table), device),
-                torch.from_numpy(mask).to(device, dtype),
+                torch.from_numpy(mask[:, None, None, :]).to(device, dtype),
             )
         )
         start = end
@@ -222,11 +219,3 @@ def _chunks(
         chunks.append(Chunk(i, flat, flat + count, written, runs, mask))
         flat += count
     return tuple(chunks)
-
-
-def _scratch(groups: Items[DecodeGroup], chunks: Items[Chunk], pool: PagedPool) -> int:
-    """Numbers that the largest gather of this step needs."""
-    layout = pool.layout
-    width = layout.head_dim * (1 if pool.by_token else layout.block_tokens)
-    runs = [*(group.runs for group in groups), *(chunk.runs for chunk in chunks)]
-    return max((run.numel() for run in runs if run is not None), default=0) * width

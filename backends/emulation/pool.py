@@ -58,10 +58,12 @@ class PagedPool:
         self._staging = Staging(self.canonical, self._host) if self.shadowed else None
         numbers = raw.view(TORCH_DTYPES[layout.dtype])
         self.by_token = layout.axes.split()[-2] != "token"
-        run = layout.head_dim * (1 if self.by_token else layout.block_tokens)
-        self._cells = numbers.view(-1, layout.head_dim)
-        self._runs = numbers.view(-1, run)
+        self.dtype = numbers.dtype
+        self.run_numbers = layout.head_dim * (1 if self.by_token else layout.block_tokens)
         self._strides = dict(zip(_CANONICAL, self.canonical.stride(), strict=True))
+        starts = [layer * self._strides["layer"] for layer in range(layout.layers)]
+        self._cells = [numbers[start:].view(-1, layout.head_dim) for start in starts]
+        self._runs = [numbers[start:].view(-1, self.run_numbers) for start in starts]
         self._filled = np.full(blocks, _UNKNOWN, np.int64)
 
     def _canonical(self, raw: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -73,10 +75,10 @@ class PagedPool:
     # ---- addresses -------------------------------------------------------------------------
 
     def cells_of(self, blocks: Indexes, tokens: Indexes) -> Indexes:
-        """Addresses in layer 0 of the tokens at these places: [token, K|V, head], flattened."""
+        """Addresses in layer 0 of the tokens at these places: [K|V, head, token], flattened."""
         unit = self.layout.head_dim
         base = (blocks * self._strides["block"] + tokens * self._strides["token"]) // unit
-        return (base[:, None, None] + self._inner(unit)).reshape(-1)
+        return (base + self._inner(unit)[:, :, None]).reshape(-1)
 
     def runs_of(self, blocks: Indexes) -> Indexes:
         """Addresses in layer 0 of whole blocks: `blocks` is [row, block].
@@ -114,17 +116,12 @@ class PagedPool:
             self.canonical[:, :, block, end + 1 :] = 0
 
     def write(self, layer: int, cells: torch.Tensor, kv: torch.Tensor) -> None:
-        """Store `kv`, [token, K|V, head, dim], at `cells`, as `cells_of` gave them."""
-        step = self._strides["layer"] // self.layout.head_dim
-        values = kv.reshape(-1, self.layout.head_dim).to(self._cells.dtype)
-        self._cells.index_copy_(0, cells + layer * step, values)
+        """Store `kv`, [K|V, head, token, dim] in the pool's dtype, at cells from `cells_of`."""
+        self._cells[layer].index_copy_(0, cells, kv.view(-1, self.layout.head_dim))
 
-    def gather(self, layer: int, runs: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Read runs, as `runs_of` gave them, into the flat `out`. Returns it, shaped [run, dim]."""
-        width = self._runs.shape[1]
-        step = self._strides["layer"] // width
-        target = out[: runs.numel() * width].view(-1, width)
-        return torch.index_select(self._runs, 0, runs + layer * step, out=target)
+    def gather(self, layer: int, runs: torch.Tensor, out: torch.Tensor) -> None:
+        """Read runs, as `runs_of` gave them, into `out`, shaped [run, `run_numbers`]."""
+        torch.index_select(self._runs[layer], 0, runs, out=out)
 
     # ---- the host's side -------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ The formula is RoFormer's (Su et al., 2021); the scaling is Llama 3.1's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -49,26 +50,21 @@ class Rope:
         else:
             # cos twice, then -sin and sin: what a half turned by `roll` is multiplied with
             table = torch.cat([cosine, cosine, -sine, sine], dim=-1)
-        self._table = table.unsqueeze(1).to(device)
+        self._table = table.to(device)
 
-    def at(self, positions: torch.Tensor) -> torch.Tensor:
-        """What `turn` needs for tokens at these positions."""
-        return self._table[positions]
-
-    def turn(self, heads: torch.Tensor, table: torch.Tensor) -> None:
-        """Turn `heads`, shaped [token, head, dim], in place."""
-        if heads.dtype == torch.float32:
-            self._turn(heads, table)
-            return
-        exact = heads.float()
-        self._turn(exact, table)
-        heads.copy_(exact)
-
-    def _turn(self, heads: torch.Tensor, table: torch.Tensor) -> None:
-        half = heads.shape[-1] // 2
+    def turning(self, heads: torch.Tensor, positions: torch.Tensor) -> Callable[[], None]:
+        """What turns whatever is in `heads`, float32 [head, token, dim], in place, when called."""
+        table = self._table[positions]
         if self._pairing == "interleaved":
-            torch.view_as_complex(heads.view(*heads.shape[:2], half, 2)).mul_(table)
-            return
-        cosine, sine = table.chunk(2, dim=-1)
-        swapped = heads.roll(half, -1)
-        heads.mul_(cosine).addcmul_(swapped, sine)
+            pairs = torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2))
+            return lambda: _multiply(pairs, table)
+        return lambda: _turn_halves(heads, *table.chunk(2, dim=-1))
+
+
+def _multiply(pairs: torch.Tensor, table: torch.Tensor) -> None:
+    pairs.mul_(table)
+
+
+def _turn_halves(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    heads.mul_(cosine).addcmul_(swapped, sine)

@@ -1,19 +1,22 @@
 """The forward pass of Llama, Qwen2 and Qwen3 over a paged pool, for a planned batch.
 
-Weights are loaded once, fused where several matrices share an input (Q, K and V; gate and up).
-Everything here is a function of the plan and the pool; no row is looked at one by one except
-prefill chunks, whose attention is worth a call of its own.
+Weights are loaded once, fused where several matrices share an input (Q, K and V; gate and up),
+and multiplied with the gains of the norm before them. A small step costs as much for calling
+operators as for computing: whatever the layers share (buffers, views, masks) is made once per
+step, in `attention.py`, and a layer is a short list of calls.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
+from backends.emulation.attention import Attention, Scratch
 from backends.emulation.linear import Linear
-from backends.emulation.plan import Chunk, DecodeGroup, Plan
+from backends.emulation.plan import Plan
 from backends.emulation.pool import PagedPool
 from backends.emulation.rope import Rope, repaired
 from backends.emulation.spec import Checkpoint, ModelSpec, Pairing, expected_tensors
@@ -41,8 +44,26 @@ class Weights:
         self._shapes = dict(expected_tensors(checkpoint.spec))
         self._done, self._loaded = 0, loaded
 
-    def take(self, name: str) -> torch.Tensor:
-        """One tensor in the engine's dtype, on its device, in its RoPE pairing."""
+    def take(self, name: str, gains: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor in the engine's dtype, on its device, in its RoPE pairing.
+
+        Its columns are multiplied with `gains`, in float32.
+        """
+        tensor = self._exact(name)
+        if gains is not None:
+            tensor = tensor.float() * gains
+        return tensor.to(self._device, self._dtype)
+
+    def fused(self, names: list[str], gains: torch.Tensor | None = None) -> torch.Tensor:
+        """Several tensors, stacked by rows."""
+        return torch.cat([self.take(name, gains) for name in names])
+
+    def gains(self, name: str) -> torch.Tensor:
+        """What a norm's weights make of vectors of length 1: float32, on the CPU."""
+        weight = self._exact(name).float()
+        return weight * math.sqrt(len(weight))
+
+    def _exact(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._checkpoint.tensor(name)
         if tuple(tensor.shape) != self._shapes[name]:
             raise BackendMisconfigured(
@@ -54,11 +75,7 @@ class Weights:
             tensor = repaired(tensor, heads, self.spec.pairing, self._pairing)
         self._done += 1
         self._loaded(self._done / len(self._shapes))
-        return tensor.to(self._device, self._dtype)
-
-    def fused(self, names: list[str]) -> torch.Tensor:
-        """Several tensors, stacked by rows."""
-        return torch.cat([self.take(name) for name in names])
+        return tensor
 
 
 class Layer:
@@ -67,19 +84,24 @@ class Layer:
     def __init__(self, weights: Weights, number: int) -> None:
         spec, block = weights.spec, f"blk.{number}"
         names = [f"{block}.attn_{part}" for part in "qkv"]
-        self.attention_norm = weights.take(f"{block}.attn_norm.weight")
         self.qkv = Linear(
-            weights.fused([f"{name}.weight" for name in names]),
+            weights.fused(
+                [f"{name}.weight" for name in names], weights.gains(f"{block}.attn_norm.weight")
+            ),
             weights.fused([f"{name}.bias" for name in names]) if spec.qkv_bias else None,
         )
-        self.q_norm = weights.take(f"{block}.attn_q_norm.weight") if spec.qk_norm else None
-        self.k_norm = weights.take(f"{block}.attn_k_norm.weight") if spec.qk_norm else None
+        self.q_norm = weights.take(f"{block}.attn_q_norm.weight").float() if spec.qk_norm else None
+        self.k_norm = weights.take(f"{block}.attn_k_norm.weight").float() if spec.qk_norm else None
         self.output = Linear(
             weights.take(f"{block}.attn_output.weight"),
             weights.take(f"{block}.attn_output.bias") if spec.output_bias else None,
         )
-        self.ffn_norm = weights.take(f"{block}.ffn_norm.weight")
-        self.gate_up = Linear(weights.fused([f"{block}.ffn_gate.weight", f"{block}.ffn_up.weight"]))
+        self.gate_up = Linear(
+            weights.fused(
+                [f"{block}.ffn_gate.weight", f"{block}.ffn_up.weight"],
+                weights.gains(f"{block}.ffn_norm.weight"),
+            )
+        )
         self.down = Linear(weights.take(f"{block}.ffn_down.weight"))
 
 
@@ -94,108 +116,41 @@ class Transformer:
         self._norm = weights.take("output_norm.weight")
         head = self._embedding if self.spec.tied else weights.take("output.weight")
         self._head = Linear(head)
-        self._scale = self.spec.head_dim**-0.5
-        self._scratch = self._embedding.new_empty(0)
+        shortest = math.sqrt(self.spec.hidden * self.spec.norm_epsilon)
+        self._shortest = torch.tensor(shortest, device=self._embedding.device)
+        self._scratch = Scratch()
 
     def forward(self, plan: Plan, pool: PagedPool, written: Written) -> torch.Tensor:
         """Compute the plan, writing KV into `pool`.
 
         Returns the normalised hidden states of `plan.wanted`, [wanted, hidden].
         """
-        if self._scratch.numel() < plan.scratch:
-            kind = pool.canonical
-            self._scratch = torch.empty(plan.scratch, dtype=kind.dtype, device=kind.device)
         states = functional.embedding(plan.tokens, self._embedding)
-        table = self._rope.at(plan.positions)
+        attention = Attention(self.spec, self._rope, plan, pool, states.dtype, self._scratch)
         for number, layer in enumerate(self._layers):
-            heads = self._heads(layer, states, table)
-            pool.write(number, plan.cells, heads[:, self.spec.heads :])
+            attention.take(number, layer.qkv(self._unit(states)), layer.q_norm, layer.k_norm)
             written(number)
             last = number == len(self._layers) - 1
             if last and plan.wanted is not None and not plan.wanted.numel():
                 return states[:0]
-            mixed = self._attend(number, heads, plan, pool)
+            mixed = attention.mix(number)
             if last and plan.wanted is not None:
                 mixed, states = mixed[plan.wanted], states[plan.wanted]
             states = self._rest(layer, states, mixed)
-        return self._normed(states, self._norm)
+        return functional.rms_norm(states, self._norm.shape, self._norm, self.spec.norm_epsilon)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The next token's logits, float32, for states that `forward` returned."""
         return self._head(states).float()
 
-    def _normed(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(states, weight.shape, weight, self.spec.norm_epsilon)
-
-    def _heads(self, layer: Layer, states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Q, K and V heads, [token, head, dim], with Q and K turned."""
-        spec = self.spec
-        flat = layer.qkv(self._normed(states, layer.attention_norm))
-        heads = flat.view(len(states), -1, spec.head_dim)
-        turned = spec.heads + spec.kv_heads
-        if layer.q_norm is not None and layer.k_norm is not None:
-            heads[:, : spec.heads] = self._normed(heads[:, : spec.heads], layer.q_norm)
-            heads[:, spec.heads : turned] = self._normed(
-                heads[:, spec.heads : turned], layer.k_norm
-            )
-        self._rope.turn(heads[:, :turned], table)
-        return heads
+    def _unit(self, states: torch.Tensor) -> torch.Tensor:
+        """Vectors of length 1: the root mean square norm, whose factors are in the weights."""
+        exact = states.float()
+        length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot_(self._shortest)
+        return exact.div(length).to(states.dtype)
 
     def _rest(self, layer: Layer, states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        states = layer.output(mixed).add_(states)
-        gate, up = layer.gate_up(self._normed(states, layer.ffn_norm)).chunk(2, dim=-1)
-        return layer.down(functional.silu(gate).mul_(up)).add_(states)
-
-    def _attend(
-        self, number: int, heads: torch.Tensor, plan: Plan, pool: PagedPool
-    ) -> torch.Tensor:
-        width = self.spec.heads * self.spec.head_dim
-        mixed = heads.new_empty(len(heads), width)
-        for group in plan.groups:
-            mixed[group.start : group.end] = self._decode(number, heads, group, pool)
-        for chunk in plan.chunks:
-            mixed[chunk.start : chunk.end] = self._prefill(number, heads, chunk, pool)
-        return mixed
-
-    def _gathered(
-        self, number: int, runs: torch.Tensor, rows: int, pool: PagedPool, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """K and V of `rows` rows from the pool: [K|V, row * kv head, token, dim]."""
-        spec = self.spec
-        found = pool.gather(number, runs, self._scratch)
-        return found.view(2, rows * spec.kv_heads, -1, spec.head_dim).to(dtype)
-
-    def _decode(
-        self, number: int, heads: torch.Tensor, group: DecodeGroup, pool: PagedPool
-    ) -> torch.Tensor:
-        """One query per row, each over its own cache; heads of a group share their K and V."""
-        spec, rows = self.spec, group.end - group.start
-        keys, values = self._gathered(number, group.runs, rows, pool, heads.dtype)
-        queries = heads[group.start : group.end, : spec.heads]
-        queries = queries.reshape(rows * spec.kv_heads, spec.group, spec.head_dim)
-        scores = torch.baddbmm(group.mask, queries, keys.transpose(1, 2), alpha=self._scale)
-        return torch.bmm(scores.softmax(-1), values).view(rows, -1)
-
-    def _prefill(
-        self, number: int, heads: torch.Tensor, chunk: Chunk, pool: PagedPool
-    ) -> torch.Tensor:
-        """Many queries of one row: over itself, or over all of its prefix in the pool."""
-        spec = self.spec
-        own = heads[chunk.start : chunk.end].transpose(0, 1).unsqueeze(0)
-        queries = own[:, : spec.heads]
-        if chunk.runs is None:
-            # what later chunks will read is rounded to the pool's dtype: attend to the same
-            rounded = own[:, spec.heads :].to(pool.canonical.dtype).to(heads.dtype)
-            keys, values = rounded.chunk(2, dim=1)
-        else:
-            keys, values = self._gathered(number, chunk.runs, 1, pool, heads.dtype).unsqueeze(1)
-        mixed = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=chunk.mask,
-            is_causal=chunk.runs is None,
-            scale=self._scale,
-            enable_gqa=spec.group > 1,
-        )
-        return mixed.squeeze(0).transpose(0, 1).reshape(chunk.end - chunk.start, -1)
+        states = layer.output(mixed, states)
+        width, gate_up = self.spec.feed_forward, layer.gate_up(self._unit(states))
+        gated = functional.silu(gate_up[:, :width]).mul_(gate_up[:, width:])
+        return layer.down(gated, states)

@@ -35,10 +35,12 @@ def test_what_is_written_is_gathered_in_order_from_any_axes(axes):
     cells = torch.from_numpy(pool.cells_of(blocks[positions // 5], positions % 5))
     values = torch.randn(3, length, 2, 2, 4)
     for layer in range(3):
-        pool.write(layer, cells, values[layer])
+        pool.write(layer, cells, values[layer].permute(1, 2, 0, 3).contiguous())
     runs = torch.from_numpy(pool.runs_of(np.stack([blocks, blocks[[1, 1, 2]]])))
     for layer in range(3):
-        found = pool.gather(layer, runs, torch.empty(10_000)).view(2, 2, 2, 15, 4)
+        found = torch.empty(len(runs), pool.run_numbers)
+        pool.gather(layer, runs, found)
+        found = found.view(2, 2, 2, 15, 4)
         expected = values[layer].permute(1, 2, 0, 3)
         assert torch.equal(found[:, 0, :, :length], expected)
         assert torch.equal(found[:, 1, :, :5], expected[:, :, 5:10])
