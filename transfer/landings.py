@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.contract import Arrival, Buffer
-from transfer.digest import DIGEST_BYTES, PrefixDigest, landing_key
+from transfer.digest import PrefixDigest, landing_key
 from transfer.errors import DigestMismatch, LandingGone, PeerMisbehaved
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
-from transfer.rows import strides
+from transfer.pool import Pool
+from transfer.rows import scatter, strides
 
 State = Literal["open", "verifying", "over"]
 
@@ -37,16 +38,15 @@ class Expected:
     ) -> None:
         """Take note of the landing; `Landings.expect` is the way in."""
         self.landing = landing
-        self.bytes: NDArray[np.uint8] = np.frombuffer(pool, dtype=np.uint8)
-        if not self.bytes.flags.writeable:
+        self.pool = Pool.of(landing.layout, landing.pool_blocks, pool)
+        if not self.pool.writable:
             raise ValueError("pool: the buffer is read-only")
-        self.memory = self.bytes.data
         self.touched = touched
         self.state: State = "open"
         self.writer: object | None = None
         self._arrived = arrived
         self._failed = failed
-        self._allowed = _Allowed(landing)
+        self._allowed = _Allowed(landing, self.pool.region_bytes)
         self._digest = PrefixDigest(
             plan(landing.layout, landing.layout),
             pool,
@@ -69,6 +69,10 @@ class Expected:
                 f"{offsets[wrong]} is outside its blocks"
             )
 
+    def put(self, data: Buffer, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Copy `data`, which is checked runs one after the other, to where they belong."""
+        scatter(data, self.pool.addresses(offsets), lengths)
+
     def digest(self) -> bytes:
         """Compute the digest of what lies in the pool. Slow; any thread, once."""
         self._digest.add_all()
@@ -78,8 +82,10 @@ class Expected:
         """Accept no more writes: from now on the digest is being computed."""
         self.state = "verifying"
 
-    def settle(self, found: bytes, sent: bytes, note: bytes, seconds: float) -> bytes:
+    def settle(self, found: bytes | None, sent: bytes, note: bytes, seconds: float) -> bytes:
         """Compare the digests and end the landing. Returns what its owner answers.
+
+        `found` is None where nothing is to be compared.
 
         Raises:
             DigestMismatch: the owner has been told.
@@ -88,7 +94,7 @@ class Expected:
         if self.state != "verifying":
             raise LandingGone(f"landing {self.landing.id} was withdrawn")
         self.state = "over"
-        if len(sent) != DIGEST_BYTES or not hmac.compare_digest(found, sent):
+        if found is not None and not hmac.compare_digest(found, sent):
             mismatch = DigestMismatch(f"landing {self.landing.id}: the pool holds something else")
             self._failed(mismatch)
             raise mismatch
@@ -168,7 +174,8 @@ class Landings:
 class _Allowed:
     """The blocks of a landing as sorted intervals, to look up many runs at once."""
 
-    def __init__(self, landing: Landing) -> None:
+    def __init__(self, landing: Landing, region_bytes: int) -> None:
+        self._region_bytes = region_bytes
         self._block_bytes = strides(landing.layout, landing.pool_blocks)["block"]
         self._block_bytes *= landing.layout.item_bytes
         self._pool_blocks = landing.pool_blocks
@@ -182,6 +189,7 @@ class _Allowed:
         """Index of the first run that leaves the landing, if there is one."""
         ends = offsets + lengths
         inside = (offsets >= 0) & (lengths > 0) & (offsets < ends) & (ends <= self._pool_bytes)
+        inside &= offsets // self._region_bytes == (ends - 1) // self._region_bytes
         first = offsets // self._block_bytes
         count = (ends - 1) // self._block_bytes - first + 1
         number = first % self._pool_blocks

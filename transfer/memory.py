@@ -8,8 +8,10 @@ must survive, the code above it meets here first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -21,7 +23,6 @@ from transfer.errors import LandingGone, PeerLost
 from transfer.landings import Expected, Landings
 from transfer.layout import Endpoint, KVLayout, Landing
 from transfer.plan import Plan, plan
-from transfer.rows import scatter
 
 
 class MemoryNetwork:
@@ -30,6 +31,7 @@ class MemoryNetwork:
     def __init__(self) -> None:
         """Begin with nobody."""
         self.receivers: dict[str, MemoryReceiver] = {}
+        self._stuck: list[Callable[[], None]] | None = None
 
     def find(self, endpoint: Endpoint | None) -> MemoryReceiver:
         """The receiver at `endpoint`.
@@ -42,6 +44,25 @@ class MemoryNetwork:
         if receiver is None:
             raise PeerLost(f"nobody answers at memory {address}")
         return receiver
+
+    @contextlib.contextmanager
+    def stall(self) -> Iterator[None]:
+        """While this is open, nothing lands; it does afterwards."""
+        stuck: list[Callable[[], None]] = []
+        self._stuck = stuck
+        try:
+            yield
+        finally:
+            self._stuck = None
+            for land in stuck:
+                land()
+
+    def deliver(self, land: Callable[[], None]) -> None:
+        """Have something land, now or when it can."""
+        if self._stuck is None:
+            land()
+        else:
+            self._stuck.append(land)
 
 
 class MemoryReceiver:
@@ -130,13 +151,14 @@ class MemoryReceiver:
         loop = asyncio.get_running_loop()
         landed: asyncio.Future[None] = loop.create_future()
         self._landing.setdefault(entry.landing.id, set()).add(landed)
-        loop.call_later(self._delay_seconds, self._land, entry, frame, frame.data.copy(), landed)
+        land = partial(self._land, entry, frame, frame.data.copy(), landed)
+        loop.call_later(self._delay_seconds, self._network.deliver, land)
         return landed
 
     def _land(
         self, entry: Expected, frame: Frame, data: Buffer, landed: asyncio.Future[None]
     ) -> None:
-        scatter(data, entry.bytes, frame.offsets, frame.lengths)
+        entry.put(data, frame.offsets, frame.lengths)
         if entry.state == "open":
             entry.touched()
         posted = self._landing[entry.landing.id]

@@ -232,9 +232,9 @@ def _pieces(
     return first, np.diff(first, append=end)
 
 
-def scatter(data: Any, pool: NDArray[np.uint8], offsets: I64, lengths: I64) -> None:
+def scatter(data: Any, addresses: I64, lengths: I64) -> None:
     """Write `data`, which is runs one after the other, to where they belong."""
     flat = np.frombuffer(data, dtype=np.uint8)
     begin = np.cumsum(lengths) - lengths
-    # A copy, as what came over a wire may be read-only, for which nothing is compiled.
-    copy_runs(begin + flat.ctypes.data, offsets + pool.ctypes.data, lengths.copy())
+    # Copies, as what came over a wire may be read-only, for which nothing is compiled.
+    copy_runs(begin + flat.ctypes.data, np.array(addresses), np.array(lengths))

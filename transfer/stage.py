@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import NamedTuple
 
 import msgspec
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.contract import Arrival, KVSlice, Receipt, Receiver, Sender, Source, Writer, whole
-from transfer.convert import Conversion
+from transfer.convert import Conversion, Frame
 from transfer.errors import TransferError
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
@@ -46,10 +47,42 @@ class BrokenPromise(AssertionError):
 
 
 class Pair(NamedTuple):
-    """Both ends of a transport, ready to be used."""
+    """Both ends of a transport, ready to be used.
+
+    While the context that `stall` gives is open, whatever is written gets stuck on its way.
+    Without it, the promises about stalled senders are not checked.
+    """
 
     sender: Sender
     receiver: Receiver
+    stall: Callable[[], AbstractContextManager[object]] | None = None
+
+
+class Gate:
+    """A `Tamper` for senders that write in a thread: while it is closed, frames wait there."""
+
+    def __init__(self) -> None:
+        """Begin open."""
+        self.waiting = 0
+        self._open = threading.Event()
+        self._open.set()
+
+    def __call__(self, landing_id: str, frame: Frame) -> Frame:
+        """Let a frame pass, now or later."""
+        self.waiting += 1
+        passed = self._open.wait(PATIENCE_SECONDS)
+        self.waiting -= 1
+        require(passed, "a gate was never opened again")
+        return frame
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[Gate]:
+        """Hold frames up; as `Pair.stall`."""
+        self._open.clear()
+        try:
+            yield self
+        finally:
+            self._open.set()
 
 
 MakePair = Callable[[KVLayout], AbstractAsyncContextManager[Pair]]
@@ -60,7 +93,7 @@ class Stage:
 
     def __init__(self, pair: Pair, number: int = 1) -> None:
         """Set a landing aside in a pool full of old numbers, and expect it."""
-        self.sender, self.receiver = pair
+        self.sender, self.receiver = pair.sender, pair.receiver
         random = np.random.default_rng(number)
         self.source_pool: NDArray[np.float32] = random.standard_normal(
             SOURCE_BLOCKS * SOURCE.block_bytes // 4, dtype=np.float32

@@ -231,13 +231,51 @@ async def no_write_lands_after_quiesce(make: MakePair) -> None:
                 writing.cancel()
                 stage.receiver.withdraw(stage.landing.id)
                 arrived = len(stage.arrivals)  # it may have been quicker than the withdrawal
-                async with asyncio.timeout(PATIENCE_SECONDS):
-                    await stage.receiver.quiesce(stage.landing.id)
+                await _in_time(stage.receiver.quiesce(stage.landing.id))
                 stage.pool[:] = 0xEE  # the next owner of these blocks
             await writer.abort()
             await asyncio.sleep(0.01)
             require(bool((stage.pool == 0xEE).all()), "a write landed after quiesce")
             require(len(stage.arrivals) == arrived, "it arrived after it was withdrawn")
+
+
+async def no_write_of_a_stalled_sender_lands_after_quiesce(make: MakePair) -> None:
+    """`quiesce` waits for a sender that is stuck within a write, or keeps its write out."""
+    async with make(TARGET) as pair:
+        if pair.stall is None:
+            return
+        stage = Stage(pair)
+        writer = await stage.sender.open(stage.landing, stage.source)
+        with pair.stall():
+            writing = asyncio.ensure_future(writer.write(KVSlice(0, 0, TOKENS)))
+            await asyncio.wait([writing], timeout=0.02)
+            writing.cancel()
+            stage.receiver.withdraw(stage.landing.id)
+            quiet = asyncio.ensure_future(stage.receiver.quiesce(stage.landing.id))
+            await asyncio.wait([quiet], timeout=0.05)
+            if quiet.done():
+                stage.pool[:] = 0xEE
+            early = quiet.done()
+        await _in_time(quiet)
+        if not early:
+            stage.pool[:] = 0xEE
+        await writer.abort()
+        await asyncio.sleep(0.02)
+        require(bool((stage.pool == 0xEE).all()), "a write landed after quiesce")
+
+
+async def quiesce_ends_when_the_sender_is_gone(make: MakePair) -> None:
+    """A sender that closes in the middle of a handoff keeps no blocks in quarantine."""
+    async with _stage(make) as stage:
+        writer = await stage.sender.open(stage.landing, stage.source)
+        await writer.write(KVSlice(0, 0, TOKENS))
+        await stage.sender.close()
+        stage.receiver.withdraw(stage.landing.id)
+        await _in_time(stage.receiver.quiesce(stage.landing.id))
+        stage.pool[:] = 0xEE
+        await writer.abort()
+        await asyncio.sleep(0.02)
+        require(bool((stage.pool == 0xEE).all()), "a write landed after quiesce")
 
 
 async def an_id_may_be_expected_again(make: MakePair) -> None:
@@ -305,6 +343,8 @@ PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     a_lost_sender_fails_its_landings,
     withdrawn_landing_is_refused,
     no_write_lands_after_quiesce,
+    no_write_of_a_stalled_sender_lands_after_quiesce,
+    quiesce_ends_when_the_sender_is_gone,
     an_id_may_be_expected_again,
     an_owner_may_decline,
     the_loss_of_a_peer_is_told_once,
@@ -335,6 +375,14 @@ async def check_transport(make_pair: MakePair) -> list[str]:
 async def _stage(make: MakePair) -> AsyncIterator[Stage]:
     async with make(TARGET) as pair:
         yield Stage(pair)
+
+
+async def _in_time(quiescing: Awaitable[None]) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await quiescing
+    except TimeoutError as error:
+        raise BrokenPromise("quiesce did not return") from error
 
 
 async def _finish(stage: Stage, writer: Writer) -> None:

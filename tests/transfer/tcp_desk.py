@@ -123,8 +123,8 @@ class Stranger:
         return True
 
 
-def opening(landing, ticket=0):
-    return session.Open(ticket, landing.id, landing.epoch, landing.secret, ask=False)
+def opening(landing, ticket=0, *, ask=False):
+    return session.Open(ticket, landing.id, landing.epoch, landing.secret, ask)
 
 
 def runs(*pairs):

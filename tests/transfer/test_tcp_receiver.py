@@ -146,7 +146,8 @@ async def test_a_sender_that_lies_in_a_frame_is_cut_off_and_its_landing_freed(li
     async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
         await stranger.greeted()
         owner = Owner(receiver)
-        stranger.say(opening(owner.landing))
+        stranger.say(opening(owner.landing, ask=True))
+        assert await stranger.hear() == session.Granted(0)
         stranger.lane.write(lie + b"\xaa" * 128)
         assert await stranger.closed()
         assert [type(it) for it in owner.failures] == [PeerMisbehaved]

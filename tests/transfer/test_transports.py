@@ -7,7 +7,7 @@ import uvloop
 from transfer.landings import Landings
 from transfer.layout import Epoch
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
-from transfer.stage import Pair
+from transfer.stage import Gate, Pair
 from transfer.tcp import TcpReceiver, TcpSender
 from transfer.testing import PROMISES, BrokenPromise, check_transport
 
@@ -16,7 +16,7 @@ from transfer.testing import PROMISES, BrokenPromise, check_transport
 async def memory(layout):
     network = MemoryNetwork()
     async with MemoryReceiver(network, layout) as receiver, MemorySender(network) as sender:
-        yield Pair(sender, receiver)
+        yield Pair(sender, receiver, network.stall)
 
 
 @contextlib.asynccontextmanager
@@ -25,7 +25,8 @@ async def tcp(layout):
         TcpReceiver(layout, secret="between workers") as receiver,
         TcpSender(secret="between workers") as sender,
     ):
-        yield Pair(sender, receiver)
+        gate = sender.tamper = Gate()
+        yield Pair(sender, receiver, gate.closed)
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -68,6 +69,7 @@ class ForgivingBook(Landings):
     ("receiver", "promise"),
     [
         (ForgetsWhatIsUnderWay, "no_write_lands_after_quiesce"),
+        (ForgetsWhatIsUnderWay, "no_write_of_a_stalled_sender_lands_after_quiesce"),
         (CallsTwice, "a_handoff_arrives_bit_for_bit"),
         (AnyEpochWillDo, "wrong_epoch_is_refused"),
     ],
@@ -78,7 +80,7 @@ async def test_the_kit_finds_a_transport_that_breaks_its_promise(receiver, promi
     async def broken(layout):
         network = MemoryNetwork()
         async with receiver(network, layout) as there, MemorySender(network) as sender:
-            yield Pair(sender, there)
+            yield Pair(sender, there, network.stall)
 
     check = next(it for it in PROMISES if it.__name__ == promise)
     with pytest.raises(BrokenPromise):

@@ -28,6 +28,7 @@ import msgspec
 
 from transfer.contract import KVSlice, Source
 from transfer.convert import Tamper
+from transfer.digest import PrefixDigest
 from transfer.layout import Endpoint, Landing
 from transfer.plan import Plan
 from transfer.session.handoff import Handoff, Peer
@@ -53,6 +54,7 @@ class Met(msgspec.Struct, frozen=True):
 class Outgoing(msgspec.Struct, frozen=True):
     """One handoff as the sending half sees it.
 
+    A `digest` must be given each part that is written, best while its bytes are in the cache.
     `over` answers, in any thread, whether nobody wants its bytes any more: look at it between
     pieces of about a megabyte. `tamper` is for drills: show it each frame before it is moved.
     """
@@ -61,6 +63,7 @@ class Outgoing(msgspec.Struct, frozen=True):
     plan: Plan
     source: Source
     landing: Landing
+    digest: PrefixDigest | None
     over: Callable[[], bool]
     tamper: Tamper | None
 
@@ -72,7 +75,8 @@ class Move(Protocol):
         """Have the bytes of `part` brought to where the landing wants them; blocks.
 
         May return before they have landed, but not before they may be read from the source no
-        more. Returns early once `Outgoing.over`. `part` has been checked; each is written once.
+        more. Adds `part` to `Outgoing.digest`. Returns early, no matter with what left undone,
+        once `Outgoing.over`. `part` has been checked; each is written once.
 
         Raises:
             OSError: the peer cannot be written to any more; the whole session is lost.

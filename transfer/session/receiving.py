@@ -275,7 +275,8 @@ class SessionReceiver:
     def verify(self, handoff: Handoff, entry: Expected, commit: wire.Commit) -> None:
         """Compute the digest in a thread, then settle the landing and answer."""
         entry.begin_verifying()
-        digest = self._loop.run_in_executor(self._verifier, entry.digest)
+        found: Callable[[], bytes | None] = entry.digest if self._digest else _nothing
+        digest = self._loop.run_in_executor(self._verifier, found)
         digest.add_done_callback(partial(self._verified, handoff, entry, commit, time.monotonic()))
 
     def _verified(
@@ -284,7 +285,7 @@ class SessionReceiver:
         entry: Expected,
         commit: wire.Commit,
         begun: float,
-        digest: asyncio.Future[bytes],
+        digest: asyncio.Future[bytes | None],
     ) -> None:
         seconds = time.monotonic() - begun
         broken = PeerLost("closed") if digest.cancelled() else digest.exception()
@@ -303,3 +304,7 @@ class SessionReceiver:
         finally:
             handoff.released()  # whatever was written had landed before it was verified
             self.landings.forget(entry)
+
+
+def _nothing() -> None:
+    """What is found where nothing is verified."""

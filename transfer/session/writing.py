@@ -39,14 +39,7 @@ class SessionWriter:
         self._landing = landing
         self._plan = agreed
         self._tokens = source.tokens
-        self._digest = PrefixDigest(
-            agreed,
-            source.pool,
-            source.pool_blocks,
-            source.blocks,
-            source.tokens,
-            landing_key(landing),
-        )
+        self._digest = _digest_of(agreed, source, landing) if session.digest else None
         loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[None] = loop.create_future()
         self._answer: asyncio.Future[wire.Answer] = loop.create_future()
@@ -58,7 +51,7 @@ class SessionWriter:
         self._touched_at = float("-inf")
         self._ticket = session.next_ticket
         self._move = session.mover.begin(
-            Outgoing(self._ticket, agreed, source, landing, self._over, tamper)
+            Outgoing(self._ticket, agreed, source, landing, self._digest, self._over, tamper)
         )
         session.enter(self)
         ask = session.mover.waits_for_grant
@@ -135,7 +128,6 @@ class SessionWriter:
                 self._move.write(part)
             if not self._over():
                 self._touch()
-                self._digest.add(part)
         except OSError as error:
             self._session.break_down(PeerLost(f"a write failed: {error!r}"))
         except Exception as error:
@@ -157,7 +149,8 @@ class SessionWriter:
         except OSError as error:
             self._session.break_down(PeerLost(f"a write failed: {error!r}"))
         else:
-            self._session.send(wire.Commit(self._ticket, self._digest.result(), proof, note))
+            digest = self._digest.result() if self._digest is not None else b""
+            self._session.send(wire.Commit(self._ticket, digest, proof, note))
 
     def _let_go(self) -> None:
         self._move.release()
@@ -199,3 +192,15 @@ class SessionWriter:
         self.granted()  # nothing will be; whoever waits for it sees the error
         if self._committed and not self._answer.done():
             self._answer.set_exception(error)
+
+
+def _digest_of(agreed: Plan, source: Source, landing: Landing) -> PrefixDigest:
+    """The source as the receiver will look at its pool."""
+    return PrefixDigest(
+        agreed,
+        source.pool,
+        source.pool_blocks,
+        source.blocks,
+        source.tokens,
+        landing_key(landing),
+    )

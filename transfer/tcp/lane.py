@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.landings import Expected
-from transfer.rows import scatter
 from transfer.session.handoff import Handoff, Peer
 from transfer.tcp import wire
 
@@ -114,14 +113,15 @@ class Lane:
         self._fill(data)
         if self._enter(handoff):
             try:
-                scatter(data, entry.bytes, offsets, lengths)
+                entry.put(data, offsets, lengths)
             finally:
                 self._leave(handoff)
 
     def _receive(self, handoff: Handoff, entry: Expected, offsets: Runs, lengths: Runs) -> None:
         left = int(lengths.sum())
         for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-            view = entry.memory[offset : offset + length]
+            [part] = entry.pool.parts(offset, length)
+            view = part.data
             while view:
                 if not self._enter(handoff):
                     self._discard(left)

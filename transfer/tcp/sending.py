@@ -117,6 +117,7 @@ class _TcpMove:
         self._ticket = outgoing.ticket
         self._landing: Landing = outgoing.landing
         self._over = outgoing.over
+        self._digest = outgoing.digest
         self._tamper: Tamper | None = outgoing.tamper
         self._conversion = Conversion(outgoing.plan, outgoing.source, outgoing.landing)
         self._sent = 0
@@ -130,6 +131,8 @@ class _TcpMove:
                 self._send(frame)
             elif (damaged := self._tamper(self._landing.id, frame)) is not None:
                 self._send(damaged)
+        if self._digest is not None:
+            self._digest.add(part)
 
     def settle(self) -> bytes:
         """As `Move.settle`: how much was sent."""

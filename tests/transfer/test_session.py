@@ -1,0 +1,119 @@
+"""The session by itself: acknowledged withdrawals, permission to write, descriptors."""
+
+import asyncio
+import contextlib
+import tempfile
+from pathlib import Path
+
+import pytest
+from direct import DirectReceiver, DirectSender
+
+from transfer.contract import KVSlice
+from transfer.errors import LandingGone, PeerLost
+from transfer.stage import TARGET, TOKENS, Gate, Pair, Stage, eventually
+from transfer.testing import PROMISES
+
+
+@contextlib.asynccontextmanager
+async def direct(layout):
+    with tempfile.TemporaryDirectory() as folder:
+        async with (
+            DirectReceiver(layout, Path(folder), secret="s") as receiver,
+            DirectSender(secret="s", stall_seconds=5.0) as sender,
+        ):
+            gate = sender.tamper = Gate()
+            yield Pair(sender, receiver, gate.closed)
+
+
+@pytest.fixture
+async def pair():
+    async with direct(TARGET) as pair:
+        yield pair
+
+
+# It cannot refuse a write that it does not see: such a transport trusts its peers with the pool.
+TRUSTS = {"write_outside_the_landing_is_refused"}
+
+
+@pytest.mark.parametrize(
+    "promise", [it for it in PROMISES if it.__name__ not in TRUSTS], ids=lambda it: it.__name__
+)
+async def test_a_transport_with_nothing_but_acknowledgements_keeps_the_promises(promise):
+    await promise(direct)
+
+
+async def stalled(pair, gate):
+    """A handoff whose sender is held up within a write."""
+    stage = Stage(pair)
+    writer = await pair.sender.open(stage.landing, stage.source)
+    await writer.write(KVSlice(0, 0, TOKENS))
+    await eventually(lambda: gate.waiting, "nothing was written")
+    return stage, writer
+
+
+async def test_quiesce_waits_for_the_acknowledgement_of_a_stalled_sender(pair):
+    with pair.stall() as gate:
+        stage, writer = await stalled(pair, gate)
+        pair.receiver.withdraw(stage.landing.id)
+        quiet = asyncio.ensure_future(pair.receiver.quiesce(stage.landing.id))
+        await asyncio.wait([quiet], timeout=0.1)
+        assert not quiet.done()
+    async with asyncio.timeout(5):
+        await quiet
+    with pytest.raises(LandingGone):
+        await writer.commit(b"", 5.0)
+    await writer.abort()
+
+
+async def test_a_closed_connection_alone_proves_nothing(pair):
+    intake = pair.receiver.intake
+    with pair.stall() as gate:
+        stage, writer = await stalled(pair, gate)
+        [session] = pair.receiver._sessions.values()
+        session.end(PeerLost("cut"))
+        assert [type(it) for it in stage.failures] == [PeerLost]
+        pair.receiver.withdraw(stage.landing.id)
+        quiet = asyncio.ensure_future(pair.receiver.quiesce(stage.landing.id))
+        await asyncio.wait([quiet], timeout=0.1)
+        assert not quiet.done()
+        intake.prove()
+        async with asyncio.timeout(5):
+            await quiet
+    await writer.abort()
+
+
+async def test_nothing_is_written_before_the_receiver_knows_the_writer(pair):
+    stage = Stage(pair)
+    writer = await pair.sender.open(stage.landing, stage.source)
+    pair.receiver.withdraw(stage.landing.id)  # before it could hear of a writer
+    async with asyncio.timeout(5):
+        await pair.receiver.quiesce(stage.landing.id)
+    stage.pool[:] = 0xEE
+    with pytest.raises(LandingGone):
+        await writer.write(KVSlice(0, 0, TOKENS))
+    await writer.abort()
+    assert (stage.pool == 0xEE).all()
+
+
+async def test_an_abort_waits_for_the_write_that_is_under_way(pair):
+    with pair.stall() as gate:
+        _, writer = await stalled(pair, gate)
+        aborting = asyncio.ensure_future(writer.abort())
+        await asyncio.wait([aborting], timeout=0.1)
+        assert not aborting.done()
+    async with asyncio.timeout(5):
+        await aborting
+
+
+async def test_a_sender_that_closes_acknowledges_first(pair):
+    with pair.stall() as gate:
+        stage, _ = await stalled(pair, gate)
+        closing = asyncio.ensure_future(pair.sender.close())
+        await asyncio.wait([closing], timeout=0.1)
+        assert not closing.done()
+        assert not stage.failures
+    await closing
+    pair.receiver.withdraw(stage.landing.id)
+    async with asyncio.timeout(5):
+        await pair.receiver.quiesce(stage.landing.id)
+    assert not pair.receiver.intake.kept
