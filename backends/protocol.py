@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -298,38 +298,12 @@ def frame(message: Message) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-class Frames:
-    """Cuts a stream of bytes into message bodies. Holds at most one unfinished frame."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies that are complete with `data`.
-
-        Raises:
-            ProtocolError: a frame claims to be longer than `MAX_FRAME_BYTES`.
-        """
-        view = bytes(self._rest) + data if self._rest else data
-        at = 0
-        while len(view) - at >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(view, at)
-            if length > MAX_FRAME_BYTES:
-                raise ProtocolError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
-            end = at + LENGTH.size + length
-            if end > len(view):
-                break
-            yield view[at + LENGTH.size : end]
-            at = end
-        self._rest = view[at:]
-
-
 class Link(asyncio.Protocol):
     """One control connection: messages in by callback, in order; messages out by `send`.
 
     `lost` is called once, with the reason, when the connection has ended for whatever cause; no
     message is delivered after it. A peer that sends garbage is disconnected, and so is one that
-    lets `MAX_UNSENT_BYTES` pile up.
+    lets `MAX_UNSENT_BYTES` pile up. `message` may be replaced: the next one goes elsewhere.
     """
 
     MAX_UNSENT_BYTES = 64 * 1024 * 1024
@@ -341,16 +315,12 @@ class Link(asyncio.Protocol):
         lost: Callable[[Link, str], None],
     ) -> None:
         self._decoder = msgspec.msgpack.Decoder(accepts)
-        self._message = message
         self._lost = lost
-        self._frames = Frames()
+        self._rest = b""
+        self.message = message
         self._transport: asyncio.Transport | None = None
         self._reason = "the peer closed the connection"
-
-    @property
-    def open(self) -> bool:
-        """Whether messages can still be sent."""
-        return self._transport is not None and not self._transport.is_closing()
+        self._ended = False
 
     def send(self, message: Message) -> None:
         """Queue `message`; dropped in silence once the connection is lost (`lost` has told)."""
@@ -364,6 +334,7 @@ class Link(asyncio.Protocol):
 
     def close(self) -> None:
         """Send what is queued, then end the connection."""
+        self._ended = True
         if self._transport is not None:
             self._reason = "we closed the connection"
             self._transport.close()
@@ -372,20 +343,31 @@ class Link(asyncio.Protocol):
         self._transport = transport  # uvloop's class is no asyncio.Transport, it only behaves so
 
     def data_received(self, data: bytes) -> None:
+        data = self._rest + data
+        decode, until, start = self._decoder.decode, len(data), LENGTH.size
+        # One loop and no helpers: most frames are one token, and this is what each of them costs.
         try:
-            for body in self._frames.feed(data):
-                if not self.open:
-                    return
-                self._message(self, self._decoder.decode(body))
+            while start <= until and not self._ended:
+                (length,) = LENGTH.unpack_from(data, start - LENGTH.size)
+                if length > MAX_FRAME_BYTES:
+                    raise ProtocolError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+                end = start + length
+                if end > until:
+                    break
+                self.message(self, decode(data[start:end]))
+                start = end + LENGTH.size
         except (ProtocolError, msgspec.DecodeError) as error:
             self.abort(f"the peer sent what it must not: {error}")
+        self._rest = data[start - LENGTH.size :]
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._ended = True
         self._transport = None
         self._lost(self, str(exc) if exc else self._reason)
 
     def abort(self, reason: str) -> None:
         """End the connection at once, whatever is still unsent."""
+        self._ended = True
         self._reason = reason
         if self._transport is not None:
             self._transport.abort()

@@ -1,6 +1,6 @@
 """Answer as it comes: a token, a chunk, a write.
 
-The path of a token is synchronous: the carrier calls `StreamListener.token`, which usually finds
+The path of a token is synchronous: the carrier calls `StreamedChoice.token`, which usually finds
 the token's text as ready JSON and writes one chunk of three prebuilt parts. Whatever is not
 usual (the first token, half characters, stop strings, log probabilities, a client that is
 behind, the end) goes through `StreamedChoice.take`, which then decides whether the next token may
@@ -30,7 +30,7 @@ from gateway.api.tally import CLIENT_LEFT, Tally
 from gateway.api.wire import COMMENT, Wire
 from gateway.api.wishes import Wish
 from gateway.errors import GatewayError, SlowClient
-from gateway.life.job import Job
+from gateway.life.job import Job, Take
 
 log = structlog.get_logger()
 
@@ -49,9 +49,11 @@ class StreamedChoice(Choice):
     __slots__ = (
         "_begun",
         "_plain",
+        "_protocol",
         "_quoted",
         "_stream",
         "_told",
+        "_write",
         "fast",
         "frames",
         "place",
@@ -62,6 +64,8 @@ class StreamedChoice(Choice):
         super().__init__(stream.vocabulary, stream.wish, job, echo, index)
         style = stream.wish.style
         self._stream = stream
+        self._protocol = stream.wire.protocol
+        self._write = stream.wire.write
         self._begun = False
         self._told = False
         self._quoted = stream.vocabulary.quoted(skip_special_tokens=style.skip_special_tokens)
@@ -77,6 +81,16 @@ class StreamedChoice(Choice):
     def finished(self) -> bool:
         """Whether its last chunk was written."""
         return self._told
+
+    def token(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
+        """The next token, the short way if it may."""
+        quoted = self.fast.get(token)
+        if quoted is None or finish is not None or self._protocol.writing_paused:
+            return self.take(token, finish, logprob)
+        self.continuation.count += 1
+        frame = self.frames.get(len(quoted)) or self.frame(len(quoted))
+        self._write(frame + quoted + self.tail)
+        return False
 
     def take(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
         stream = self._stream
@@ -115,6 +129,7 @@ class StreamedChoice(Choice):
         if events:
             stream.send(events)
         short = self._plain and stream.wire.opened and not self._told
+        self._write = stream.wire.write
         self.fast = self._quoted if short and not self.continuation.detokenizer.pending else NOTHING
 
     def _beginning(self) -> bytes:
@@ -142,25 +157,14 @@ class StreamedChoice(Choice):
 class StreamListener:
     """Takes one prompt's tokens to the wire."""
 
-    __slots__ = ("_choices", "_echo", "_protocol", "_wire")
+    __slots__ = ("_choices", "_echo")
 
-    def __init__(self, wire: Wire, choices: Sequence[StreamedChoice], echo: Echo | None) -> None:
-        self._wire = wire
-        self._protocol = wire.protocol
+    def __init__(self, choices: Sequence[StreamedChoice], echo: Echo | None) -> None:
         self._choices = choices
         self._echo = echo
 
-    def token(
-        self, index: int, token: int, finish: FinishReason | None, logprob: Logprob | None
-    ) -> bool:
-        choice = self._choices[index]
-        quoted = choice.fast.get(token)
-        if quoted is None or finish is not None or self._protocol.writing_paused:
-            return choice.take(token, finish, logprob)
-        choice.continuation.count += 1
-        frame = choice.frames.get(len(quoted)) or choice.frame(len(quoted))
-        self._wire.write(frame + quoted + choice.tail)
-        return False
+    def sequence(self, index: int) -> Take:
+        return self._choices[index].token
 
     def prompt_logprobs(self, logprobs: tuple[Logprob, ...]) -> None:
         if self._echo is not None:
@@ -247,7 +251,7 @@ class Stream:
             first = number * wish.n
             own = [StreamedChoice(self, job, echo, place, first + place) for place in range(wish.n)]
             self.choices += own
-            listeners.append((job, StreamListener(self.wire, own, echo)))
+            listeners.append((job, StreamListener(own, echo)))
         return listeners
 
     async def _accompany(self) -> None:

@@ -22,6 +22,7 @@ from gateway.api.shapes import (
 )
 from gateway.api.tally import Tally
 from gateway.api.wishes import Wish
+from gateway.life.job import Take
 
 
 class WholeListener:
@@ -35,14 +36,17 @@ class WholeListener:
         self._echo = echo
         self._tally = tally
 
-    def token(
-        self, index: int, token: int, finish: FinishReason | None, logprob: Logprob | None
-    ) -> bool:
-        self._tally.first()
-        if self._score_only:
-            self._choices[index].score()
-            return True
-        return self._choices[index].take(token, finish, logprob)
+    def sequence(self, index: int) -> Take:
+        choice = self._choices[index]
+
+        def take(token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
+            self._tally.first()
+            if self._score_only:
+                choice.score()
+                return True
+            return choice.take(token, finish, logprob)
+
+        return take
 
     def prompt_logprobs(self, logprobs: tuple[Logprob, ...]) -> None:
         if self._echo is not None:

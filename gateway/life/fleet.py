@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import structlog
@@ -65,9 +65,15 @@ class LegPort(Protocol):
 
 
 class Worker:
-    """One connected worker."""
+    """One connected worker. What it says besides tokens goes to `heard`."""
 
-    def __init__(self, record: WorkerRecord, link: Link, welcome: Welcome) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        link: Link,
+        welcome: Welcome,
+        heard: Callable[[Worker, Message], None],
+    ) -> None:
         self.id = record.id
         self.record = record
         self.welcome = welcome
@@ -76,11 +82,24 @@ class Worker:
         self.prefilling: dict[int, int] = {}
         self.silent_ticks = 0
         self._link = link
+        self._heard = heard
 
     @property
     def identity(self) -> tuple[str, int]:
         """Names this start of this worker."""
         return self.id, self.welcome.incarnation
+
+    def hear(self, _: Link, message: Message) -> None:
+        """Take what the worker says; its tokens go straight to their legs."""
+        self.silent_ticks = 0
+        if type(message) is not Tokens:
+            self._heard(self, message)
+            return
+        legs = self.legs
+        for row in message.rows:
+            leg = legs.get(row.handle)
+            if leg is not None:
+                leg.token(row)
 
     def send(self, message: Message) -> None:
         """Dropped in silence when the connection is lost; the legs are told of that."""
@@ -231,17 +250,18 @@ class Fleet:
         ended: asyncio.Future[None] = loop.create_future()
         taken: list[Worker] = []
 
-        def message(_: Link, message: Message) -> None:
-            if taken:
-                self._on_message(taken[0], message)
-            elif not greeting.done():
-                fault = _fault(record, message)
-                if isinstance(message, Welcome) and not fault:
-                    taken.append(Worker(record, link, message))
-                    self._take_in(taken[0])
-                    greeting.set_result(None)
-                else:
-                    greeting.set_exception(ConnectionError(f"{record.id} is not taken: {fault}"))
+        def greeted(link: Link, message: Message) -> None:
+            if greeting.done():
+                return
+            fault = _fault(record, message)
+            if isinstance(message, Welcome) and not fault:
+                worker = Worker(record, link, message, self._on_message)
+                link.message = worker.hear
+                taken.append(worker)
+                self._take_in(worker)
+                greeting.set_result(None)
+            else:
+                greeting.set_exception(ConnectionError(f"{record.id} is not taken: {fault}"))
 
         def lost(_: Link, reason: str) -> None:
             if not greeting.done():
@@ -251,7 +271,7 @@ class Fleet:
             if not ended.done():
                 ended.set_result(None)
 
-        link = Link(ToGateway, message, lost)
+        link = Link(ToGateway, greeted, lost)
         async with asyncio.timeout(CONNECT_SECONDS):
             await _dial(record.address, link)
             link.send(self._hello)
@@ -343,14 +363,7 @@ class Fleet:
     # ---- messages
 
     def _on_message(self, worker: Worker, message: Message) -> None:
-        worker.silent_ticks = 0
         match message:
-            case Tokens():
-                legs = worker.legs
-                for row in message.rows:
-                    leg = legs.get(row.handle)
-                    if leg is not None:
-                        leg.token(row)
             case Load():
                 worker.load = message
                 self._notify()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -36,17 +37,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return len(self.seeds)
 
 
+Take = Callable[[int, FinishReason | None, Logprob | None], bool]
+"""Takes a sequence's next token, in order, none missing and none twice.
+
+The finish reason is set on its last one. True: it has seen enough (a stop string); the relay
+ends the sequence and this is not called again.
+"""
+
+
 class Listener(Protocol):
     """Takes a job's tokens. Called on the event loop; must not block or raise."""
 
-    def token(
-        self, index: int, token: int, finish: FinishReason | None, logprob: Logprob | None
-    ) -> bool:
-        """Sequence `index` has its next token, in order, none missing and none twice.
-
-        `finish` is set on its last one. True: the listener has seen enough (a stop string); the
-        relay ends the sequence and this is not called for it again.
-        """
+    def sequence(self, index: int) -> Take:
+        """Who takes the tokens of sequence `index`; asked once, before the first."""
 
     def prompt_logprobs(self, logprobs: tuple[Logprob, ...]) -> None:
         """Log probabilities of the prompt's tokens from the second on; before any `token`."""

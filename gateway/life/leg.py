@@ -73,6 +73,7 @@ class Leg:
         self._over: asyncio.Future[None] = loop.create_future()
         self._landed: float | None = None
         self._stopped = False
+        self._timed = False
         self._told: set[int] = set()
 
     async def go(self) -> None:
@@ -168,16 +169,13 @@ class Leg:
         if line.ended:
             self._stop(line.index)
             return
-        if row.position != len(line.generated):
-            if row.position > len(line.generated):
-                line.early[row.position] = row
-            return
-        self._accept(line, row)
-        while line.early and not line.ended:
-            early = line.early.pop(len(line.generated), None)
-            if early is None:
-                return
-            self._accept(line, early)
+        place = len(line.generated)
+        if row.position == place:
+            self._accept(line, row)
+            if line.early:
+                self._catch_up(line)
+        elif row.position > place:
+            line.early[row.position] = row
 
     def heard(self, worker: Worker, message: LegMessage) -> None:
         """Anything but tokens."""
@@ -256,18 +254,30 @@ class Leg:
     # ---- inside
 
     def _accept(self, line: Line, row: Token) -> None:
+        finish = row.finish
         line.generated.append(row.token)
+        if not self._timed:
+            self._note_times()
+        stopped = line.take(row.token, finish, row.logprob)
+        if stopped and finish is None:
+            self._stop(line.index)
+        if stopped or finish is not None:
+            line.ended = True
+            self._end_if_over()
+
+    def _catch_up(self, line: Line) -> None:
+        """Take what has waited for its place."""
+        while not line.ended and (row := line.early.pop(len(line.generated), None)) is not None:
+            self._accept(line, row)
+
+    def _note_times(self) -> None:
+        """When the first token came, and how long after the landing the first step."""
         run = self._run
         if run.first_token is None:
             run.first_token = time.monotonic()
         elif run.timeline.first_step is None and self._landed is not None:
             run.timeline.first_step = time.monotonic() - self._landed
-        stopped = run.listener.token(row.index, row.token, row.finish, row.logprob)
-        if stopped and row.finish is None:
-            self._stop(line.index)
-        if stopped or row.finish is not None:
-            line.ended = True
-            self._end_if_over()
+        self._timed = self._decode is None or run.timeline.first_step is not None
 
     def _stop(self, index: int) -> None:
         """Have the workers end a sequence that the listener has seen enough of."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from backends.protocol import FirstToken, Token
 from gateway.admission import Grant
-from gateway.life.job import Job, Listener, Timeline
+from gateway.life.job import Job, Listener, Take, Timeline
 from gateway.life.states import NEXT, Life, State
 
 if TYPE_CHECKING:
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """One sequence. `generated` has been given to the listener and is binding."""
+    """One sequence. `generated` has been given to `take` and is binding."""
 
     index: int
     seed: int
+    take: Take
     generated: list[int] = field(default_factory=list)
     early: dict[int, Token] = field(default_factory=dict)
     ended: bool = False
@@ -43,7 +44,9 @@ class Run:
     @classmethod
     def of(cls, job: Job, listener: Listener) -> Run:
         """A run that has not begun."""
-        lines = tuple(Line(index, seed) for index, seed in enumerate(job.seeds))
+        lines = tuple(
+            Line(index, seed, listener.sequence(index)) for index, seed in enumerate(job.seeds)
+        )
         return cls(job, listener, lines, Timeline())
 
     def begin(self, state: State = State.QUEUED) -> Life:

@@ -52,6 +52,7 @@ class ScriptedCarrier:
 
     async def _decode(self, job: Job, listener: Listener) -> None:
         live = dict.fromkeys(range(job.n), 0)
+        takes = [listener.sequence(index) for index in live]
         step = 0
         while live:
             if step in self.failures:
@@ -63,7 +64,7 @@ class ScriptedCarrier:
                     continue
                 token, finish = self._token(job, position)
                 live[index] += 1
-                stopped = listener.token(index, token, finish, self._logprob(job, token))
+                stopped = takes[index](token, finish, self._logprob(job, token))
                 if stopped or finish is not None:
                     del live[index]
             step += 1

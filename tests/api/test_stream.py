@@ -138,7 +138,7 @@ class Silent:
 
     async def carry(self, job: Job, listener: Listener) -> Timeline:
         if job.max_tokens > 1:
-            listener.token(0, 19556, None, None)
+            listener.sequence(0)(19556, None, None)
             await asyncio.sleep(0.01)
         return Timeline(decode_worker="d0")
 

@@ -14,11 +14,11 @@ from backends.api import Output, Row, Sampled, Sampling
 from backends.emulation.synthetic import SyntheticBackend
 from backends.host import HostConfig, WorkerHost
 from backends.protocol import (
+    LENGTH,
     MAX_FRAME_BYTES,
     VERSION,
     Cancel,
     Failed,
-    Frames,
     Granted,
     Hello,
     Inspect,
@@ -44,7 +44,6 @@ class Peer:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.frames, self.waiting = Frames(), []
 
     def send(self, message: Message) -> None:
         self.writer.write(frame(message))
@@ -53,15 +52,11 @@ class Peer:
         """The next message of one of these kinds."""
         async with asyncio.timeout(5):
             while True:
-                while self.waiting:
-                    message = self.waiting.pop(0)
-                    if isinstance(message, kinds):
-                        return message
-                data = await self.reader.read(65536)
-                if not data:
-                    raise EOFError
-                for body in self.frames.feed(data):
-                    self.waiting.append(msgspec.msgpack.decode(body, type=ToGateway))
+                (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
+                body = await self.reader.readexactly(length)
+                message = msgspec.msgpack.decode(body, type=ToGateway)
+                if isinstance(message, kinds):
+                    return message
 
     async def greet(self, secret: str = "") -> "Peer":
         self.send(Hello(version=VERSION, gateway="g", secret=secret))

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from backends.protocol import Logprob, Sampling
 from gateway.admission import Admission, Limits, WorkerRecord, open_redis
 from gateway.config import RedisSection
 from gateway.life.fleet import Fleet
-from gateway.life.job import Job, Timeline
+from gateway.life.job import Job, Take, Timeline
 from gateway.life.relay import Relay
 
 SHAPE: dict[str, Any] = {"layers": 3, "kv_heads": 2, "head_dim": 16, "verify_kv": True}
@@ -34,7 +35,10 @@ class Heard:
         self.first = asyncio.Event()
         self._stop_after = stop_after
 
-    def token(self, index: int, token: int, finish: str | None, logprob: Logprob | None) -> bool:
+    def sequence(self, index: int) -> Take:
+        return partial(self._take, index)
+
+    def _take(self, index: int, token: int, finish: str | None, logprob: Logprob | None) -> bool:
         assert index not in self.finish, "a token after the end"
         line = self.tokens.setdefault(index, [])
         line.append(token)

@@ -49,7 +49,8 @@ def worker(name: str, role: str) -> Worker:
         decode_tokens=1,
     )
     welcome = Welcome(version=VERSION, worker=name, incarnation=1, role=role, info=INFO)
-    return Worker(record, Link(ToGateway, lambda *_: None, lambda *_: None), welcome)
+    link = Link(ToGateway, lambda *_: None, lambda *_: None)
+    return Worker(record, link, welcome, lambda *_: None)
 
 
 def token(index: int, position: int) -> int:
