@@ -38,26 +38,38 @@ HELD_TOKENS = 64
 NOTHING: Mapping[int, bytes] = {}
 
 
+class SizeLines(dict[int, bytes]):
+    """What HTTP wants before a chunk of so many bytes. There are as many as lengths of chunks."""
+
+    def __missing__(self, size: int) -> bytes:
+        self[size] = line = b"%x\r\n" % size
+        return line
+
+
+SIZE_LINES = SizeLines()
+
+
 class StreamedChoice(Choice):
     """A choice whose text leaves as soon as it may.
 
-    `fast` has the JSON of the tokens that may take the short way now: all that stand for
-    themselves, or none. A chunk on that way is a frame (its size for HTTP, and all that comes
-    before the text; there are only as many as there are lengths of tokens), that JSON, `tail`.
+    `_fast` has the JSON of the tokens that may take the short way now: all that stand for
+    themselves, or none. A chunk on that way is the line with its size, what comes before the text,
+    that JSON, and what comes after it; only the JSON is not known before.
     """
 
     __slots__ = (
+        "_around",
         "_begun",
+        "_ending",
+        "_fast",
+        "_opening",
         "_plain",
         "_protocol",
         "_quoted",
         "_stream",
         "_told",
         "_write",
-        "fast",
-        "frames",
         "place",
-        "tail",
     )
 
     def __init__(self, stream: Stream, job: Job, echo: Echo | None, place: int, index: int) -> None:
@@ -72,10 +84,11 @@ class StreamedChoice(Choice):
         self._plain = stream.wire.chunked and not (
             style.stops or style.logprobs is not None or style.token_ids or style.running_usage
         )
+        opening, closing = stream.chunks.opening(index), stream.chunks.closing
+        self._opening, self._ending = opening, closing + b"\r\n"
+        self._around = len(opening) + len(closing)
         self.place = place
-        self.fast = NOTHING
-        self.frames: dict[int, bytes] = {}
-        self.tail = stream.chunks.closing + b"\r\n"
+        self._fast = NOTHING
 
     @property
     def finished(self) -> bool:
@@ -84,12 +97,12 @@ class StreamedChoice(Choice):
 
     def token(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
         """The next token, the short way if it may."""
-        quoted = self.fast.get(token)
+        quoted = self._fast.get(token)
         if quoted is None or finish is not None or self._protocol.writing_paused:
             return self.take(token, finish, logprob)
         self.continuation.count += 1
-        frame = self.frames.get(len(quoted)) or self.frame(len(quoted))
-        self._write(frame + quoted + self.tail)
+        size = SIZE_LINES[self._around + len(quoted)]
+        self._write(b"".join((size, self._opening, quoted, self._ending)))
         return False
 
     def take(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
@@ -100,18 +113,11 @@ class StreamedChoice(Choice):
         else:
             stopped = super().take(token, finish, logprob)
         if stream.wire.congested:
-            self.fast = NOTHING
+            self._fast = NOTHING
             stream.hold()
         else:
             self.flush()
         return stopped
-
-    def frame(self, length: int) -> bytes:
-        """What precedes a text whose JSON has `length` bytes."""
-        opening = self._stream.chunks.opening(self.index)
-        size = len(opening) + length + len(self._stream.chunks.closing)
-        self.frames[length] = frame = b"%x\r\n%b" % (size, opening)
-        return frame
 
     def flush(self) -> None:
         """Write what there is as one piece, and see whether the next token may be short."""
@@ -128,9 +134,10 @@ class StreamedChoice(Choice):
             events += stream.chunks.finish(self.index, finish, self._extra(), usage)
         if events:
             stream.send(events)
-        short = self._plain and stream.wire.opened and not self._told
         self._write = stream.wire.write
-        self.fast = self._quoted if short and not self.continuation.detokenizer.pending else NOTHING
+        short = self._plain and stream.wire.opened and not self._told
+        whole = not self.continuation.detokenizer.pending
+        self._fast = self._quoted if short and whole else NOTHING
 
     def _beginning(self) -> bytes:
         self._begun = True
