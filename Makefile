@@ -95,6 +95,9 @@ $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "== installing what tests and linters need"
 	@$(PIP) install --quiet -c constraints.txt --group dev
+	@# Without its dependencies: it asks for torch, of any build, and works on host memory without.
+	@# Where there is no wheel of it, the tests of that transport are skipped.
+	@$(PIP) install --quiet --no-deps nixl-cu12==1.5.1 || echo "no NIXL for this machine"
 	@touch $@
 
 $(VENV)/.loadtest: $(VENV)/.runtime
