@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from transfer.contract import KVSlice, Source
 from transfer.errors import PeerMisbehaved
-from transfer.kernels import COUNT, I64, TARGET, move
-from transfer.layout import Landing
+from transfer.kernels import COUNT, I64, TARGET, Form, Table, move, scratch_bytes
+from transfer.layout import ITEM_BYTES, DType, Landing
 from transfer.plan import Plan
 from transfer.pool import Pool
-from transfer.rows import Side, Walk, Walks
+from transfer.rows import Kind, Side, Walk, Walks, sides
+from transfer.scaling import Scaling, scale_counts, scale_form, table_of
 
 if TYPE_CHECKING:
     from transfer.digest import PrefixDigest
@@ -59,6 +60,24 @@ class _Staged(msgspec.Struct, frozen=True, eq=False):
     lengths: I64
 
 
+class _Leg:
+    """The way of one of a pool's arrays: its numbers, or its scales."""
+
+    def __init__(self, walks: Walks, source: Table, target: Side, start: int, form: Form) -> None:
+        self.walks = walks
+        self.source = source
+        self.target_step = target.along("layer")
+        self.start = start
+        self.form = form
+        self._staged: tuple[Walk | None, list[_Staged]] = (None, [])
+
+    def staged(self, way: Walk) -> list[_Staged]:
+        """A walk in frames; kept, as the next layer usually asks the same."""
+        if self._staged[0] is not way:
+            self._staged = way, list(_cut(way))
+        return self._staged[1]
+
+
 class Conversion:
     """One prefix on its way into one landing."""
 
@@ -71,13 +90,19 @@ class Conversion:
         """
         self._plan = plan
         self._pool = Pool.of(source.layout, source.pool_blocks, source.pool)
-        self._from = Side.of(source.layout, source.pool_blocks, source.blocks, source.tokens)
-        self._to = _side_of(landing, source.tokens)
+        self._from = sides(
+            source.layout, source.pool_blocks, source.blocks, source.tokens, plan.heads.first
+        )
+        self._to = _sides_of(landing, source.tokens, plan.heads.first)
         self._target_bytes = landing.pool_blocks * landing.layout.block_bytes
-        self._scratch = np.empty(plan.scratch_bytes, np.uint8)
+        self._source_scales = table_of(self._pool, self._from, 1)
+        self._scaling: Scaling | None = None
+        if plan.recode and plan.target.scales is not None:
+            self._scaling = Scaling(plan, self._pool, self._from, source.tokens)
+        numbers = landing.layout.tables(landing.pool_blocks)[0].nbytes
+        self._legs = [self._numbers_leg(), *self._scales_leg(numbers)]
+        self._scratch = np.empty(scratch_bytes(plan.row_items), np.uint8)
         self._stage = np.empty(0, np.uint8)
-        self._walks = Walks(self._from, self._to, plan.counts, plan.inner, plan.row_bytes)
-        self._staged: tuple[Walk, list[_Staged]] | None = None
         self.tokens = source.tokens
 
     @property
@@ -86,22 +111,25 @@ class Conversion:
         return self._plan.verbatim
 
     def frames(self, part: KVSlice) -> Iterator[Frame]:
-        """Yield all of `part` in pieces of about 1 MiB.
+        """Yield all of `part` that is kept, in pieces of about 1 MiB.
 
         Raises:
             ValueError: `part` is not a part of the prefix.
         """
-        way = self._way(part)
-        if self._staged is None or self._staged[0] is not way:
-            self._staged = way, list(_cut(way))
-        step = part.layer * self._to.step["layer"]
-        for staged in self._staged[1]:
-            size = int(staged.lengths.sum())
-            if self._stage.size < size:
-                self._stage = np.empty(max(size, min(FRAME_BYTES, 4 * size)), np.uint8)
-            base = np.array([self._stage.ctypes.data], np.int64)
-            self._move(way, staged.strips, part.layer, base, 0)
-            yield Frame(part.layer, staged.offsets + step, staged.lengths, self._stage[:size])
+        start = self._first(part)
+        if start >= part.end:
+            return
+        self._scale(part.layer, start, part.end)
+        for leg in self._legs:
+            way = leg.walks.over(start, part.end)
+            shift = leg.start + part.layer * leg.target_step
+            for staged in leg.staged(way):
+                size = int(staged.lengths.sum())
+                if self._stage.size < size:
+                    self._stage = np.empty(max(size, min(FRAME_BYTES, 4 * size)), np.uint8)
+                stage = (0, 0, np.array([self._stage.ctypes.data], np.int64))
+                self._move(leg, way, staged.strips, part.layer, stage)
+                yield Frame(part.layer, staged.offsets + shift, staged.lengths, self._stage[:size])
 
     def moves(self, part: KVSlice) -> tuple[I64, I64, I64]:
         """Addresses at the source, offsets at the target and lengths of the longest runs of `part`.
@@ -111,9 +139,18 @@ class Conversion:
         """
         if not self.verbatim:
             raise ValueError(f"nothing can be moved as it is: {self._plan.line}")
-        source, target, lengths = self._way(part).runs
-        here = self._pool.addresses(source + part.layer * self._from.step["layer"])
-        return here, target + part.layer * self._to.step["layer"], lengths
+        start = self._first(part)
+        found = [(NOWHERE, NOWHERE, NOWHERE)]
+        for leg, table, side in zip(self._legs, self._pool.tables, self._from, strict=True):
+            if start < part.end:
+                here, there, lengths = leg.walks.over(start, part.end).runs
+                here = here + (table.start + part.layer * side.along("layer"))
+                there = there + (leg.start + part.layer * leg.target_step)
+                found.append((self._pool.addresses(here), there, lengths))
+        if len(found) == 2:
+            return found[1]
+        here, there, lengths = (np.concatenate(it) for it in zip(*found, strict=True))
+        return here, there, lengths
 
     def write(self, part: KVSlice, target: Pool, digest: PrefixDigest | None = None) -> None:
         """Put all of `part` where it belongs in `target`; add it to `digest` while it is hot.
@@ -124,36 +161,69 @@ class Conversion:
         """
         if target.nbytes != self._target_bytes:
             raise ValueError(f"pool: {target.nbytes} bytes, the landing's {self._target_bytes}")
-        check_part(part, self._plan.target.layers, self.tokens)  # before its first window
-        tokens = max(1, WINDOW_BYTES // self._plan.layer_token_bytes)
+        tokens = max(1, WINDOW_BYTES // self._plan.token_bytes)
         if digest is None:
             tokens = self.tokens
-        for start in range(part.start, part.end, tokens):
-            window = KVSlice(part.layer, start, min(part.end, start + tokens))
-            way = self._way(window)
-            self._move(way, way.strips, part.layer, target.bases, target.region_bytes)
+        for start in range(self._first(part), part.end, tokens):
+            end = min(part.end, start + tokens)
+            self._scale(part.layer, start, end)
+            for leg, table in zip(self._legs, target.tables, strict=True):
+                way = leg.walks.over(start, end)
+                there = (table.region_bytes, leg.target_step, table.bases)
+                self._move(leg, way, way.strips, part.layer, there)
             if digest is not None:
-                digest.add(window)
+                digest.add(KVSlice(part.layer, start, end))
 
-    def _move(self, way: Walk, strips: I64, layer: int, bases: I64, region_bytes: int) -> None:
-        """Without `region_bytes`, one strip after the other into the memory at `bases`."""
+    def _first(self, part: KVSlice) -> int:
+        """The first token of a slice that the target keeps."""
+        check_part(part, self._plan.target.layers, self.tokens)
+        return max(part.start, self._plan.target.kept(part.layer, self.tokens))
+
+    def _scale(self, layer: int, start: int, end: int) -> None:
+        if self._scaling is not None:
+            self._scaling.fill(layer, start, end)
+
+    def _move(self, leg: _Leg, way: Walk, strips: I64, layer: int, target: Table) -> None:
+        """Where `target` has no region bytes, one strip after the other from its base on."""
         move(
             strips,
             way.steps,
             way.row_bytes,
             layer,
-            layer + 1,
-            (self._pool.region_bytes, self._from.step["layer"]),
-            (region_bytes, self._to.step["layer"]),
-            self._pool.bases,
-            bases,
-            self._plan.form,
+            leg.source,
+            target,
+            self._source_scales,
+            self._scaling.address if self._scaling is not None else 0,
+            leg.form,
             self._scratch.ctypes.data,
         )
 
-    def _way(self, part: KVSlice) -> Walk:
-        check_part(part, self._plan.target.layers, self.tokens)
-        return self._walks.over(part.start, part.end)
+    def _numbers_leg(self) -> _Leg:
+        plan = self._plan
+        from_scales = self._from[1] if len(self._from) > 1 else None
+        to_scales = self._scaling.side if self._scaling is not None else None
+        kind = Kind(plan.counts, plan.inner, plan.row_bytes, (from_scales, to_scales))
+        walks = Walks(self._from[0], self._to[0], kind)
+        return _Leg(walks, table_of(self._pool, self._from, 0), self._to[0], 0, plan.form)
+
+    def _scales_leg(self, start: int) -> Iterator[_Leg]:
+        """Where the target has scales: from those of the source, or from those just found."""
+        plan, ours, theirs = self._plan, self._plan.source.scales, self._plan.target.scales
+        if theirs is None:
+            return
+        dtype: DType
+        if self._scaling is not None:
+            source, table, dtype = self._scaling.side, self._scaling.table, "float32"
+        else:
+            assert ours is not None  # or codes would have to be found
+            source, table, dtype = self._from[1], self._source_scales, ours.dtype
+        row_bytes = ITEM_BYTES[dtype], ITEM_BYTES[theirs.dtype]
+        kind = Kind(scale_counts(plan, plan.target), (), row_bytes)
+        walks = Walks(source, self._to[1], kind)
+        yield _Leg(walks, table, self._to[1], start, scale_form(dtype, theirs.dtype))
+
+
+NOWHERE: I64 = np.zeros(0, np.int64)
 
 
 def _cut(way: Walk) -> Iterator[_Staged]:
@@ -172,14 +242,14 @@ def _cut(way: Walk) -> Iterator[_Staged]:
         first, before = end, int(taken[end - 1])
 
 
-def _side_of(landing: Landing, tokens: int) -> Side:
+def _sides_of(landing: Landing, tokens: int, first_head: int) -> tuple[Side, ...]:
     """Where to write. A landing comes from another worker: what is wrong with it is not ours."""
     if landing.tokens != tokens:
         raise PeerMisbehaved(
             f"landing {landing.id}: tokens: {landing.tokens}, for a prefix of {tokens}"
         )
     try:
-        return Side.of(landing.layout, landing.pool_blocks, landing.blocks, tokens)
+        return sides(landing.layout, landing.pool_blocks, landing.blocks, tokens, first_head)
     except ValueError as error:
         raise PeerMisbehaved(f"landing {landing.id}: {error}") from error
 

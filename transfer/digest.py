@@ -6,31 +6,38 @@ landing, so that each end goes through its own memory in its own order, and neit
 of an earlier handoff nor anything in a wrong place agrees. Both ends use `PrefixDigest`: the
 sender reads its source (not what it converted to send), the receiver its own pool.
 
-A tile is hashed by NH on 32-bit words, twice with independent keys. NH is 2**-32-almost universal
-on strings of equal length (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, CRYPTO 1999, theorem
-4.2), so two unlike tiles agree in both with a probability of at most 2**-64, for anyone who does
-not know the landing's secret. Both hashes and the place then go through one-to-one mixing before
-they are added up: a single tile that hashes differently always shows.
+A scale is a tile of its own. A tile is hashed by NH on 32-bit words, twice with independent keys.
+NH is 2**-32-almost universal on strings of equal length (Black, Halevi, Krawczyk, Krovetz, Rogaway:
+UMAC, CRYPTO 1999, theorem 4.2), so two unlike tiles agree in both with a probability of at most
+2**-64, for anyone who does not know the landing's secret. Both hashes and the place then go through
+one-to-one mixing before they are added up: a single tile that hashes differently always shows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 
 from transfer.contract import Buffer, KVSlice
 from transfer.convert import check_part
-from transfer.kernels import I64, U64, add_tiles
-from transfer.layout import Landing
+from transfer.kernels import CHUNK_KEYS, U64, Form, Table, add_tiles, scratch_bytes
+from transfer.layout import ITEM_BYTES, DType, Landing
 from transfer.plan import Plan
 from transfer.pool import Pool
-from transfer.rows import Side, Walks
+from transfer.raw import CHUNK_BYTES
+from transfer.rows import Kind, Side, Walks, sides
+from transfer.scaling import Scaling, canonical, scale_counts, scale_form, table_of
 
 DIGEST_BYTES = 16
 TOKEN_BITS = 32
 """Places of neighbouring heads are so many bits apart."""
+
+SCALES = 1 << 62
+"""Where the places of scales begin."""
 
 
 class PrefixDigest:
@@ -53,13 +60,13 @@ class PrefixDigest:
         self._plan = plan
         self._tokens = tokens
         self._pool = Pool.of(plan.source, pool_blocks, pool)
-        self._where = Side.of(plan.source, pool_blocks, blocks, tokens)
-        self._places = _places(plan, tokens)
-        tile_bytes = plan.source.head_dim * plan.source.item_bytes
-        # From places to memory, in the order of memory.
-        self._walks = Walks(self._places, self._where, plan.counts, ("dim",), (1, tile_bytes))
-        self._keys = _keys(key, -(-plan.target.head_dim * plan.target.item_bytes // 8))
-        self._scratch = np.empty(3 * plan.scratch_bytes, np.uint8)
+        self._where = sides(plan.source, pool_blocks, blocks, tokens, plan.heads.first)
+        self._scaling: Scaling | None = None
+        if plan.recode and plan.target.scales is not None:
+            self._scaling = Scaling(plan, self._pool, self._where, tokens)
+        self._parts = [self._numbers(), *self._scales()]
+        self._keys = _keys(key, plan.target.head_dim * plan.target.item_bytes)
+        self._scratch = np.empty(scratch_bytes(plan.source.head_dim), np.uint8)
         self._sums: U64 = np.zeros(2, np.uint64)
 
     def add(self, part: KVSlice) -> None:
@@ -73,7 +80,12 @@ class PrefixDigest:
 
     def add_all(self) -> None:
         """Add the whole prefix."""
-        self._add(0, self._plan.target.layers, 0, self._tokens)
+        layers = self._plan.target.layers
+        if self._scaling is None and not self._plan.target.windows:
+            self._add(0, layers, 0, self._tokens)
+            return
+        for layer in range(layers):
+            self._add(layer, layer + 1, 0, self._tokens)
 
     def result(self) -> bytes:
         """The sum so far."""
@@ -81,35 +93,79 @@ class PrefixDigest:
 
     def _add(self, first: int, last: int, start: int, end: int) -> None:
         """Add tokens `start` to `end` of layers `first` to `last`, all ends exclusive."""
-        way = self._walks.over(start, end)
-        add_tiles(
-            way.strips,
-            way.steps[1],
-            way.steps[0],
-            first,
-            last,
-            (self._pool.region_bytes, self._where.step["layer"]),
-            self._places.step["layer"],
-            self._pool.bases,
-            self._plan.form,
-            self._keys,
-            self._scratch.ctypes.data,
-            self._sums,
-        )
+        start = max(start, self._plan.target.kept(first, self._tokens))
+        if start >= end:
+            return
+        if self._scaling is not None:
+            self._scaling.fill(first, start, end)
+        for part in self._parts:
+            way = part.walks.over(start, end)
+            add_tiles(
+                way.strips,
+                way.steps,
+                first,
+                last,
+                part.table,
+                part.layer_places,
+                table_of(self._pool, self._where, 1),
+                self._scaling.address if self._scaling is not None else 0,
+                part.form,
+                self._keys,
+                self._keys.ctypes.data,
+                self._scratch.ctypes.data,
+                self._sums,
+            )
+
+    def _numbers(self) -> _Part:
+        plan = self._plan
+        places = _places(plan, self._tokens)
+        from_scales = self._where[1] if len(self._where) > 1 else None
+        to_scales = self._scaling.side if self._scaling is not None else None
+        tile_bytes = plan.source.head_dim * plan.source.item_bytes
+        kind = Kind(plan.counts, ("dim",), (1, tile_bytes), (from_scales, to_scales))
+        walks = Walks(places, self._where[0], kind)  # in the order of memory
+        table = table_of(self._pool, self._where, 0)
+        return _Part(walks, table, places.along("layer"), plan.form)
+
+    def _scales(self) -> Iterator[_Part]:
+        """The tiles that are the target's scales, one each."""
+        plan, theirs = self._plan, self._plan.target.scales
+        if theirs is None:
+            return
+        form: DType
+        counts = scale_counts(plan, plan.target)
+        places = _places(plan, self._tokens, SCALES)
+        if self._scaling is not None:
+            memory, table, form = self._scaling.side, self._scaling.table, "float32"
+        else:
+            memory, form = self._where[1], theirs.dtype
+            table = table_of(self._pool, self._where, 1)
+        walks = Walks(places, memory, Kind(counts, (), (1, ITEM_BYTES[form])))
+        yield _Part(walks, table, places.along("layer"), scale_form(form, theirs.dtype))
 
 
-def _places(plan: Plan, tokens: int) -> Side:
+class _Part(msgspec.Struct, frozen=True, eq=False):
+    """One of the arrays of a pool: walks from places to it, and how its tiles are converted."""
+
+    walks: Walks
+    table: Table
+    layer_places: int
+    form: Form
+
+
+def _places(plan: Plan, tokens: int, origin: int = 0) -> Side:
     """The canonical places as if they were memory: (layer, K or V, head, token), one for each."""
     heads = 1 << TOKEN_BITS
     planes = plan.target.kv_heads * heads
-    step = {"layer": 2 * planes, "kv": planes, "head": heads, "block": 0, "token": 1}
-    block: I64 = np.zeros(1, np.int64)
-    return Side(("layer", "kv", "head", "block", "token", "dim"), (), step, block, tokens, 1)
+    step = {"layer": 2 * planes, "kv": planes, "head": heads, "token": 1}
+    origin += plan.heads.first * heads
+    return msgspec.structs.replace(canonical(tokens, step), origin=origin)
 
 
-def _keys(key: bytes, words: int) -> U64:
+def _keys(key: bytes, tile_bytes: int) -> U64:
     """The random factors of one landing; the last is the seed."""
-    stream = hashlib.shake_256(b"baton digest 2" + key).digest(8 * (4 * words + 1))
+    words = -(-tile_bytes // CHUNK_BYTES) * CHUNK_KEYS
+    stream = hashlib.shake_256(b"baton digest 2" + key).digest(8 * (words + 1))
     return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
 
 

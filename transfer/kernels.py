@@ -13,38 +13,80 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.raw import (
+    CHUNK_BYTES,
+    as_float,
     compiled,
     copy,
     copy_fixed,
     inlined,
     load8,
+    load32,
     load64,
+    nh,
     prefetch,
+    store8,
+    store32,
 )
-from transfer.rounding import FLOAT16, FLOAT32, SAME, TO_HALF, narrow, pair, widen
+from transfer.rounding import (
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    SAME,
+    TO_HALF,
+    encode,
+    item_bytes,
+    largest,
+    narrow,
+    pair,
+    scale_up,
+    settle,
+    widen,
+)
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
+Step = tuple[int, int, int, int]
+Table = tuple[int, int, I64]
+"""An array in memory: bytes of a region, bytes from layer to layer, addresses of the regions."""
+Form = tuple[int, int, int, int, int, int, int, int]
+"""How numbers are converted: the pairing, the kinds at source and target, head_dim, the rotary
+numbers' first and end, the kind of the source's scales (or `UNSCALED`), whether the target is
+scaled."""
 
-SOURCE, TARGET, COUNT, PLANE = range(4)
-"""Columns of a walk's strips."""
+SOURCE, TARGET, FROM_SCALE, TO_SCALE, COUNT, PLANE = range(6)
+"""Columns of a walk's strips; the first four have a step each."""
 
+UNSCALED = -1
 AHEAD_BYTES = 2048
 """How far before a tile is hashed its memory is asked for."""
 
-LINE_BYTES = 64
+WORD_BYTES = 8
+CHUNK_KEYS = 32
+"""Words of the key for each chunk of a tile."""
+
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
 
 
+def scratch_bytes(items: int) -> int:
+    """Room that `move` and `add_tiles` need where rows have `items` numbers."""
+    return 12 * items + 2 * CHUNK_BYTES
+
+
 @inlined
 def _address(bases: Any, region_bytes: int, offset: int) -> int:
-    """Where `offset` of a pool's virtual array lies."""
+    """Where `offset` of an array lies."""
     if len(bases) == 1:
         return int(bases[0] + offset)
     region = offset // region_bytes
     return int(bases[region] + offset - region * region_bytes)
+
+
+@inlined
+def _at(table: Table, offset: int, layer: int) -> int:
+    """Where what lies at `offset` in layer 0 of a table lies in `layer`."""
+    return _address(table[2], table[0], offset + layer * table[1])
 
 
 @compiled
@@ -87,73 +129,134 @@ def _copy_rows(
 
 
 @compiled
-def _convert(
-    source: int, target: int, items: int, how: int, kinds: tuple[int, int], sizes: tuple[int, int],
-    dim: int, scratch: int,
-) -> None:  # fmt: skip
-    """Convert `items` numbers that lie together, whole head vectors of `dim` numbers.
+def _pair_rows(source: int, target: int, items: int, form: Form) -> None:
+    """Pair the rotary numbers of each head vector in a row anew; copy the others."""
+    how, kind, _, dim, first, end, _, _ = form
+    size = item_bytes(kind)
+    for i in range(0, items * size, dim * size):
+        if end - first != dim:
+            copy(target + i, source + i, dim * size)
+        pair(how, size, source + i + first * size, target + i + first * size, end - first)
 
-    `scratch` is the address of room for two times `items` numbers of four bytes.
-    """
-    at = source
-    if how != SAME:
-        at = target if kinds[0] == kinds[1] else scratch
-        step = dim * sizes[0]
-        for i in range(items // dim):
-            pair(how, sizes[0], source + i * step, at + i * step, dim)
-    if kinds[0] == kinds[1]:
-        if how == SAME:
-            copy(target, source, items * sizes[0])
-    elif kinds[0] == FLOAT32:
-        narrow(kinds[1], at, target, items)
-    elif kinds[1] == FLOAT32:
-        widen(kinds[0], at, target, items)
+
+@inlined
+def _scale(table: Table, kind: int, offset: int, layer: int, room: int) -> Any:
+    """A scale of the source, in float32."""
+    widen(kind, _at(table, offset, layer), room, 1)
+    return as_float(load32(room, 0))
+
+
+@compiled
+def _floats(source: int, items: int, paired: bool, form: Form, scale: Any, scratch: int) -> int:
+    """The address of a row's numbers as float32: the source's, or in `scratch` of 8 each."""
+    kind, scale_kind = form[1], form[6]
+    if paired:
+        _pair_rows(source, scratch, items, form)
+        source = scratch
+    if kind == FLOAT32:
+        return source
+    wide = scratch + 4 * items
+    widen(kind, source, wide, items)
+    if scale_kind != UNSCALED:
+        scale_up(wide, items, scale)
+    return wide
+
+
+@compiled
+def _convert(
+    source: int, target: int, items: int, paired: bool, form: Form, scale: Any, to_scale: Any,
+    scratch: int,
+) -> None:  # fmt: skip
+    """Convert a row of `items` numbers, whole head vectors, with room for 8 bytes each."""
+    kind, to_kind, scaled, to_scaled = form[1], form[2], form[6] != UNSCALED, form[7]
+    if kind == to_kind and not scaled and not to_scaled:
+        if paired:
+            _pair_rows(source, target, items, form)
+        else:
+            copy(target, source, items * item_bytes(kind))
+        return
+    if to_kind == FLOAT32 and not scaled and not paired:
+        widen(kind, source, target, items)
+        return
+    wide = _floats(source, items, paired, form, scale, scratch)
+    if to_scaled:
+        encode(to_kind, wide, target, items, to_scale)
     else:
-        wide = scratch + items * 4
-        widen(kinds[0], at, wide, items)
-        narrow(kinds[1], wide, target, items)
+        narrow(to_kind, wide, target, items)
 
 
 @compiled
 def move(
-    strips: I64, steps: tuple[int, int], row_bytes: tuple[int, int], first: int, last: int,
-    source: tuple[int, int], target: tuple[int, int], bases: I64, to_bases: I64,
-    form: tuple[int, int, int, int, int, int], scratch: int,
+    strips: I64, steps: Step, row_bytes: tuple[int, int], layer: int, source: Table,
+    target: Table, source_scales: Table, scales: int, form: Form, scratch: int,
 ) -> None:  # fmt: skip
-    """Carry out a walk for each layer from `first` to `last` (exclusive).
+    """Carry out a walk for one layer.
 
-    `source` and `target` are (bytes of a region, bytes from layer to layer). A target without
-    region bytes is written from its base on, without gaps, as the walk goes. `form` is (how to
-    pair, kind and size at the source, kind and size at the target, head_dim).
+    A target without region bytes is written from its base on, without gaps, as the walk goes.
+    `scales` is the address of the target's, as float32.
     """
-    how, kind, size, to_kind, to_size, dim = form
-    step, to_step = steps
     gapless = target[0] == 0
-    if gapless:
-        to_step = row_bytes[1]
-    verbatim = how == SAME and kind == to_kind
-    joined = verbatim and step == row_bytes[0] and to_step == row_bytes[1]
-    items = row_bytes[0] // size
-    at = to_bases[0]
-    for layer in range(first, last):
-        for i in range(len(strips)):
-            count = strips[i, COUNT]
-            begin = _address(bases, source[0], strips[i, SOURCE] + layer * source[1])
-            if not gapless:
-                at = _address(to_bases, target[0], strips[i, TARGET] + layer * target[1])
-            if joined:
-                copy(at, begin, count * row_bytes[0])
-            elif verbatim:
-                _copy_rows(begin, at, count, step, to_step, row_bytes[0])
-            else:
-                paired = how if strips[i, PLANE] == 0 else SAME
-                for c in range(count):
-                    _convert(
-                        begin + c * step, at + c * to_step, items, paired,
-                        (kind, to_kind), (size, to_size), dim, scratch,
-                    )  # fmt: skip
-            if gapless:
-                at += count * row_bytes[1]
+    step, to_step = steps[SOURCE], row_bytes[1] if gapless else steps[TARGET]
+    how, kind, to_kind, scale_kind = form[0], form[1], form[2], form[6]
+    plain = kind == to_kind and scale_kind == UNSCALED and not form[7]
+    joined = step == row_bytes[0] and to_step == row_bytes[1]
+    items = row_bytes[0] // item_bytes(kind)
+    room = scratch + 8 * items
+    scale, to_scale = np.float32(0), np.float32(0)
+    at = target[2][0]
+    for i in range(len(strips)):
+        count = strips[i, COUNT]
+        begin = _at(source, strips[i, SOURCE], layer)
+        if not gapless:
+            at = _at(target, strips[i, TARGET], layer)
+        paired = how != SAME and strips[i, PLANE] == 0
+        if plain and not paired and joined:
+            copy(at, begin, count * row_bytes[0])
+        elif plain and not paired:
+            _copy_rows(begin, at, count, step, to_step, row_bytes[0])
+        else:
+            for c in range(count):
+                if scale_kind != UNSCALED:
+                    offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
+                    scale = _scale(source_scales, scale_kind, offset, layer, room)
+                if form[7]:
+                    where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
+                    to_scale = as_float(load32(where, 0))
+                _convert(
+                    begin + c * step, at + c * to_step, items, paired, form, scale, to_scale,
+                    scratch,
+                )  # fmt: skip
+        if gapless:
+            at += count * row_bytes[1]
+
+
+@compiled
+def find_scales(
+    strips: I64, steps: Step, layer: int, source: Table, source_scales: Table, scales: int,
+    form: Form, scratch: int,
+) -> None:  # fmt: skip
+    """Raise each of the target's scales to the largest magnitude of the walk's rows that share it.
+
+    The rows are single head vectors, in the TARGET column as in `add_tiles`.
+    """
+    dim, scale_kind = form[3], form[6]
+    room = scratch + 8 * dim
+    scale = np.float32(0)
+    for i in range(len(strips)):
+        for c in range(strips[i, COUNT]):
+            if scale_kind != UNSCALED:
+                offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
+                scale = _scale(source_scales, scale_kind, offset, layer, room)
+            vector = _at(source, strips[i, TARGET], layer) + c * steps[TARGET]
+            most = largest(_floats(vector, dim, False, form, scale, scratch), dim)
+            where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
+            store32(where, 0, max(most, load32(where, 0)))
+
+
+@compiled
+def settle_scales(scales: int, count: int, kind: int, scale_kind: int, room: int) -> None:
+    """Turn largest magnitudes into scales; see `rounding.settle`."""
+    settle(scales, count, kind, scale_kind, room)
 
 
 @inlined
@@ -167,77 +270,89 @@ def _mix(value: Any) -> Any:
     return value
 
 
-@compiled
-def _hash(address: int, size: int, keys: U64) -> tuple[Any, Any]:
-    """NH twice, each with keys of its own, over a tile of `size` bytes; see `digest.py`."""
-    words = (size + 7) // 8
-    first = np.uint64(0)
-    second = np.uint64(0)
-    for i in range(size // 8):
-        word = load64(address, i)
-        upper = word >> HALF
-        first += ((word + keys[i]) & LOW) * ((upper + keys[words + i]) & LOW)
-        second += ((word + keys[2 * words + i]) & LOW) * ((upper + keys[3 * words + i]) & LOW)
-    if size % 8:
+@inlined
+def _hash(address: int, size: int, keys: int, scratch: int) -> tuple[Any, Any]:
+    """Both NH sums over a tile of `size` bytes; `scratch` has room for one chunk."""
+    if size <= WORD_BYTES:
         word = np.uint64(0)
-        for i in range(size // 8 * 8, size):
-            word |= np.uint64(load8(address, i)) << np.uint64(8 * (i % 8))
+        for i in range(size):
+            word |= np.uint64(load8(address, i)) << np.uint64(8 * i)
         upper = word >> HALF
-        i = words - 1
-        first += ((word + keys[i]) & LOW) * ((upper + keys[words + i]) & LOW)
-        second += ((word + keys[2 * words + i]) & LOW) * ((upper + keys[3 * words + i]) & LOW)
+        first = ((word + load64(keys, 0)) & LOW) * ((upper + load64(keys, 1)) & LOW)
+        second = ((word + load64(keys, 2)) & LOW) * ((upper + load64(keys, 3)) & LOW)
+        return first, second
+    chunks = size // CHUNK_BYTES
+    left = size - chunks * CHUNK_BYTES
+    first, second = np.uint64(0), np.uint64(0)
+    if chunks:
+        first, second = nh(address, chunks, keys)
+    if left:
+        copy(scratch, address + chunks * CHUNK_BYTES, left)
+        for i in range(left, CHUNK_BYTES):
+            store8(scratch, i, np.uint8(0))
+        one, other = nh(scratch, 1, keys + chunks * CHUNK_KEYS * WORD_BYTES)
+        first, second = first + one, second + other
     return first, second
 
 
 @compiled
 def add_tiles(
-    strips: I64, step: int, place_step: int, first: int, last: int, source: tuple[int, int],
-    layer_places: int, bases: I64, form: tuple[int, int, int, int, int, int], keys: U64,
-    scratch: int, sums: U64,
+    strips: I64, steps: Step, first: int, last: int, source: Table, layer_places: int,
+    source_scales: Table, scales: int, form: Form, keys: U64, key: int, scratch: int, sums: U64,
 ) -> None:  # fmt: skip
-    """Add the hashes of all tiles of a walk to `sums`, in two lanes.
+    """Add the hashes of all tiles of a walk to `sums`, for layers `first` to `last` (exclusive).
 
     The walk leads from places to memory: SOURCE is the place of a strip's first tile, TARGET its
-    offset. `form` is as in `move`; the last of `keys` is the seed.
+    offset. `key` is the address of `keys`, the last of which is the seed.
     """
-    how, kind, size, to_kind, to_size, dim = form
-    verbatim = how == SAME and kind == to_kind
+    how, kind, to_kind, dim, _, _, scale_kind, to_scaled = form
+    plain = kind == to_kind and scale_kind == UNSCALED and not to_scaled
     seed = keys[-1]
-    tile_bytes = dim * size
+    tile_bytes, to_tile_bytes = dim * item_bytes(kind), dim * item_bytes(to_kind)
+    step = steps[TARGET]
     ahead = max(step, AHEAD_BYTES // step * step)
+    converted = scratch + 8 * dim
+    room = scratch + 12 * dim
+    scale, to_scale = np.float32(0), np.float32(0)
     x, y = sums[0], sums[1]
     for layer in range(first, last):
         for i in range(len(strips)):
-            tile = _address(bases, source[0], strips[i, TARGET] + layer * source[1])
+            begin = _at(source, strips[i, TARGET], layer)
             place = strips[i, SOURCE] + layer * layer_places
-            paired = how if strips[i, PLANE] == 0 else SAME
-            for _ in range(strips[i, COUNT]):
-                if verbatim:
-                    for line in range(0, tile_bytes, LINE_BYTES):
-                        prefetch(tile + ahead + line)
-                    one, other = _hash(tile, tile_bytes, keys)
-                else:
-                    _convert(
-                        tile, scratch, dim, paired, (kind, to_kind), (size, to_size), dim,
-                        scratch + 4 * dim,
-                    )  # fmt: skip
-                    one, other = _hash(scratch, dim * to_size, keys)
-                one = _mix(one + np.uint64(place) * GOLDEN + seed)
+            paired = how != SAME and strips[i, PLANE] == 0
+            for c in range(strips[i, COUNT]):
+                tile = begin + c * step
+                for line in range(0, tile_bytes, CHUNK_BYTES):
+                    prefetch(tile + ahead + line)
+                if not plain or paired:
+                    if scale_kind != UNSCALED:
+                        offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
+                        scale = _scale(source_scales, scale_kind, offset, layer, room)
+                    if to_scaled:
+                        where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
+                        to_scale = as_float(load32(where, 0))
+                    _convert(tile, converted, dim, paired, form, scale, to_scale, scratch)
+                    tile = converted
+                one, other = _hash(tile, to_tile_bytes, key, room)
+                one = _mix(one + np.uint64(place + c * steps[SOURCE]) * GOLDEN + seed)
                 x += one
                 y += _mix(other + one)
-                tile += step
-                place += place_step
     sums[0], sums[1] = x, y
 
 
 def warm_up() -> None:
     """Compile every kernel or load it from disk, so that no handoff has to wait for that."""
-    memory = np.zeros(256, np.uint8)
+    memory = np.zeros(1024, np.uint8)
     at = memory.ctypes.data
     copy_runs(*(np.zeros(0, np.int64) for _ in range(3)))
-    bases = np.array([at], np.int64)
-    strips = np.array([[0, 128, 1, 0]], np.int64)
-    for form in ((SAME, FLOAT32, 4, FLOAT32, 4, 2), (TO_HALF, FLOAT32, 4, FLOAT16, 2, 2)):
-        move(strips, (8, 8), (8, 8), 0, 1, (256, 0), (256, 0), bases, bases, form, at + 64)
-        sums = np.zeros(2, np.uint64)
-        add_tiles(strips, 8, 1, 0, 1, (256, 0), 0, bases, form, np.zeros(9, np.uint64), at, sums)
+    table = (1024, 0, np.array([at], np.int64))
+    strips = np.array([[0, 128, 0, 0, 1, 0]], np.int64)
+    keys, sums = np.zeros(CHUNK_KEYS + 1, np.uint64), np.zeros(2, np.uint64)
+    form = (TO_HALF, FLOAT32, FLOAT16, 2, 0, 2, UNSCALED, 0)
+    steps = (8, 8, 0, 0)
+    move(strips, steps, (8, 4), 0, table, table, table, at, form, at + 512)
+    find_scales(strips, steps, 0, table, table, at, form, at + 512)
+    settle_scales(at, 1, INT8, FLOAT32, at + 512)
+    add_tiles(
+        strips, steps, 0, 1, table, 0, table, at, form, keys, keys.ctypes.data, at + 512, sums
+    )

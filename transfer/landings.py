@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer.bounds import Bounds
 from transfer.contract import Arrival, Buffer
 from transfer.digest import PrefixDigest, landing_key
 from transfer.errors import DigestMismatch, LandingGone, PeerMisbehaved
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
 from transfer.pool import Pool
-from transfer.rows import scatter, strides
+from transfer.rows import scatter
 
 State = Literal["open", "verifying", "over"]
 
@@ -46,7 +47,7 @@ class Expected:
         self.writer: object | None = None
         self._arrived = arrived
         self._failed = failed
-        self._allowed = _Allowed(landing, self.pool.region_bytes)
+        self._bounds = Bounds(landing)
         self._digest = PrefixDigest(
             plan(landing.layout, landing.layout),
             pool,
@@ -62,7 +63,7 @@ class Expected:
         Raises:
             PeerMisbehaved: names the first such run.
         """
-        wrong = self._allowed.first_outside(offsets, lengths)
+        wrong = self._bounds.first_outside(offsets, lengths)
         if wrong is not None:
             raise PeerMisbehaved(
                 f"landing {self.landing.id}: a run of {lengths[wrong]} bytes at offset "
@@ -169,31 +170,3 @@ class Landings:
         """Drop an entry that is over, unless its id has been entered anew."""
         if self._book.get(entry.landing.id) is entry:
             del self._book[entry.landing.id]
-
-
-class _Allowed:
-    """The blocks of a landing as sorted intervals, to look up many runs at once."""
-
-    def __init__(self, landing: Landing, region_bytes: int) -> None:
-        self._region_bytes = region_bytes
-        self._block_bytes = strides(landing.layout, landing.pool_blocks)["block"]
-        self._block_bytes *= landing.layout.item_bytes
-        self._pool_blocks = landing.pool_blocks
-        self._pool_bytes = landing.pool_blocks * landing.layout.block_bytes
-        blocks = np.unique(np.asarray(landing.blocks, dtype=np.int64))
-        heads = np.flatnonzero(np.diff(blocks, prepend=blocks[0] - 2) != 1)
-        self._first: NDArray[Any] = blocks[heads]
-        self._end: NDArray[Any] = blocks[np.append(heads[1:], len(blocks)) - 1] + 1
-
-    def first_outside(self, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> int | None:
-        """Index of the first run that leaves the landing, if there is one."""
-        ends = offsets + lengths
-        inside = (offsets >= 0) & (lengths > 0) & (offsets < ends) & (ends <= self._pool_bytes)
-        inside &= offsets // self._region_bytes == (ends - 1) // self._region_bytes
-        first = offsets // self._block_bytes
-        count = (ends - 1) // self._block_bytes - first + 1
-        number = first % self._pool_blocks
-        interval = np.searchsorted(self._first, number, side="right") - 1
-        inside &= (interval >= 0) & (number + count <= self._end[interval])
-        wrong = np.flatnonzero(~inside)
-        return int(wrong[0]) if len(wrong) else None

@@ -6,9 +6,9 @@ else counts offsets through all of them; only who copies asks `Pool` for address
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,23 +16,45 @@ from transfer.layout import KVLayout
 
 Buffer = Any
 """A whole pool: an object with the buffer protocol, C-contiguous, that holds all regions one after
-the other; or a list or tuple of such objects, one for each region. The target's is writable."""
+the other; or a list or tuple of such objects, one for each region, those of the scales last. The
+target's is writable."""
+
+
+class Table(msgspec.Struct, frozen=True, eq=False):
+    """One array of a pool: the offset where it begins, and the addresses of its regions.
+
+    Regions that lie one after the other in memory are one.
+    """
+
+    start: int
+    region_bytes: int
+    bases: NDArray[np.int64]
 
 
 class Pool:
     """One pool's memory, kept alive and in place.
 
-    `bases` are the addresses of its regions, each `region_bytes` long; `nbytes` is all of it.
+    `regions` is that memory, in order; `starts` are the offsets where they begin (and the end of
+    the last), `bases` their addresses; `nbytes` is all of it. `tables` are the pool's numbers and,
+    where there are any, its scales.
     """
 
-    def __init__(self, regions: Sequence[NDArray[np.uint8]]) -> None:
-        """Take regions of one size; `Pool.of` is the way in."""
+    def __init__(self, layout: KVLayout, blocks: int, regions: list[NDArray[np.uint8]]) -> None:
+        """Take regions of the right number and sizes; `Pool.of` is the way in."""
         self.regions = tuple(regions)
-        self.region_bytes = regions[0].size
-        self.nbytes = self.region_bytes * len(regions)
+        self.nbytes = sum(it.size for it in regions)
+        self.starts: NDArray[np.int64] = np.cumsum([0, *(it.size for it in regions)])
         self.bases: NDArray[np.int64] = np.array([it.ctypes.data for it in regions], np.int64)
-        if (np.diff(self.bases) == self.region_bytes).all():  # in one piece after all
-            self.bases, self.region_bytes = self.bases[:1], self.nbytes
+        tables = []
+        first = 0
+        for array in layout.tables(blocks):
+            bases = self.bases[first : first + array.regions]
+            size = array.nbytes // array.regions
+            if (np.diff(bases) == size).all():
+                bases, size = bases[:1], array.nbytes
+            tables.append(Table(int(self.starts[first]), size, bases))
+            first += array.regions
+        self.tables = tuple(tables)
 
     @classmethod
     def of(cls, layout: KVLayout, blocks: int, buffers: Buffer) -> Self:
@@ -41,22 +63,25 @@ class Pool:
         Raises:
             ValueError: their number or length is not that of such a pool.
         """
-        regions = layout.regions(blocks)
-        size = blocks * layout.block_bytes
+        sizes = [
+            array.nbytes // array.regions
+            for array in layout.tables(blocks)
+            for _ in range(array.regions)
+        ]
         if isinstance(buffers, list | tuple):
             flat = [np.frombuffer(it, dtype=np.uint8) for it in buffers]
-            if len(flat) != regions or any(it.size * regions != size for it in flat):
+            if [it.size for it in flat] != sizes:
                 raise ValueError(
                     f"pool: {len(flat)} buffers of {sorted({it.size for it in flat})} bytes are "
-                    f"not {regions} of {size // regions}, for {blocks} blocks"
+                    f"not {len(sizes)} of {sorted(set(sizes))}, for {blocks} blocks"
                 )
-            return cls(flat)
+            return cls(layout, blocks, flat)
         whole = np.frombuffer(buffers, dtype=np.uint8)
-        if whole.size != size:
+        if whole.size != sum(sizes):
             raise ValueError(
                 f"pool: {whole.size} bytes are not {blocks} blocks of {layout.block_bytes}"
             )
-        return cls([whole])
+        return cls(layout, blocks, np.split(whole, np.cumsum(sizes)[:-1]))
 
     @property
     def writable(self) -> bool:
@@ -65,10 +90,10 @@ class Pool:
 
     def addresses(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in memory the bytes at `offsets` of the virtual array lie."""
-        if len(self.bases) == 1:
+        if len(self.regions) == 1:
             return offsets + int(self.bases[0])
-        region, within = np.divmod(offsets, self.region_bytes)
-        where: NDArray[np.int64] = self.bases[region] + within
+        region = np.searchsorted(self.starts, offsets, side="right") - 1
+        where: NDArray[np.int64] = self.bases[region] + (offsets - self.starts[region])
         return where
 
     def parts(self, offset: int, length: int) -> list[NDArray[np.uint8]]:
@@ -79,11 +104,11 @@ class Pool:
         """
         if not 0 <= offset <= offset + length <= self.nbytes:
             raise ValueError(f"{length} bytes at {offset} are not within a pool of {self.nbytes}")
-        size = self.regions[0].size
         views = []
+        region = int(np.searchsorted(self.starts, offset, side="right")) - 1
         while length:
-            region, within = divmod(offset, size)
-            some = min(length, size - within)
+            within = offset - int(self.starts[region])
+            some = min(length, self.regions[region].size - within)
             views.append(self.regions[region][within : within + some])
-            offset, length = offset + some, length - some
+            offset, length, region = offset + some, length - some, region + 1
         return views

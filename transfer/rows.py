@@ -9,17 +9,25 @@ Knows neither what the numbers mean nor where memory is: all offsets are bytes (
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
-from math import prod
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer.kernels import COUNT, I64, PLANE, SOURCE, TARGET, copy_runs
-from transfer.layout import Axis, KVLayout
+from transfer.kernels import (
+    COUNT,
+    FROM_SCALE,
+    I64,
+    PLANE,
+    SOURCE,
+    TARGET,
+    TO_SCALE,
+    copy_runs,
+)
+from transfer.layout import Axis, KVLayout, Order
 
 MAX_POOL_BYTES = 1 << 62
 """Beyond this, places would not fit into 64 bits."""
@@ -29,76 +37,80 @@ STRIP_BYTES = 1 << 20
 
 
 KEPT_STRIPS = 1 << 18
-"""Walks are kept up to so many strips; each takes 32 bytes, and as much again for its runs."""
-
-
-def row_items(layout: KVLayout, inner: Iterable[Axis]) -> int:
-    """Numbers in one row over the axes `inner`."""
-    sizes = layout.sizes(1)
-    return prod(sizes[axis] for axis in inner)
+"""Walks are kept up to so many strips; each takes 48 bytes, and as much again for its runs."""
 
 
 def strides(layout: KVLayout, pool_blocks: int) -> dict[str, int]:
     """How many numbers apart two neighbours along each axis lie."""
-    apart: dict[str, int] = {}
-    step = 1
-    for axis, size in reversed(layout.sizes(pool_blocks).items()):
-        apart[axis] = step
-        step *= size
-    return apart
+    numbers = layout.tables(pool_blocks)[0]
+    return {axis: step // numbers.item_bytes for axis, step in numbers.strides.items()}
 
 
 class Side(msgspec.Struct, frozen=True, eq=False):
     """How one prefix lies in a flat array: in `blocks` of `block_tokens` tokens each.
 
-    `order` are its axes and `apart` those of them that lead to another region; `step` is how far
-    apart neighbours along an axis are. At every multiple of `wrap` a new round over all blocks
-    begins: what lies on either side of it is not one run.
+    `order` are the array's axes and `step` how far apart neighbours along each of them are;
+    `origin` is where the first head lies that is of interest. At every multiple of `wrap` a new
+    round over all blocks begins, at every multiple of `region` a new region: what lies on either
+    side is not one run.
     """
 
-    order: tuple[Axis, ...]
-    apart: tuple[Axis, ...]
+    order: Order
     step: Mapping[str, int]
+    origin: int
     blocks: I64
     block_tokens: int
     wrap: int
-
-    @classmethod
-    def of(cls, layout: KVLayout, pool_blocks: int, blocks: tuple[int, ...], tokens: int) -> Side:
-        """Where `tokens` tokens in `blocks` of a pool lie, in bytes.
-
-        Raises:
-            ValueError: the blocks are too few for the tokens, or not all of the pool.
-        """
-        if pool_blocks * layout.block_bytes >= MAX_POOL_BYTES:
-            raise ValueError(f"pool_blocks: {pool_blocks} is more than memory can hold")
-        numbers = np.asarray(blocks, dtype=np.int64)
-        if len(blocks) < layout.blocks_for(tokens):
-            raise ValueError(f"blocks: {len(blocks)} do not hold {tokens} tokens")
-        if len(blocks) and not 0 <= numbers.min() <= numbers.max() < pool_blocks:
-            raise ValueError(f"blocks: not all of them are in a pool of {pool_blocks}")
-        step = {axis: it * layout.item_bytes for axis, it in strides(layout, pool_blocks).items()}
-        wrap = step["block"] * pool_blocks
-        return cls(layout.order, layout.apart, step, numbers, layout.block_tokens, wrap)
+    region: int
 
     def at(self, tokens: I64) -> I64:
         """Where the first number of each of `tokens` lies, in layer 0, plane 0, head 0."""
         block, within = np.divmod(tokens, self.block_tokens)
         there: I64 = self.blocks[block] * self.step["block"] + within * self.step["token"]
-        return there
+        return there + self.origin
+
+    def along(self, axis: str) -> int:
+        """How far apart neighbours along `axis` are; 0 if the array has no such axis."""
+        return self.step.get(axis, 0)
+
+
+def sides(
+    layout: KVLayout, pool_blocks: int, blocks: tuple[int, ...], tokens: int, first_head: int
+) -> tuple[Side, ...]:
+    """Where `tokens` tokens in `blocks` of a pool lie, from a head on: numbers, perhaps scales.
+
+    Raises:
+        ValueError: the blocks are too few for the tokens, or not all of the pool.
+    """
+    if pool_blocks * layout.block_bytes >= MAX_POOL_BYTES:
+        raise ValueError(f"pool_blocks: {pool_blocks} is more than memory can hold")
+    numbers = np.asarray(blocks, dtype=np.int64)
+    if len(blocks) < layout.blocks_for(tokens):
+        raise ValueError(f"blocks: {len(blocks)} do not hold {tokens} tokens")
+    if len(blocks) and not 0 <= numbers.min() <= numbers.max() < pool_blocks:
+        raise ValueError(f"blocks: not all of them are in a pool of {pool_blocks}")
+    made = []
+    for table in layout.tables(pool_blocks):
+        step = table.strides
+        origin = (first_head - layout.heads.first) * step.get("head", 0)
+        wrap, region = step["block"] * pool_blocks, table.nbytes // table.regions
+        side = Side(table.order, step, origin, numbers, layout.block_tokens, wrap, region)
+        made.append(side)
+    return tuple(made)
 
 
 class Walk(msgspec.Struct, frozen=True, eq=False, dict=True):
     """The strips of a slice in layer 0, in the order of the target.
 
-    `strips` has a line (source, target, rows, plane) for each, and `steps` says how far apart the
-    rows of a strip are; `row_bytes` is a row's length, both at the source and at the target.
+    `strips` has a line for each, whose columns `kernels.py` names, and `steps` says how far apart
+    the rows of a strip are; `row_bytes` is a row's length, both at the source and at the target.
     """
 
     strips: I64
-    steps: tuple[int, int]
+    steps: tuple[int, int, int, int]
     row_bytes: tuple[int, int]
-    wrap: int
+    source: Side
+    target: Side
 
     def rows(self) -> tuple[I64, I64]:
         """Where each single row begins, at the source and at the target."""
@@ -125,7 +137,7 @@ class Walk(msgspec.Struct, frozen=True, eq=False, dict=True):
     @cached_property
     def runs(self) -> tuple[I64, I64, I64]:
         """Offsets at the source and at the target, and lengths, of what can be copied at once."""
-        if self.steps == self.row_bytes:
+        if self.steps[:2] == self.row_bytes:
             source, target = self.strips[:, SOURCE], self.strips[:, TARGET]
             lengths = self.strips[:, COUNT] * self.row_bytes[TARGET]
         else:
@@ -133,75 +145,82 @@ class Walk(msgspec.Struct, frozen=True, eq=False, dict=True):
             lengths = np.full(len(target), self.row_bytes[TARGET])
         jumps = np.zeros(len(source), np.bool_)
         jumps[1:] = source[1:] != source[:-1] + lengths[:-1]
+        jumps[1:] |= source[1:] % self.source.region == 0
         first = self._first_of_run(target, lengths, jumps)
         return source[first], target[first], np.add.reduceat(lengths, first)
 
     def _first_of_run(self, target: I64, lengths: I64, jumps: NDArray[np.bool_]) -> I64:
         # The last block and, one round of blocks further, the first are no neighbours.
-        jumps[1:] |= (target[1:] != target[:-1] + lengths[:-1]) | (target[1:] % self.wrap == 0)
+        after = target[1:]
+        jumps[1:] |= (after != target[:-1] + lengths[:-1]) | (after % self.target.wrap == 0)
+        jumps[1:] |= after % self.target.region == 0
         jumps[0] = True
         return np.flatnonzero(jumps)
 
 
-def walk(
-    source: Side,
-    target: Side,
-    start: int,
-    end: int,
-    counts: Mapping[str, int],
-    inner: tuple[Axis, ...],
-    row_bytes: tuple[int, int],
-) -> Walk:
-    """The walk over tokens `start` to `end`, for rows over the axes `inner`.
+class Kind(msgspec.Struct, frozen=True, eq=False):
+    """What a walk goes over: how many planes and heads, in rows over which axes, of what length.
 
-    `counts` has how many planes and heads there are.
+    `scales` are where the source's and the target's scales of each row lie, where it has some.
     """
-    order = [axis for axis in target.order if axis != "layer" and axis not in inner]
+
+    counts: Mapping[str, int]
+    inner: tuple[Axis, ...]
+    row_bytes: tuple[int, int]
+    scales: tuple[Side | None, Side | None] = (None, None)
+
+
+def walk(source: Side, target: Side, start: int, end: int, kind: Kind) -> Walk:
+    """The walk over tokens `start` to `end`."""
+    counts, row_bytes = kind.counts, kind.row_bytes
+    order = [
+        axis
+        for axis in target.order.axes
+        if axis != "layer" and axis not in kind.inner and counts.get(axis) != 1
+    ]
     along: str = order[-1]  # along which strips lie, if rows are at constant distance there
-    if along not in ("token", "head") or along in (*source.apart, *target.apart):
+    if along not in ("token", "head") or along in (*source.order.apart, *target.order.apart):
         along = "none"
     tokens, lengths = _pieces(source, target, start, end, along, max(row_bytes))
-    here, there = source.at(tokens), target.at(tokens)
+    there = target.at(tokens)
     if (there[1:] < there[:-1]).any():
         rank = np.argsort(there, kind="stable")
-        here, there, lengths = here[rank], there[rank], lengths[rank]
+        tokens, there, lengths = tokens[rank], there[rank], lengths[rank]
+    columns = {SOURCE: source, TARGET: target, FROM_SCALE: kind.scales[0], TO_SCALE: kind.scales[1]}
+    known = {column: side for column, side in columns.items() if side is not None}
     axes = [axis for axis in order if axis not in ("token", along)]
-    strips = np.zeros((*(len(here) if it == "block" else counts[it] for it in axes), 4), np.int64)
+    shape = [len(there) if it == "block" else counts[it] for it in axes]
+    strips = np.zeros((*shape, len(columns) + 2), np.int64)
     strips[..., COUNT] = counts.get(along, 1)
     for place, axis in enumerate(axes):
-        shape = [-1 if it == place else 1 for it in range(len(axes))]
+        turned = [-1 if it == place else 1 for it in range(len(axes))]
         if axis == "block":
-            strips[..., SOURCE] += here.reshape(shape)
-            strips[..., TARGET] += there.reshape(shape)
-            strips[..., COUNT] *= lengths.reshape(shape)
+            for column, side in known.items():
+                strips[..., column] += side.at(tokens).reshape(turned)
+            strips[..., COUNT] *= lengths.reshape(turned)
             continue
-        number = np.arange(counts[axis]).reshape(shape)
-        strips[..., SOURCE] += number * source.step[axis]
-        strips[..., TARGET] += number * target.step[axis]
+        number = np.arange(counts[axis]).reshape(turned)
+        for column, side in known.items():
+            strips[..., column] += number * side.along(axis)
         if axis == "kv":
             strips[..., PLANE] = number
-    strips = strips.reshape(-1, 4)
+    strips = strips.reshape(-1, strips.shape[-1])
     if along != "token" and order.index("token") != order.index("block") + 1:
         strips = strips[np.argsort(strips[:, TARGET], kind="stable")]
-    steps = (source.step.get(along, row_bytes[0]), target.step.get(along, row_bytes[1]))
-    return Walk(strips, steps, row_bytes, target.wrap)
+    steps = [side.along(along) if side is not None else 0 for side in columns.values()]
+    if along == "none":
+        steps[:2] = row_bytes
+    return Walk(strips, (steps[0], steps[1], steps[2], steps[3]), row_bytes, source, target)
 
 
 class Walks:
     """The walks between two sides, each kept for the next layer, which usually asks the same."""
 
-    def __init__(
-        self,
-        source: Side,
-        target: Side,
-        counts: Mapping[str, int],
-        inner: tuple[Axis, ...],
-        row_bytes: tuple[int, int],
-    ) -> None:
+    def __init__(self, source: Side, target: Side, kind: Kind) -> None:
         """As `walk`, which makes them."""
         self._made: dict[tuple[int, int], Walk] = {}
         self._strips = 0
-        self._make = partial(walk, source, target, counts=counts, inner=inner, row_bytes=row_bytes)
+        self._make = partial(walk, source, target, kind=kind)
 
     def over(self, start: int, end: int) -> Walk:
         """The walk over tokens `start` to `end`."""

@@ -1,7 +1,13 @@
 import pytest
 
+from transfer.kernels import warm_up
 from transfer.stage import TARGET
 from transfer.tcp import TcpReceiver, TcpSender
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_are_warm():
+    warm_up()
 
 
 @pytest.fixture

@@ -37,10 +37,10 @@ def test_regions_side_by_side_are_one_piece():
     memory = np.arange(4 * REGION, dtype=np.uint16).astype(np.uint8)
     whole = Pool.of(LAYOUT, BLOCKS, memory)
     cut = Pool.of(LAYOUT, BLOCKS, list(memory.reshape(4, -1)))
-    assert len(cut.bases) == 1
+    assert len(cut.tables[0].bases) == 1
     offsets = np.arange(0, 4 * REGION, 7)
     assert (cut.addresses(offsets) == whole.addresses(offsets)).all()
-    assert cut.region_bytes == whole.region_bytes == 4 * REGION
+    assert cut.tables[0].region_bytes == whole.tables[0].region_bytes == 4 * REGION
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,7 @@ def test_a_bar_in_a_wrong_place_is_refused(axes):
 def test_a_bar_tells_regions_from_what_lies_in_them():
     assert LAYOUT.apart == ("layer", "kv")
     assert LAYOUT.order == ("layer", "kv", "block", "token", "head", "dim")
-    assert LAYOUT.regions(BLOCKS) == 4
-    assert msgspec.structs.replace(LAYOUT, axes="block | layer kv token head dim").regions(7) == 7
+    [numbers] = LAYOUT.tables(BLOCKS)
+    assert (numbers.regions, numbers.nbytes) == (4, 4 * REGION)
+    by_block = msgspec.structs.replace(LAYOUT, axes="block | layer kv token head dim")
+    assert by_block.tables(7)[0].regions == 7
