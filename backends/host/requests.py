@@ -199,7 +199,7 @@ class Requests:
 
     def expire(self) -> None:
         """End what has outlived its deadline; its gateway should have, and did not."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         for (link, handle), held in list(self._held.items()):
             works: list[Item] = [*held.running.values()]
             if held.prefilling is not None:

@@ -6,7 +6,7 @@ their blocks, and whoever ends them waits for that step before the blocks go fre
 
 from __future__ import annotations
 
-import time
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -74,8 +74,8 @@ def owner(link: Link, spec: RequestSpec) -> str:
 
 
 def deadline_of(spec: RequestSpec) -> float:
-    """When `spec` must have ended, on this process's monotonic clock."""
-    return time.monotonic() + spec.deadline_seconds
+    """When `spec` must have ended, by the event loop's clock."""
+    return asyncio.get_running_loop().time() + spec.deadline_seconds
 
 
 def sequences_of(spec: RequestSpec) -> tuple[Sequence, ...]:

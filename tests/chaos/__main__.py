@@ -1,0 +1,40 @@
+"""Replay one schedule, or play many of them: `python -m tests.chaos --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import structlog
+
+from tests.chaos.handoffs.game import Handoffs
+from tests.chaos.machine import broken, shortest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, help="replay this one, and shrink it if it fails")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1000)
+    options = parser.parse_args()
+    scenario = Handoffs()
+    coverage = scenario.coverage()
+    seeds = range(options.first, options.first + options.count)
+    if options.seed is not None:
+        seeds = range(options.seed, options.seed + 1)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    began = time.process_time()
+    for seed in seeds:
+        schedule = scenario.schedule(seed)
+        if broken(scenario, schedule, coverage):
+            print(shortest(scenario, schedule))
+            return 1
+    print(coverage.table())
+    took = time.process_time() - began
+    print(f"{len(seeds)} schedules, {took / len(seeds) * 1e3:.1f} ms each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

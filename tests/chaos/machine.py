@@ -1,0 +1,117 @@
+"""Plays schedules of a scenario, and turns a failure into the shortest story that shows it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+
+from tests.chaos.clock import Stuck, play
+from tests.chaos.coverage import Coverage
+from tests.chaos.schedule import Dice, Fault, Schedule, shrink
+
+
+class Violation(AssertionError):
+    """A promise was broken. Says which, by whom, and when."""
+
+
+class Game(Protocol):
+    """One schedule being played."""
+
+    story: list[str]
+
+    async def play(self) -> None:
+        """Play to the end and check everything.
+
+        Raises:
+            Violation: the first promise that was broken.
+        """
+
+
+class Scenario(Protocol):
+    """What is played."""
+
+    def schedule(self, seed: int) -> Schedule:
+        """The schedule that belongs to a seed."""
+
+    def coverage(self) -> Coverage:
+        """An empty table."""
+
+    def game(self, schedule: Schedule, faults: Faults) -> Game:
+        """Set up everything anew."""
+
+
+class Faults:
+    """The faults of one schedule, waiting for their moment."""
+
+    def __init__(self, schedule: Schedule, coverage: Coverage | None) -> None:
+        self.dice = Dice(schedule.seed)
+        self._coverage = coverage
+        self._passed: Counter[tuple[int, str]] = Counter()
+        self._waiting: defaultdict[tuple[int, str, int], list[Fault]] = defaultdict(list)
+        for fault in schedule.faults:
+            self._waiting[fault.actor, fault.point, fault.nth].append(fault)
+
+    def passing(self, actor: int, point: str, state: Callable[[], str]) -> list[Fault]:
+        """`actor` passes `point`: the faults that strike it now, each of them once."""
+        self._passed[actor, point] += 1
+        faults = self._waiting.pop((actor, point, self._passed[actor, point]), [])
+        if self._coverage is not None:
+            for fault in faults:
+                self._coverage.note(point, state(), fault.kind)
+        return faults
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A schedule that breaks a promise, as short as it could be made."""
+
+    schedule: Schedule
+    found: Schedule
+    cause: str
+    story: tuple[str, ...]
+
+    def __str__(self) -> str:
+        told = "\n    ".join(self.story)
+        return (
+            f"{self.cause}\n  {self.schedule}\n  what happened:\n    {told}\n"
+            f"  replay: python -m tests.chaos --seed {self.found.seed} (shrunk from "
+            f"{len(self.found.faults)} faults and {len(self.found.actors)} actors)"
+        )
+
+
+def broken(scenario: Scenario, schedule: Schedule, coverage: Coverage | None = None) -> str:
+    """Play one schedule. Returns which promise it broke; empty when it broke none."""
+    return _played(scenario, schedule, coverage)[0]
+
+
+def explore(
+    scenario: Scenario, seeds: Iterable[int], coverage: Coverage | None = None
+) -> Failure | None:
+    """Play the schedules of `seeds` until one fails, and shrink that one."""
+    for seed in seeds:
+        schedule = scenario.schedule(seed)
+        if broken(scenario, schedule, coverage):
+            return shortest(scenario, schedule)
+    return None
+
+
+def shortest(scenario: Scenario, schedule: Schedule) -> Failure:
+    """Shrink a schedule that fails, and tell its story."""
+    small = shrink(schedule, lambda it: bool(broken(scenario, it)))
+    cause, story = _played(scenario, small, None)
+    return Failure(small, schedule, cause, tuple(story))
+
+
+def _played(
+    scenario: Scenario, schedule: Schedule, coverage: Coverage | None
+) -> tuple[str, list[str]]:
+    game = scenario.game(schedule, Faults(schedule, coverage))
+    try:
+        play(game.play())
+    except (Violation, Stuck) as error:
+        return str(error) or type(error).__name__, game.story
+    except Exception as error:  # what production code must not raise is a finding like others
+        return f"{type(error).__name__}: {error}", game.story
+    return "", game.story
