@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
 .PHONY: help venv dev demo test check test-gpu bench-gateway bench-engine bench-transfer \
-	bench-interference loadtest clean
+	bench-interference loadtest soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,6 +46,9 @@ check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 
 test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (with a CUDA build of torch)
 	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation tests/life/test_real_model.py
+
+soak: $(VENV)/.dev ## Play 100,000 schedules of faults against the handoff
+	@exec $(BIN)/python -m tests.chaos --count 100000
 
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
 	@exec $(BIN)/python -m loadtest.bench_gateway

@@ -31,6 +31,8 @@ def main() -> int:
             print(shortest(scenario, schedule))
             return 1
     print(coverage.table())
+    for name, cells in (("missed", coverage.missed()), ("wrong", coverage.false_excuses())):
+        print(f"{name}:", *(" ".join(it) for it in cells), sep="\n  ")
     took = time.process_time() - began
     print(f"{len(seeds)} schedules, {took / len(seeds) * 1e3:.1f} ms each")
     return 0

@@ -83,7 +83,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 def broken(scenario: Scenario, schedule: Schedule, coverage: Coverage | None = None) -> str:
     """Play one schedule. Returns which promise it broke; empty when it broke none."""
-    return _played(scenario, schedule, coverage)[0]
+    return played(scenario, schedule, coverage)[0]
 
 
 def explore(
@@ -100,13 +100,14 @@ def explore(
 def shortest(scenario: Scenario, schedule: Schedule) -> Failure:
     """Shrink a schedule that fails, and tell its story."""
     small = shrink(schedule, lambda it: bool(broken(scenario, it)))
-    cause, story = _played(scenario, small, None)
+    cause, story = played(scenario, small)
     return Failure(small, schedule, cause, tuple(story))
 
 
-def _played(
-    scenario: Scenario, schedule: Schedule, coverage: Coverage | None
+def played(
+    scenario: Scenario, schedule: Schedule, coverage: Coverage | None = None
 ) -> tuple[str, list[str]]:
+    """Play one schedule. Returns which promise it broke, if it did, and what happened."""
     game = scenario.game(schedule, Faults(schedule, coverage))
     try:
         play(game.play())

@@ -183,8 +183,11 @@ class Handoff:
     def look(self) -> None:
         """Notice whether all is over."""
         work, pusher = self.work, self.push_worker
-        quiet = work is None or pusher is None or pusher.dead or (
-            work.ended and not work.busy and work not in pusher.pushes
+        quiet = (
+            work is None
+            or pusher is None
+            or pusher.dead
+            or (work.ended and not work.busy and work not in pusher.pushes)
         )
         decoded = self.received != "admitted" or self.finished
         if self.sent is not None and self.received is not None and quiet and decoded:
@@ -207,6 +210,7 @@ class Game:
         self.by_landing: dict[str, Handoff] = {}
         self.damage: dict[str, list[Fault]] = {}
         self.mangled: dict[str, tuple[str, Epoch, bytes]] = {}
+        self._claimed: set[str] = set()
         self._proofs: list[tuple[int, int, bytes]] = []
         self._partitions: dict[tuple[str, str, bool], float] = {}
         self._detached: set[asyncio.Task[Any]] = set()
@@ -352,7 +356,7 @@ class Game:
     # ---- what strikes
 
     def strike(self, handoff: Handoff, point: str) -> list[Fault]:
-        """`handoff` passes `point`. The world's faults happen; those of the message are returned."""
+        """`handoff` passes `point`: the world's faults happen, those of its message are returned."""
         faults = self._faults.passing(handoff.number, point, handoff.state)
         mine = []
         for fault in faults:
@@ -490,6 +494,8 @@ class Game:
             handoff.forged = True
             true.result = lambda: proof
         else:
+            if any(proof == old for number, _, old in self._proofs if number != handoff.number):
+                self.blame(f"{handoff}: its digest is that of another landing")
             self._proofs.append((handoff.number, handoff.prompt, proof))
 
     def _old_proof(self, handoff: Handoff) -> bytes:
@@ -509,13 +515,16 @@ class Game:
         table[:] = np.arange(plot.TARGET_BLOCKS)[:, None, None, None, None, None]
         return blocks
 
-    def check_claim(self, entry: Expected, epoch: Epoch, secret: bytes, writer: object) -> None:
+    def check_claim(self, entry: Expected, epoch: Epoch, secret: bytes) -> None:
         """A right was accepted: it must be the one that was given."""
         landing = entry.landing
         if epoch != landing.epoch:
             self.blame(f"landing {landing.id}: accepted epoch {epoch}, given was {landing.epoch}")
         if secret != landing.secret:
             self.blame(f"landing {landing.id}: accepted a wrong secret")
+        if landing.id in self._claimed:
+            self.blame(f"landing {landing.id}: a second writer was accepted")
+        self._claimed.add(landing.id)
 
     def check_write(self, worker: Decode, entry: Expected, frame: Frame) -> None:
         """A frame is about to land: its blocks must still be set aside for its landing."""
@@ -572,7 +581,7 @@ class Game:
         if handoff.closed > 1:
             raise Violation(f"{handoff}: closed {handoff.closed} times")
         good = (handoff.sent, handoff.received) == ("handed", "admitted")
-        if not good and not (handoff.disturbed or (handoff.sent == "refused" and self._schedule.faults)):
+        if not good and not (
+            handoff.disturbed or (handoff.sent == "refused" and self._schedule.faults)
+        ):
             raise Violation(f"{ended}, although nothing struck it")
-
-

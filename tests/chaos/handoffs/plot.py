@@ -1,8 +1,8 @@
 """What may happen to a handoff: the points it passes, the faults that strike, how it ends.
 
-    granted -> written -> verifying -> admitted -> finished
-       |          |           |
-       +----------+-----------+------> quarantined -> freed      (dead: its worker is)
+granted -> written -> verifying -> admitted -> finished
+   |          |           |
+   +----------+-----------+------> quarantined -> freed      (dead: its worker is)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STALL_SECONDS = 0.5
 DEADLINE_SECONDS = 8.0
 LIMIT_SECONDS = 60.0
 
-LONG_WAYS = frozenset({"open", "write", "frame", "commit", "verify", "verified", "answer", "abort"})
+LONG_WAYS = frozenset({"open", "write", "frame", "commit", "verify", "answer", "abort"})
 
 SOURCE_BLOCKS = 10
 TARGET_BLOCKS = 16
@@ -69,21 +69,75 @@ def _kept_back(nth: int, *then: tuple[str, int]) -> Approach:
 
 
 APPROACHES = (
-    _kept_back(1, ("compute", 2), ("write", 2), ("abort", 1), ("quiesce", 1)),
-    _kept_back(2, ("compute", 3), ("write", 3), ("commit", 1), ("abort", 1)),
+    _kept_back(1, ("compute", 3), ("write", 2), ("abort", 1)),
+    _kept_back(2, ("compute", 4), ("write", 3), ("commit", 1)),
     _kept_back(4, ("commit", 1), ("abort", 1)),
-    Approach((("grant", 1, *TOLD_DECODE),), (("open", 1), ("write", 1))),
-    Approach((("compute", 2, *TOLD_DECODE),), (("write", 2), ("commit", 1))),
+    Approach((("compute", 1, *TOLD_DECODE),), (("open", 1), ("compute", 2))),
+    Approach((("compute", 2, *TOLD_DECODE),), (("write", 2), ("compute", 3))),
+    Approach((("write", 1, "duplicate", 0.5), ("flight", 1, *TOLD_DECODE)), (("flight", 2),)),
+    Approach(
+        (("write", 1, "duplicate", 0.5), ("flight", 1, "kill receiver", 0.5)), (("flight", 2),)
+    ),
     Approach((("flight", 2, *TOLD_DECODE),), (("commit", 1), ("compute", 3), ("flight", 3))),
     Approach((("flight", 4, *TOLD_DECODE),), (("commit", 1),)),
-    Approach((("commit", 1, *TOLD_DECODE),), (("verify", 1), ("answer", 1))),
+    Approach((("verify", 1, *TOLD_DECODE),), (("verify", 2), ("answer", 1))),
     Approach((("verify", 1, *TOLD_PREFILL),), (("abort", 1),)),
-    Approach((("flight", 1, "kill receiver", 0.5),), (("flight", 2), ("write", 2), ("abort", 1))),
-    Approach((("flight", 2, "kill receiver", 0.5),), (("flight", 3), ("commit", 1))),
-    Approach((("flight", 4, "kill receiver", 0.5),), (("commit", 1),)),
-    Approach((("commit", 1, "kill receiver", 0.5),), (("verify", 1), ("answer", 1))),
+    Approach((("verify", 2, *TOLD_DECODE),), (("answer", 1),)),
+    Approach((("verify", 1, "kill receiver", 0.5),), (("verify", 2), ("answer", 1))),
+    Approach((("flight", 1, "kill receiver", 0.5),), (("compute", 2), ("write", 2), ("abort", 1))),
+    Approach((("flight", 2, "kill receiver", 0.5),), (("open", 1), ("commit", 1))),
+    Approach((("answer", 1, "kill receiver", 0.5),), (("decode", 1),)),
+    Approach((("answer", 1, *TOLD_DECODE),), (("decode", 1),)),
     Approach((("open", 1, "corrupt", 0.1),), (("write", 1), ("abort", 1))),
 )
 """Ways into states that chance alone finds rarely."""
 
-EXCUSES: tuple[Excuse, ...] = ()
+EXCUSES = (
+    Excuse(
+        "the landing has this moment been granted",
+        ("grant",),
+        ("written", "verifying", "admitted", "finished", "quarantined", "freed", "dead"),
+    ),
+    Excuse(
+        "nobody has opened it yet",
+        ("open",),
+        ("written", "verifying", "admitted", "finished"),
+    ),
+    Excuse(
+        "the commit leaves after the last slice, and there is one",
+        ("compute", "write", "commit"),
+        ("verifying", "admitted", "finished"),
+    ),
+    Excuse(
+        "a writer that was refused gets no further than its first write", ("commit",), ("granted",)
+    ),
+    Excuse("a frame leaves only for a landing that was opened", ("flight",), ("granted",)),
+    Excuse(
+        "PROMISE: no verdict while a write is under way",
+        ("flight",),
+        ("verifying", "admitted", "finished"),
+    ),
+    Excuse("PROMISE: no block is freed while a write is under way", ("flight",), ("freed",)),
+    Excuse(
+        "no write is under way, so that a quarantine lasts no time",
+        ("open", "verify", "answer"),
+        ("quarantined",),
+    ),
+    Excuse(
+        "verifying comes after the writes and before the verdict",
+        ("verify",),
+        ("granted", "written", "admitted", "finished"),
+    ),
+    Excuse("an answer follows a verdict", ("answer",), ("granted", "written", "verifying")),
+    Excuse(
+        "there is nothing to wait for",
+        ("quiesce",),
+        ("granted", "written", "verifying", "admitted", "finished", "freed", "dead"),
+    ),
+    Excuse(
+        "only what was admitted is decoded",
+        ("decode",),
+        ("granted", "written", "verifying", "quarantined", "freed"),
+    ),
+)
+"""Why the other combinations cannot occur. Two are promises: hitting them is a failure."""

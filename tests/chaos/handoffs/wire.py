@@ -74,7 +74,6 @@ class Chaos(MemoryReceiver):
         if "corrupt" in faults:
             frame = _corrupted(frame, faults["corrupt"], entry.bytes.size)
         delay = handoff.latency("frame") + game.held_up(handoff)
-        asyncio.get_running_loop().call_later(delay / 2, game.strike, handoff, "flight")
         delay += LONG_SECONDS * faults.get("delay", 0.0) + 0.05 * faults.get("reorder", 0.0)
         landed = self._post(entry, frame, delay)
         if "duplicate" in faults:
@@ -87,9 +86,9 @@ class Chaos(MemoryReceiver):
     async def verify(self, entry: Expected) -> bytes:
         """Verifying takes a while, during which the world goes on."""
         handoff = self._game.by_landing[entry.landing.id]
-        await asyncio.sleep(handoff.latency("verify"))
-        self._game.strike(handoff, "verify")
-        await asyncio.sleep(handoff.latency("verified"))
+        for _ in range(2):
+            self._game.strike(handoff, "verify")
+            await asyncio.sleep(handoff.latency("verify"))
         return await super().verify(entry)
 
     async def quiesce(self, landing_id: str) -> None:
@@ -101,12 +100,18 @@ class Chaos(MemoryReceiver):
 
     def _post(self, entry: Expected, frame: Frame, delay: float) -> asyncio.Future[None]:
         self._delay_seconds = delay
-        return super().post(entry, frame)
+        landed = super().post(entry, frame)
+        handoff = self._game.by_landing[entry.landing.id]
+        self._game.later(delay / 2, self._game.strike, handoff, "flight")
+        return landed
 
     def _land(self, entry: Expected, frame: Frame, data: Any, landed: Any) -> None:
-        if landed in self._late and entry.state != "over":
-            loop = asyncio.get_running_loop()
-            loop.call_later(POLL_SECONDS, self._land, entry, frame, data, landed)
+        if landed in self._late:
+            seconds = POLL_SECONDS
+            if entry.state == "over":
+                self._late.discard(landed)
+                seconds = self._game.by_landing[entry.landing.id].latency("late", 0.6)
+            self._game.later(seconds, self._land, entry, frame, data, landed)
             return
         self._game.check_write(self.worker, entry, frame)
         super()._land(entry, frame, data, landed)
@@ -117,7 +122,7 @@ class Chaos(MemoryReceiver):
         """What was shown may have been damaged on the way."""
         shown = self._game.mangled.pop(landing_id, None) or (landing_id, epoch, secret)
         entry = self._claim(*shown, writer)
-        self._game.check_claim(entry, shown[1], shown[2], writer)
+        self._game.check_claim(entry, shown[1], shown[2])
         return entry
 
 

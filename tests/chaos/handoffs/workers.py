@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,7 +161,7 @@ class Prefill(Worker):
         where, within = truth.places(work.blocks, tokens, truth.SOURCE.block_tokens)
         borders = [0, handoff.chunk, tokens] if 0 < handoff.chunk < tokens else [0, tokens]
         number = 0
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             for layer in range(truth.SOURCE.layers):
                 self.game.strike(handoff, "compute")
                 await asyncio.sleep(handoff.pace(number))
@@ -295,5 +296,3 @@ class Decode(Worker):
         self.game.check_books(self)
         handoff.finished = True
         handoff.look()
-
-

@@ -1,0 +1,231 @@
+"""Versions of the code under test that each break one promise: what the checks are worth.
+
+Most are a part exchanged (`Parts`); those inside the digest and the verdict, which production
+code makes by itself, exchange a method of a class while they are played.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from backends.host.handoff import Push, Pushes
+from backends.host.janitor import Janitor
+from backends.host.landings import Landings as HostLandings
+from backends.host.ledger import Holder, Ledger
+from backends.host.work import Prefilling
+from tests.chaos.handoffs.game import Handoffs, Parts
+from transfer.digest import PrefixDigest
+from transfer.landings import Expected, Landings, _Allowed
+from transfer.layout import Epoch
+from transfer.memory import MemoryReceiver
+from transfer.rows import Walks
+
+
+class AnyEpoch(Landings):
+    def claim(self, landing_id: str, epoch: Epoch, secret: bytes, writer: object) -> Expected:
+        entry = self._book.get(landing_id)
+        return super().claim(landing_id, entry.landing.epoch if entry else epoch, secret, writer)
+
+
+class AnySecret(Landings):
+    def claim(self, landing_id: str, epoch: Epoch, secret: bytes, writer: object) -> Expected:
+        entry = self._book.get(landing_id)
+        return super().claim(landing_id, epoch, entry.landing.secret if entry else secret, writer)
+
+
+class AnyNumberOfWriters(Landings):
+    def claim(self, landing_id: str, epoch: Epoch, secret: bytes, writer: object) -> Expected:
+        entry = self._book.get(landing_id)
+        if entry is not None:
+            entry.writer = None
+        return super().claim(landing_id, epoch, secret, writer)
+
+
+class SkipsQuarantine(HostLandings):
+    def withdraw(self, landing_id: str) -> None:
+        super().withdraw(landing_id)
+        self._ledger.release(Holder("quarantine", landing_id))
+
+
+class FreesAtAbort(HostLandings):
+    async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:
+        self._ledger.release(quarantine)
+        self._freed()
+
+
+class TellsOneReceiver(HostLandings):
+    def withdraw(self, landing_id: str) -> None:
+        everybody, self.receivers = self.receivers, self.receivers[:1]
+        super().withdraw(landing_id)
+        self.receivers = everybody
+
+
+class WaitsForOneReceiver(HostLandings):
+    async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:
+        await self.receivers[0].quiesce(landing_id)
+        self._ledger.release(quarantine)
+        self._freed()
+
+
+class NeverExpires(HostLandings):
+    async def reap(self) -> None:
+        await asyncio.Event().wait()
+
+
+class VerifiesBeforeTheLastWrite(MemoryReceiver):
+    async def quiesce(self, landing_id: str) -> None:
+        if landing_id not in self.landings._book:
+            await super().quiesce(landing_id)
+
+
+class AdmitsTwice(MemoryReceiver):
+    def expect(self, landing: Any, pool: Any, *, arrived: Any, **others: Any) -> None:
+        def twice(arrival: Any) -> bytes:
+            arrived(arrival)
+            answer: bytes = arrived(arrival)
+            return answer
+
+        super().expect(landing, pool, arrived=twice, **others)
+
+
+class ExpiresUnderRenewal(MemoryReceiver):
+    def expect(self, landing: Any, pool: Any, *, touched: Any, **others: Any) -> None:
+        super().expect(landing, pool, touched=lambda: None, **others)
+
+
+class FreesTwice(Ledger):
+    def release(self, holder: Holder) -> int:
+        blocks = list(self._held.get(holder, ()))
+        freed = super().release(holder)
+        for block in blocks if holder.reason == "quarantine" else ():
+            heapq.heappush(self._free, block)
+        return freed
+
+
+class LeaksHeadroom(Ledger):
+    def release(self, holder: Holder) -> int:
+        return 0 if holder.reason == "headroom" else super().release(holder)
+
+
+class ReleasesTheSourceEarly(Pushes):
+    """The source goes when the last slice was queued, not when the commit was answered."""
+
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self._finished: set[Prefilling] = set()
+
+    def __contains__(self, work: Prefilling) -> bool:
+        return super().__contains__(work) and work not in self._finished
+
+    def cancel(self, work: Prefilling) -> None:
+        if work not in self._finished:
+            super().cancel(work)
+
+    def _begin(self, work: Prefilling, push: Push) -> None:
+        super()._begin(work, push)
+        finish = push.finish
+
+        def early(firsts: Any) -> None:
+            finish(firsts)
+            self._finished.add(work)
+            asyncio.get_running_loop().call_soon(self._closed, work)
+
+        push.finish = early  # type: ignore[method-assign]
+
+
+class KeepsFailuresToItself(Pushes):
+    def _give_up(self, work: Prefilling, error: Exception) -> None:
+        pass
+
+
+class ForgetsErrands(Janitor):
+    def hand(self, errand: Any) -> None:
+        pass
+
+
+def _without_place(digest: PrefixDigest, *arguments: Any, **others: Any) -> None:
+    _digest_init(digest, *arguments, **others)
+    true = digest._places
+    digest._places = msgspec.structs.replace(true, step=dict.fromkeys(true.step, 0))
+    tile_bytes = digest._plan.source.head_dim * digest._plan.source.item_bytes
+    digest._walks = Walks(
+        digest._places, digest._where, digest._plan.counts, ("dim",), (1, tile_bytes)
+    )
+
+
+def _without_key(digest: PrefixDigest, *arguments: Any, **others: Any) -> None:
+    _digest_init(digest, *arguments[:-1], b"", **others)
+
+
+def _by_its_beginning(entry: Expected, found: bytes, sent: bytes, *rest: Any) -> bytes:
+    return _settle(entry, found, found if found.startswith(sent) else sent, *rest)
+
+
+def _though_withdrawn(entry: Expected, *arguments: Any) -> bytes:
+    entry.state = "verifying"
+    return _settle(entry, *arguments)
+
+
+def _anywhere_in_the_pool(allowed: _Allowed, offsets: Any, lengths: Any) -> int | None:
+    outside = (offsets < 0) | (offsets + lengths > allowed._pool_bytes)
+    return int(np.flatnonzero(outside)[0]) if outside.any() else None
+
+
+_digest_init: Callable[..., None] = PrefixDigest.__init__
+_settle: Callable[..., bytes] = Expected.settle
+
+
+class Mutant(msgspec.Struct, frozen=True):
+    """Parts exchanged, or (class, method, replacement)."""
+
+    parts: dict[str, Any] = {}
+    method: tuple[type, str, Any] | None = None
+
+    @contextlib.contextmanager
+    def played(self) -> Iterator[Handoffs]:
+        """The scenario with this mutant in it."""
+        scenario = Handoffs(Parts(**self.parts))
+        if self.method is None:
+            yield scenario
+            return
+        owner, name, replacement = self.method
+        true = getattr(owner, name)
+        setattr(owner, name, replacement)
+        try:
+            yield scenario
+        finally:
+            setattr(owner, name, true)
+
+
+MUTANTS = {
+    "drops the epoch check": Mutant({"book": AnyEpoch}),
+    "drops the secret check": Mutant({"book": AnySecret}),
+    "lets anybody claim a landing again": Mutant({"book": AnyNumberOfWriters}),
+    "skips the quarantine": Mutant({"landings": SkipsQuarantine}),
+    "frees at the abort, not at quiesce": Mutant({"landings": FreesAtAbort}),
+    "withdraws at one receiver only": Mutant({"landings": TellsOneReceiver}),
+    "waits for one receiver only": Mutant({"landings": WaitsForOneReceiver}),
+    "never lets a lease expire": Mutant({"landings": NeverExpires}),
+    "lets a lease expire under renewal": Mutant({"receiver": ExpiresUnderRenewal}),
+    "verifies before the last write": Mutant({"receiver": VerifiesBeforeTheLastWrite}),
+    "admits twice": Mutant({"receiver": AdmitsTwice}),
+    "frees a block twice": Mutant({"ledger": FreesTwice}),
+    "leaks the headroom": Mutant({"ledger": LeaksHeadroom}),
+    "releases the source before the commit": Mutant({"pushes": ReleasesTheSourceEarly}),
+    "keeps a failure to itself": Mutant({"pushes": KeepsFailuresToItself}),
+    "forgets to clean": Mutant({"janitor": ForgetsErrands}),
+    "digests without place": Mutant(method=(PrefixDigest, "__init__", _without_place)),
+    "digests without the landing's key": Mutant(method=(PrefixDigest, "__init__", _without_key)),
+    "compares the beginning of a digest": Mutant(method=(Expected, "settle", _by_its_beginning)),
+    "admits what was withdrawn": Mutant(method=(Expected, "settle", _though_withdrawn)),
+    "lets a writer leave its landing": Mutant(
+        method=(_Allowed, "first_outside", _anywhere_in_the_pool)
+    ),
+}
