@@ -356,7 +356,7 @@ class Game:
     # ---- what strikes
 
     def strike(self, handoff: Handoff, point: str) -> list[Fault]:
-        """`handoff` passes `point`: the world's faults happen, those of its message are returned."""
+        """`handoff` passes `point`: the world's faults happen, those of its message returned."""
         faults = self._faults.passing(handoff.number, point, handoff.state)
         mine = []
         for fault in faults:

@@ -72,7 +72,7 @@ class Chaos(MemoryReceiver):
         if "truncate" in faults:
             frame = _truncated(frame, faults["truncate"])
         if "corrupt" in faults:
-            frame = _corrupted(frame, faults["corrupt"], entry.bytes.size)
+            frame = _corrupted(frame, faults["corrupt"], self.worker.pool.size)
         delay = handoff.latency("frame") + game.held_up(handoff)
         delay += LONG_SECONDS * faults.get("delay", 0.0) + 0.05 * faults.get("reorder", 0.0)
         landed = self._post(entry, frame, delay)

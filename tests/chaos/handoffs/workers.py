@@ -18,7 +18,6 @@ from backends.host.landings import Landings, Reserved
 from backends.host.ledger import Holder, Ledger
 from backends.host.sharing import share_out
 from backends.host.work import Prefilling, Running, deadline_of, owner, sequences_of
-
 from tests.chaos.handoffs import truth
 from tests.chaos.handoffs.plot import (
     COMMIT_SECONDS,
