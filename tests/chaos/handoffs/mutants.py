@@ -22,7 +22,7 @@ from backends.host.ledger import Holder, Ledger
 from backends.host.work import Prefilling
 from tests.chaos.handoffs.game import Handoffs, Parts
 from transfer.digest import PrefixDigest
-from transfer.landings import Expected, Landings, _Allowed
+from transfer.landings import Expected, Landings
 from transfer.layout import Epoch
 from transfer.memory import MemoryReceiver
 from transfer.rows import Walks
@@ -173,13 +173,15 @@ def _though_withdrawn(entry: Expected, *arguments: Any) -> bytes:
     return _settle(entry, *arguments)
 
 
-def _anywhere_in_the_pool(allowed: _Allowed, offsets: Any, lengths: Any) -> int | None:
-    outside = (offsets < 0) | (offsets + lengths > allowed._pool_bytes)
-    return int(np.flatnonzero(outside)[0]) if outside.any() else None
+def _anywhere_in_the_pool(entry: Expected, offsets: Any, lengths: Any) -> None:
+    size = entry.landing.pool_blocks * entry.landing.layout.block_bytes
+    if np.any((offsets < 0) | (offsets + lengths > size)):
+        _check(entry, offsets, lengths)
 
 
 _digest_init: Callable[..., None] = PrefixDigest.__init__
 _settle: Callable[..., bytes] = Expected.settle
+_check: Callable[..., None] = Expected.check
 
 
 class Mutant(msgspec.Struct, frozen=True):
@@ -225,7 +227,5 @@ MUTANTS = {
     "digests without the landing's key": Mutant(method=(PrefixDigest, "__init__", _without_key)),
     "compares the beginning of a digest": Mutant(method=(Expected, "settle", _by_its_beginning)),
     "admits what was withdrawn": Mutant(method=(Expected, "settle", _though_withdrawn)),
-    "lets a writer leave its landing": Mutant(
-        method=(_Allowed, "first_outside", _anywhere_in_the_pool)
-    ),
+    "lets a writer leave its landing": Mutant(method=(Expected, "check", _anywhere_in_the_pool)),
 }
