@@ -291,6 +291,9 @@ ToGateway = (
 
 _encoder = msgspec.msgpack.Encoder()
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a decoder raises: for text that is no UTF-8 and for deep nesting, Python's own errors."""
+
 
 def frame(message: Message) -> bytes:
     """`message` as it travels."""
@@ -356,7 +359,7 @@ class Link(asyncio.Protocol):
                     break
                 self.message(self, decode(data[start:end]))
                 start = end + LENGTH.size
-        except (ProtocolError, msgspec.DecodeError) as error:
+        except (ProtocolError, *UNREADABLE) as error:
             self.abort(f"the peer sent what it must not: {error}")
         self._rest = data[start - LENGTH.size :]
 

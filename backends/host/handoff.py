@@ -14,9 +14,10 @@ import msgspec
 import structlog
 
 from backends.api import BackendInfo
+from backends.errors import ProtocolError
 from backends.host.janitor import Janitor
 from backends.host.work import Prefilling
-from backends.protocol import First, HandedOver
+from backends.protocol import UNREADABLE, First, HandedOver
 from transfer.contract import Buffer, KVSlice, Receipt, Sender, Source, Writer
 from transfer.errors import TransferError
 from transfer.layout import Landing
@@ -36,9 +37,12 @@ def decode_note(note: bytes) -> tuple[First, ...]:
     """The reverse of `encode_note`.
 
     Raises:
-        msgspec.DecodeError: these bytes are no such note.
+        ProtocolError: these bytes are no such note.
     """
-    return _read_note.decode(note)
+    try:
+        return _read_note.decode(note)
+    except UNREADABLE as error:
+        raise ProtocolError(f"not a note: {error}") from error
 
 
 class Handed(msgspec.Struct, frozen=True):

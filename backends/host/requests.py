@@ -13,11 +13,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 
-import msgspec
 import structlog
 
 from backends.api import Output, Sampled, SteppedBackend
-from backends.errors import PoolExhausted
+from backends.errors import PoolExhausted, ProtocolError
 from backends.host.config import HostConfig
 from backends.host.handoff import Pushes, decode_note
 from backends.host.janitor import Janitor
@@ -308,7 +307,7 @@ class Requests:
         spec = reserved.spec
         try:
             firsts = decode_note(arrival.note)
-        except msgspec.DecodeError as error:
+        except ProtocolError as error:
             raise LandingGone(f"the note of the handoff is unreadable: {error}") from error
         known = {first.index for first in firsts}
         if not all(one.generated or one.index in known for one in spec.sequences):

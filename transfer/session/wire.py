@@ -166,6 +166,9 @@ ToSender = Granted | Answer | Echo | Alive
 
 Kind = TypeVar("Kind")
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What a decoder raises: for text that is no UTF-8 and for deep nesting, Python's own errors."""
+
 _encoder = msgspec.msgpack.Encoder()
 _greeting: msgspec.msgpack.Decoder[Greeting] = msgspec.msgpack.Decoder(Greeting)
 _to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
@@ -200,5 +203,5 @@ def to_sender(body: bytes | bytearray | memoryview) -> ToSender:
 def _decoded(decoder: msgspec.msgpack.Decoder[Kind], body: bytes | bytearray | memoryview) -> Kind:
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise PeerMisbehaved(f"not a message: {error}") from error
