@@ -14,12 +14,12 @@ def test_no_callback_holds_the_loop(redis_url: str):
             await made.start("p", "prefill", **PREFILL)
             await made.start("d", "decode", **DECODE)
             await made.paired()
-            heard = [Heard() for _ in range(64)]
-            prompts = (list(range(100 + 10 * i)) for i in range(64))
+            heard = [Heard() for _ in range(32)]
+            prompts = (list(range(100 + 10 * i)) for i in range(32))
             jobs = (made.job(prompt, n=2, max_tokens=50) for prompt in prompts)
             await asyncio.gather(*(map(made.carry, jobs, heard)))
             ended.extend(one.finish for one in heard)
             await made.balanced()
 
     assert not slow_callbacks(work)
-    assert ended == [{0: "length", 1: "length"}] * 64
+    assert ended == [{0: "length", 1: "length"}] * 32
