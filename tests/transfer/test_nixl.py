@@ -164,7 +164,7 @@ class Bench:
         self.way = Way(self.here, session, desk, terms, self.scratch)
 
     def write(self):
-        there = wire.There(b"mark", (self.arena.ctypes.data,), self.arena.nbytes)
+        there = wire.There(b"mark", (0,), (self.arena.ctypes.data,))
         one = np.ones(1, np.int64)
         self.way.send(5, one * self.scratch.ctypes.data, 0 * one, one * self.arena.nbytes, there)
 

@@ -250,8 +250,9 @@ class Way:
 
 def places(there: wire.There, offsets: I64) -> I64:
     """Addresses in the peer's memory of `offsets` of its pool's virtual array."""
-    region, within = np.divmod(offsets, there.region_bytes)
-    addresses: I64 = np.asarray(there.bases, np.int64)[region] + within
+    starts, bases = (np.asarray(it, np.int64) for it in (there.starts, there.bases))
+    region = np.searchsorted(starts, offsets, side="right") - 1
+    addresses: I64 = bases[region] + (offsets - starts[region])
     return addresses
 
 

@@ -203,7 +203,8 @@ class NixlIntake:
         metadata = b""
         if number > guest.known:
             guest.known, metadata = self.agent.metadata()
-        return wire.There(mark, tuple(pool.bases.tolist()), pool.region_bytes, metadata)
+        starts = tuple(pool.starts[:-1].tolist())
+        return wire.There(mark, starts, tuple(pool.bases.tolist()), metadata)
 
     def busy(self, peer: Peer, writing: bool) -> None:
         """As `Reception.busy`."""

@@ -105,13 +105,13 @@ class Ingest(Message, frozen=True):
 class There(Message, frozen=True):
     """The `mark` of the landing that the receiver knows; empty if it is gone.
 
-    For a direct writer: regions of `region_bytes` bytes each at the addresses `bases`, and the
-    `metadata` that the sender lacks to write there.
+    For a direct writer: the offsets at which the pool's regions begin, their addresses `bases`, and
+    the `metadata` that the sender lacks to write there.
     """
 
     mark: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    starts: tuple[Natural, ...] = ()
     bases: tuple[Natural, ...] = ()
-    region_bytes: Natural = 0
     metadata: Blob = b""
 
 
