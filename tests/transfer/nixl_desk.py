@@ -76,7 +76,7 @@ class Owner:
         )
         return msgspec.msgpack.encode(self.landing).hex()
 
-    async def quiet(self, seconds=SOON_SECONDS):
+    async def quiet(self, seconds=10.0):
         self.receiver.withdraw(self.landing.id)
         async with asyncio.timeout(seconds):
             await self.receiver.quiesce(self.landing.id)

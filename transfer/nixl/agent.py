@@ -45,6 +45,16 @@ def available() -> bool:
     return any(importlib.util.find_spec(it) for it in MODULES)
 
 
+def require() -> None:
+    """Refuse to go on without NIXL.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if not available():
+        raise ImportError("NIXL is not installed: pip install --no-deps nixl-cu12")
+
+
 class Transfer:
     """Writes that were posted together. Done when all of them have landed, or failed."""
 
@@ -207,7 +217,7 @@ class Agent:
         with self._lock:
             self._transfers.clear()
             self._peers.clear()
-            self._agent = None  # the destructor closes what it had
+            self._agent = _Gone()  # the destructor closes what the old one had
             self._agent = self._make()
             for address, size in self._memory:
                 self._register(address, size)
@@ -250,7 +260,7 @@ class Agent:
             pause = SHORTEST_PAUSE_SECONDS if moved else min(2 * pause, LONGEST_PAUSE_SECONDS)
             time.sleep(pause)
         with self._lock:
-            self._agent = None
+            self._agent = _Gone()
 
     def _look(self) -> bool:
         """Move things on. Whether anything has happened."""
@@ -271,6 +281,13 @@ class Agent:
         return time.monotonic() - begun > QUICK_SECONDS
 
 
+class _Gone:
+    """In place of an agent that was let go of, or could not be made anew."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConnectionError("the agent is gone")
+
+
 _agents: weakref.WeakSet[Agent] = weakref.WeakSet()
 
 
@@ -288,10 +305,8 @@ def _descriptors(addresses: Addresses, lengths: Addresses) -> NDArray[np.uint64]
 
 
 def _library() -> Any:
-    for name in MODULES:
-        if importlib.util.find_spec(name):
-            return importlib.import_module(name)
-    raise ImportError("NIXL is not installed: pip install --no-deps nixl-cu12")
+    require()
+    return importlib.import_module(next(it for it in MODULES if importlib.util.find_spec(it)))
 
 
 @contextlib.contextmanager

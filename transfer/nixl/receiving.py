@@ -7,6 +7,7 @@ only uses the arena is cut off here, as over TCP.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import ssl
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.layout import Endpoint, KVLayout
 from transfer.nixl import wire
-from transfer.nixl.agent import Agent, Windows
+from transfer.nixl.agent import Agent, Windows, require
 from transfer.nixl.desk import Desk
 from transfer.nixl.wards import Wards
 from transfer.session import Offer, SessionReceiver
@@ -50,16 +51,16 @@ class NixlReceiver(SessionReceiver):
         max_connections: int = 256,
         digest: bool = True,
     ) -> None:
-        """Make an agent; `start` begins to listen.
+        """Prepare; `start` makes the agent and begins to listen.
 
         Raises:
             ValueError: `host` stands for every address and `advertise` names none.
             ImportError: NIXL is not installed.
-            OSError: UCX finds nothing to work with.
         """
+        require()
         if not advertise and host in WILDCARDS:
             raise ValueError(f"advertise: must be set where host is {host!r}")
-        self._nixl = NixlIntake(Agent(), host, port, advertise or host, stall_seconds)
+        self._nixl = NixlIntake(host, port, advertise or host, stall_seconds)
         super().__init__(
             layout,
             self._nixl,
@@ -70,8 +71,17 @@ class NixlReceiver(SessionReceiver):
             digest=digest,
         )
 
+    async def start(self) -> None:
+        """Make the agent, and listen.
+
+        Raises:
+            OSError: UCX finds nothing to work with, or the address cannot be listened on.
+        """
+        await asyncio.to_thread(self._nixl.begin)
+        await super().start()
+
     def prepare(self, memory: NDArray[np.uint8]) -> None:
-        """Register a pool's memory, before a handoff needs it; blocks.
+        """Register a pool's memory, before a handoff needs it; blocks. Only once started.
 
         Raises:
             OSError: it cannot be registered.
@@ -95,18 +105,23 @@ class Guest:
 class NixlIntake:
     """Listens at `host:port`, and says that it is reached at `advertise`."""
 
-    def __init__(
-        self, agent: Agent, host: str, port: int, advertise: str, stall_seconds: float
-    ) -> None:
-        """Own `agent` from now on; nothing is listened on yet."""
-        self.agent = agent
+    def __init__(self, host: str, port: int, advertise: str, stall_seconds: float) -> None:
+        """Prepare; `begin` comes first."""
         self._host, self._port, self._advertise = host, port, advertise
         self._stall_seconds = stall_seconds
-        self._windows = Windows(agent, wire.WINDOW_BYTES)
         self._lock = threading.Lock()
         self._guests: dict[Peer, Guest] = {}
         self._exposed: set[Handoff] = set()
-        self._wards = Wards(agent, self._cut_all)
+
+    def begin(self) -> None:
+        """Make the agent; blocks.
+
+        Raises:
+            OSError: UCX finds nothing to work with.
+        """
+        self.agent = Agent()
+        self._windows = Windows(self.agent, wire.WINDOW_BYTES)
+        self._wards = Wards(self.agent, self._cut_all)
 
     def listen(self) -> tuple[socket.socket, Endpoint]:
         """As `Intake.listen`."""

@@ -18,7 +18,7 @@ from transfer.convert import Conversion, Frame
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Endpoint
 from transfer.nixl import wire
-from transfer.nixl.agent import Agent, Windows
+from transfer.nixl.agent import Agent, Windows, require
 from transfer.nixl.mover import I64, Way
 from transfer.pool import Pool
 from transfer.session import Met, Outgoing, SessionSender
@@ -60,14 +60,14 @@ class NixlSender(SessionSender):
         direct_bytes: int = DIRECT_BYTES,
         process: wire.Process | None = None,
     ) -> None:
-        """Make an agent; nothing is connected yet.
+        """Prepare; the agent is made when the first peer is met.
 
         Raises:
             ImportError: NIXL is not installed.
-            OSError: UCX finds nothing to work with.
         """
+        require()
         super().__init__(
-            NixlCarrier(Agent(), process or wire.Process.here(), direct_bytes, connect_seconds),
+            NixlCarrier(process or wire.Process.here(), direct_bytes, connect_seconds),
             secret=secret,
             tls=tls,
             allow_unlike_weights=allow_unlike_weights,
@@ -82,12 +82,10 @@ class NixlCarrier:
 
     transport = "nixl"
 
-    def __init__(
-        self, agent: Agent, process: wire.Process, direct_bytes: int, connect_seconds: float
-    ) -> None:
-        """Own `agent` from now on."""
-        self._agent = agent
-        self._scratch = Windows(agent, wire.WINDOW_BYTES)
+    def __init__(self, process: wire.Process, direct_bytes: int, connect_seconds: float) -> None:
+        """Prepare; nothing is connected yet."""
+        self._lock = threading.Lock()
+        self._agent: Agent | None = None
         self._direct_bytes = direct_bytes
         self._connect_seconds = connect_seconds
         self._process = process
@@ -116,10 +114,10 @@ class NixlCarrier:
             terms = msgspec.msgpack.decode(met.blob, type=wire.Terms)
         except msgspec.MsgspecError as error:
             raise PeerMisbehaved(f"terms: {error}") from error
+        agent = self._get_agent()
         desk = met.join()
         try:
-            scratch = self._scratch.take()
-            way = Way(self._agent, met.connection, desk, terms, scratch)
+            way = Way(agent, met.connection, desk, terms, self._scratch.take())
         except BaseException:
             desk.close()
             raise
@@ -137,7 +135,16 @@ class NixlCarrier:
 
     def close(self) -> None:
         """As `Carrier.close`."""
-        self._agent.close()
+        with self._lock:
+            if self._agent is not None:
+                self._agent.close()
+
+    def _get_agent(self) -> Agent:
+        with self._lock:
+            if self._agent is None:
+                self._agent = Agent()
+                self._scratch = Windows(self._agent, wire.WINDOW_BYTES)
+            return self._agent
 
     def _parted(self, address: str, way: Way) -> None:
         with self._ending:
