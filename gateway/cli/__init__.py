@@ -1,4 +1,4 @@
-"""The command line: `baton serve | gateway | worker | check | settings`.
+"""The command line: `baton serve | gateway | worker | check | settings | layout`.
 
 Exit codes: 0 when it was told to stop, 1 when something failed, 2 when the configuration is
 wrong. This is the only place that knows both the gateway and the worker host.
@@ -19,6 +19,7 @@ from gateway.redis_server import DataDirInUse, RedisNotFound
 from gateway.settings import ConfigError, Problem, load
 
 BAD_CONFIG = 2
+MOST_TOKENS = 1 << 24
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     reporter = Reporter()
     try:
+        if options.command == "layout":
+            return _explain(options)
         config = _load(options)
         configure(config.log.level, config.log.format)
         return _run(options, config, reporter)
@@ -107,6 +110,16 @@ def _check(config: Config) -> int:
     return 0
 
 
+def _explain(options: argparse.Namespace) -> int:
+    from gateway.cli.layout import explain_layouts
+
+    lines = explain_layouts(
+        options.source, options.target, options.tokens, allow_unlike=options.allow_unlike_weights
+    )
+    print("\n".join(lines))
+    return 0
+
+
 def _with_redis(config: Config) -> Config:
     if not config.redis.url:
         message = "is required here; only `baton serve` starts a Redis of its own"
@@ -139,6 +152,13 @@ def _load(options: argparse.Namespace) -> Config:
     return config
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= MOST_TOKENS:
+        raise ValueError(text)
+    return count
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="baton",
@@ -166,4 +186,12 @@ def _parser() -> argparse.ArgumentParser:
         "check", parents=[common, web], help="say what is wrong with the configuration"
     )
     commands.add_parser("settings", help="print the table of all settings")
+    layout = commands.add_parser("layout", help="say how one KV layout becomes another")
+    explain = layout.add_subparsers(required=True, metavar="explain").add_parser(
+        "explain", help="print the plan, its runs and bytes, and what it costs on this machine"
+    )
+    explain.add_argument("source", type=Path, help="TOML or JSON file of the prefill side's layout")
+    explain.add_argument("target", type=Path, help="the same of the decode side's")
+    explain.add_argument("--tokens", type=_count, default=1024, help="length of the prompt")
+    explain.add_argument("--allow-unlike-weights", action="store_true")
     return parser

@@ -204,6 +204,72 @@ def test_adjacent_blocks_merge_into_one_run():
     assert len(frame.offsets) == 6
 
 
+TOKEN_MAJOR = KVLayout(
+    model="m", weights="w", layers=2, kv_heads=2, head_dim=4, dtype="float32",
+    block_tokens=4, rope="half", axes="layer kv block token head dim",
+)  # fmt: skip
+HEAD_MAJOR = msgspec.structs.replace(TOKEN_MAJOR, axes="block layer kv head token dim")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "from_blocks", "to_blocks", "runs"),
+    [
+        # One run for each of K and V wherever both have blocks side by side, cut as the two agree.
+        (TOKEN_MAJOR, TOKEN_MAJOR, (0, 1, 2), (5, 6, 7), [12 * 32] * 2),
+        (TOKEN_MAJOR, TOKEN_MAJOR, (0, 1, 2), (7, 1, 2), [4 * 32, 8 * 32] * 2),
+        (TOKEN_MAJOR, TOKEN_MAJOR, (4, 0, 1), (5, 6, 7), [4 * 32, 8 * 32] * 2),
+        # A block's K, V, heads and tokens are one run where both have them in the same order.
+        (HEAD_MAJOR, HEAD_MAJOR, (0, 1, 2), (1, 3, 5), [4 * 64] * 3),
+        # The tokens of a head, where the order differs before that.
+        (
+            HEAD_MAJOR,
+            msgspec.structs.replace(HEAD_MAJOR, axes="layer kv block head token dim"),
+            (0, 1, 2), (1, 3, 5), [4 * 32] * 6,
+        ),
+        # The heads of a token, where blocks differ in size.
+        (
+            TOKEN_MAJOR, msgspec.structs.replace(TOKEN_MAJOR, block_tokens=3),
+            (0, 1, 2), (0, 1, 2, 3), [12 * 32] * 2,
+        ),
+    ],
+)  # fmt: skip
+def test_what_lies_together_on_both_sides_is_one_run(ours, theirs, from_blocks, to_blocks, runs):
+    conversion = Conversion(
+        plan(ours, theirs),
+        source_of(ours, 8, from_blocks, 12),
+        landing_of(theirs, 8, to_blocks, 12),
+    )
+    _, _, lengths = conversion.moves(KVSlice(1, 0, 12))
+    assert sorted(lengths.tolist()) == sorted(runs)
+
+
+def test_no_run_crosses_the_border_of_a_region():
+    apart = msgspec.structs.replace(TOKEN_MAJOR, axes="block | layer kv token head dim")
+    conversion = Conversion(
+        plan(TOKEN_MAJOR, apart), source_of(TOKEN_MAJOR, 8, (0, 1, 2), 12),
+        landing_of(apart, 8, (2, 3, 4), 12),
+    )  # fmt: skip
+    _, offsets, lengths = conversion.moves(KVSlice(1, 0, 12))
+    region = apart.block_bytes
+    assert (offsets // region == (offsets + lengths - 1) // region).all()
+    assert lengths.tolist() == [4 * 32] * 6
+
+
+def test_only_the_tokens_that_a_window_keeps_are_moved():
+    windowed = msgspec.structs.replace(TOKEN_MAJOR, windows=(0, 5))
+    conversion = Conversion(
+        plan(TOKEN_MAJOR, windowed), source_of(TOKEN_MAJOR, 8, (0, 1, 2), 12),
+        landing_of(windowed, 8, (0, 1, 2), 12),
+    )  # fmt: skip
+    moved = [
+        [conversion.moves(KVSlice(layer, start, 12))[2].sum() for start in (0, 8)]
+        for layer in (0, 1)
+    ]
+    assert moved == [[12 * 64, 4 * 64], [5 * 64, 4 * 64]]
+    assert conversion.moves(KVSlice(1, 0, 7))[2].tolist() == []
+    assert list(conversion.frames(KVSlice(1, 0, 7))) == []
+
+
 def test_a_slice_is_converted_in_pieces_of_about_a_mebibyte():
     source = KVLayout(
         model="m", weights="w", layers=1, kv_heads=8, head_dim=128, dtype="float32",
