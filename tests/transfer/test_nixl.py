@@ -22,8 +22,9 @@ from transfer.errors import LandingGone, PeerLost
 from transfer.nixl import NixlReceiver, NixlSender, wire
 from transfer.nixl.agent import Agent
 from transfer.nixl.mover import Way
+from transfer.pool import Pool
 from transfer.shared_memory import allocate
-from transfer.stage import SOURCE, TARGET, Gate, Pair, Stage, eventually
+from transfer.stage import SOURCE, TARGET, TARGET_BLOCKS, Gate, Pair, Stage, eventually
 from transfer.testing import PROMISES
 
 
@@ -230,6 +231,13 @@ async def test_after_a_handoff_nobody_looks_often_any_more():
         await stage.hand_over()
         visitors = receiver.intake.agent._visitors
         await eventually(lambda: not visitors, f"{visitors} are still looked after")
+
+
+async def test_a_pool_that_is_given_at_the_start_is_registered_then():
+    memory = allocate(TARGET_BLOCKS * TARGET.block_bytes)
+    pool = Pool.of(TARGET, TARGET_BLOCKS, memory)
+    async with NixlReceiver(TARGET, pool=pool) as receiver:
+        assert (memory.ctypes.data, memory.nbytes) in receiver.intake.agent._memory
 
 
 async def test_an_agent_with_nothing_to_do_costs_nothing():

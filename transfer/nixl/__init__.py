@@ -7,8 +7,8 @@ that, it writes into an arena there and has the receiver copy them to their plac
 Needs `nixl-cu12` or another build of NIXL; `available` says whether one is here.
 """
 
-from transfer.nixl.agent import available
+from transfer.nixl.agent import available, has_verbs
 from transfer.nixl.receiving import NixlReceiver
 from transfer.nixl.sending import NixlSender
 
-__all__ = ["NixlReceiver", "NixlSender", "available"]
+__all__ = ["NixlReceiver", "NixlSender", "available", "has_verbs"]

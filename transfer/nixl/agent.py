@@ -17,6 +17,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,11 @@ Addresses = NDArray[np.int64]
 def available() -> bool:
     """Whether a build of NIXL is installed."""
     return any(importlib.util.find_spec(it) for it in MODULES)
+
+
+def has_verbs() -> bool:
+    """Whether it is, and this machine has a device for RDMA."""
+    return available() and any(Path("/sys/class/infiniband").glob("*"))
 
 
 def require() -> None:

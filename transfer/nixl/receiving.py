@@ -24,6 +24,7 @@ from transfer.nixl import wire
 from transfer.nixl.agent import Agent, Windows, require
 from transfer.nixl.desk import Desk
 from transfer.nixl.wards import Wards
+from transfer.pool import Pool
 from transfer.session import Offer, SessionReceiver
 from transfer.session.handoff import Handoff, Peer
 
@@ -34,14 +35,15 @@ class NixlReceiver(SessionReceiver):
     """A `Receiver` over NIXL; further arguments are those of `SessionReceiver`.
 
     `advertise` is the host name that senders are told, where it is not `host`. A peer of which
-    nothing is heard for `stall_seconds` counts as dead. A pool is registered when the first
-    landing in it is written to, or before, with `prepare`; and stays so.
+    nothing is heard for `stall_seconds` counts as dead. `pool` is registered at the start, any
+    other when the first landing in it is written to; and stays so.
     """
 
     def __init__(
         self,
         layout: KVLayout,
         *,
+        pool: Pool | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         advertise: str = "",
@@ -60,7 +62,7 @@ class NixlReceiver(SessionReceiver):
         require()
         if not advertise and host in WILDCARDS:
             raise ValueError(f"advertise: must be set where host is {host!r}")
-        self._nixl = NixlIntake(host, port, advertise or host, stall_seconds)
+        self._nixl = NixlIntake(pool, host, port, advertise or host, stall_seconds)
         super().__init__(
             layout,
             self._nixl,
@@ -72,21 +74,14 @@ class NixlReceiver(SessionReceiver):
         )
 
     async def start(self) -> None:
-        """Make the agent, and listen.
+        """Make the agent, register the pool, and listen.
 
         Raises:
-            OSError: UCX finds nothing to work with, or the address cannot be listened on.
+            OSError: UCX finds nothing to work with, the pool cannot be registered, or the address
+                not be listened on.
         """
         await asyncio.to_thread(self._nixl.begin)
         await super().start()
-
-    def prepare(self, memory: NDArray[np.uint8]) -> None:
-        """Register a pool's memory, before a handoff needs it; blocks. Only once started.
-
-        Raises:
-            OSError: it cannot be registered.
-        """
-        self._nixl.agent.register(memory)
 
 
 class Guest:
@@ -105,8 +100,11 @@ class Guest:
 class NixlIntake:
     """Listens at `host:port`, and says that it is reached at `advertise`."""
 
-    def __init__(self, host: str, port: int, advertise: str, stall_seconds: float) -> None:
+    def __init__(
+        self, pool: Pool | None, host: str, port: int, advertise: str, stall_seconds: float
+    ) -> None:
         """Prepare; `begin` comes first."""
+        self._pool = pool
         self._host, self._port, self._advertise = host, port, advertise
         self._stall_seconds = stall_seconds
         self._lock = threading.Lock()
@@ -114,12 +112,14 @@ class NixlIntake:
         self._exposed: set[Handoff] = set()
 
     def begin(self) -> None:
-        """Make the agent; blocks.
+        """Make the agent and register the pool; blocks.
 
         Raises:
-            OSError: UCX finds nothing to work with.
+            OSError: UCX finds nothing to work with, or the pool cannot be registered.
         """
         self.agent = Agent()
+        for region in self._pool.regions if self._pool is not None else ():
+            self.agent.register(region)
         self._windows = Windows(self.agent, wire.WINDOW_BYTES)
         self._wards = Wards(self.agent, self._cut_all)
 
