@@ -49,7 +49,7 @@ class Expected:
         self._failed = failed
         self._bounds = Bounds(landing)
         self._digest = PrefixDigest(
-            plan(landing.layout, landing.layout),
+            plan(landing.layout, landing.layout, heads=landing.heads),
             pool,
             landing.pool_blocks,
             landing.blocks,
@@ -100,7 +100,9 @@ class Expected:
             self._failed(mismatch)
             raise mismatch
         landing = self.landing
-        size = landing.tokens * landing.layout.token_bytes
+        here = landing.layout.heads.count
+        moved = landing.heads.count if landing.heads is not None else here
+        size = landing.tokens * landing.layout.token_bytes * moved // here
         return self._arrived(Arrival(landing.id, landing.epoch, note, seconds, size))
 
     def fail(self, reason: BaseException) -> None:

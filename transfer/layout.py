@@ -276,7 +276,8 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
 
     `blocks` hold `tokens` tokens in their order. `secret` is random, known only to those who
     were given the landing, and shown with every write. `lease_seconds` counts from the moment
-    the landing was granted or last written to.
+    the landing was granted or last written to. `heads` are the only ones that it is for, where the
+    others of its pool come through landings of their own (see `sharded.py`).
     """
 
     id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -289,3 +290,4 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[Natural, ...]
     tokens: Positive
     lease_seconds: float
+    heads: Shard | None = None

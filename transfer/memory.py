@@ -21,7 +21,7 @@ from transfer.convert import Conversion, Frame, Tamper, check_part
 from transfer.digest import PrefixDigest, landing_key
 from transfer.errors import LandingGone, PeerLost
 from transfer.landings import Expected, Landings
-from transfer.layout import Endpoint, KVLayout, Landing
+from transfer.layout import Endpoint, KVLayout, Landing, Shard
 from transfer.plan import Plan, plan
 
 
@@ -207,7 +207,7 @@ class MemorySender:
 
     async def open(self, landing: Landing, source: Source) -> MemoryWriter:
         """As `Sender.open`."""
-        agreed = self._plan(source.layout, landing.layout)
+        agreed = self._plan(source.layout, landing.layout, landing.heads)
         endpoint = next((it for it in landing.endpoints if it.transport == "memory"), None)
         receiver = self._network.find(endpoint)
         writer = MemoryWriter(receiver, agreed, landing, source, self.tamper, self._writers.discard)
@@ -227,8 +227,8 @@ class MemorySender:
         self._met.discard(receiver)
         self.lost(receiver.endpoint, PeerLost(f"{receiver.endpoint.address} was closed"))
 
-    def _plan(self, source: KVLayout, target: KVLayout) -> Plan:
-        return plan(source, target, allow_unlike_weights=self._allow_unlike_weights)
+    def _plan(self, source: KVLayout, target: KVLayout, heads: Shard | None = None) -> Plan:
+        return plan(source, target, allow_unlike_weights=self._allow_unlike_weights, heads=heads)
 
 
 class MemoryWriter:

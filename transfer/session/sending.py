@@ -11,7 +11,7 @@ from typing import Self
 from transfer.contract import Probe, Source, nobody_cares
 from transfer.convert import Tamper
 from transfer.errors import PeerLost
-from transfer.layout import Endpoint, KVLayout, Landing
+from transfer.layout import Endpoint, KVLayout, Landing, Shard
 from transfer.plan import Plan, plan
 from transfer.session.meeting import Caller
 from transfer.session.mover import Carrier
@@ -81,7 +81,7 @@ class SessionSender:
 
     async def open(self, landing: Landing, source: Source) -> SessionWriter:
         """As `Sender.open`."""
-        agreed = self._plan(source.layout, landing.layout)
+        agreed = self._plan(source.layout, landing.layout, landing.heads)
         transport = self._carrier.transport
         endpoint = next((it for it in landing.endpoints if it.transport == transport), None)
         if endpoint is None:
@@ -100,8 +100,8 @@ class SessionSender:
             await asyncio.wait([it.ended for it in sessions], timeout=self._stall_seconds)
         self._carrier.close()
 
-    def _plan(self, source: KVLayout, target: KVLayout) -> Plan:
-        return plan(source, target, allow_unlike_weights=self._allow_unlike_weights)
+    def _plan(self, source: KVLayout, target: KVLayout, heads: Shard | None = None) -> Plan:
+        return plan(source, target, allow_unlike_weights=self._allow_unlike_weights, heads=heads)
 
     async def _session(self, endpoint: Endpoint, target: KVLayout) -> Session:
         """The session with `endpoint`, made anew where there is none."""
