@@ -126,6 +126,10 @@ class Sender(Protocol):
         """Close every connection. Writers that are open fail with `PeerLost`."""
 
 
+def nobody_minds() -> None:
+    """What a receiver calls `claimed` where nobody wants to know."""
+
+
 def nobody_cares(endpoint: Endpoint, reason: PeerLost) -> None:
     """What a sender's `lost` is until somebody sets it."""
 
@@ -155,14 +159,17 @@ class Receiver(Protocol):
         touched: Callable[[], None],
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
+        claimed: Callable[[], None] = nobody_minds,
     ) -> None:
         """Accept writes for `landing` into `pool` from now on.
 
-        `touched` is called while something is written (it renews the lease), within
-        `TOUCH_SECONDS` of the last call. At a commit whose digest agrees,
+        `claimed` is called when a writer has shown its right to the landing, before its first
+        write: a landing that several receivers expect has one writer all the same, so its owner
+        withdraws it from the others. `touched` is called while something is written (it renews
+        the lease), within `TOUCH_SECONDS` of the last call. At a commit whose digest agrees,
         `arrived` is called once; it may raise `LandingGone`, and what it returns goes back to the
         sender. At a commit whose digest disagrees, at an abort, or when the sender's connection
-        is lost before the commit, `failed` is called once instead, with the reason. All three run
+        is lost before the commit, `failed` is called once instead, with the reason. All run
         on the event loop. None is called after `withdraw`.
         """
 

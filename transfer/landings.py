@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.bounds import Bounds
-from transfer.contract import Arrival, Buffer
+from transfer.contract import Arrival, Buffer, nobody_minds
 from transfer.digest import PrefixDigest, landing_key
 from transfer.errors import DigestMismatch, LandingGone, PeerMisbehaved
 from transfer.layout import Epoch, KVLayout, Landing
@@ -36,6 +36,7 @@ class Expected:
         touched: Callable[[], None],
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
+        claimed: Callable[[], None] = nobody_minds,
     ) -> None:
         """Take note of the landing; `Landings.expect` is the way in."""
         self.landing = landing
@@ -43,6 +44,7 @@ class Expected:
         if not self.pool.writable:
             raise ValueError("pool: the buffer is read-only")
         self.touched = touched
+        self.claimed = claimed
         self.state: State = "open"
         self.writer: object | None = None
         self._arrived = arrived
@@ -130,6 +132,7 @@ class Landings:
         touched: Callable[[], None],
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
+        claimed: Callable[[], None] = nobody_minds,
     ) -> None:
         """Enter a landing.
 
@@ -141,7 +144,7 @@ class Landings:
             raise ValueError(f"landing {landing.id} is expected already")
         if landing.layout != self._layout:
             raise ValueError(f"landing {landing.id}: its layout is not this receiver's")
-        self._book[landing.id] = Expected(landing, pool, touched, arrived, failed)
+        self._book[landing.id] = Expected(landing, pool, touched, arrived, failed, claimed)
 
     def withdraw(self, landing_id: str) -> Expected | None:
         """Forget a landing, and return it if there was one; its owner is not called any more."""
@@ -166,6 +169,7 @@ class Landings:
         if entry.writer is not None:
             raise LandingGone(f"landing {landing_id} has a writer already")
         entry.writer = writer
+        entry.claimed()
         return entry
 
     def forget(self, entry: Expected) -> None:

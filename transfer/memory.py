@@ -16,7 +16,16 @@ from typing import Self
 
 import numpy as np
 
-from transfer.contract import Arrival, Buffer, KVSlice, Probe, Receipt, Source, nobody_cares
+from transfer.contract import (
+    Arrival,
+    Buffer,
+    KVSlice,
+    Probe,
+    Receipt,
+    Source,
+    nobody_cares,
+    nobody_minds,
+)
 from transfer.convert import Conversion, Frame, Tamper, check_part
 from transfer.digest import PrefixDigest, landing_key
 from transfer.errors import LandingGone, PeerLost
@@ -106,13 +115,14 @@ class MemoryReceiver:
         touched: Callable[[], None],
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
+        claimed: Callable[[], None] = nobody_minds,
     ) -> None:
         """As `Receiver.expect`.
 
         Raises:
             ValueError: it is expected already, or contradicts the pool or this layout.
         """
-        self.landings.expect(landing, pool, touched, arrived, failed)
+        self.landings.expect(landing, pool, touched, arrived, failed, claimed)
 
     def withdraw(self, landing_id: str) -> None:
         """As `Receiver.withdraw`. What was posted before still lands."""

@@ -116,6 +116,7 @@ class Stage:
         )
         self.before = self.pool.copy()
         self.touches = 0
+        self.claims: list[int] = []
         self.arrivals: list[Arrival] = []
         self.failures: list[BaseException] = []
         self.told = asyncio.Event()
@@ -129,7 +130,11 @@ class Stage:
             touched=self._touched,
             arrived=self._arrived,
             failed=self._failed,
+            claimed=self._claimed,
         )
+
+    def _claimed(self) -> None:
+        self.claims.append(self.touches)
 
     def _touched(self) -> None:
         self.touches += 1

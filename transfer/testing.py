@@ -84,6 +84,16 @@ async def landing_is_used_once(make: MakePair) -> None:
         require(len(stage.arrivals) == 1, "the owner was told twice")
 
 
+async def a_claim_is_told_before_the_first_write(make: MakePair) -> None:
+    """`claimed` is called once, and for nobody who was refused."""
+    async with _stage(make) as stage:
+        wrong = msgspec.structs.replace(stage.landing, secret=b"x" * 16)
+        await refused(stage.hand_over(wrong), LandingGone)
+        require(not stage.claims, "somebody without the secret was announced")
+        await stage.hand_over()
+        require(stage.claims == [0], f"after these many writes it was told: {stage.claims}")
+
+
 async def landing_has_one_writer(make: MakePair) -> None:
     """A second writer is refused while the first one writes, and does not disturb it."""
     async with _stage(make) as stage:
@@ -328,6 +338,7 @@ PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     a_write_renews_the_lease,
     many_handoffs_share_a_pair,
     landing_is_used_once,
+    a_claim_is_told_before_the_first_write,
     landing_has_one_writer,
     wrong_epoch_is_refused,
     wrong_secret_is_refused,

@@ -149,16 +149,18 @@ class Landings:
         def touched() -> None:
             reserved.expires = _now() + self._config.lease_seconds
 
-        def arrived(through: Receiver, arrival: Arrival) -> bytes:
+        def claimed(through: Receiver) -> None:
+            for receiver in self.receivers:
+                if receiver is not through:
+                    receiver.withdraw(landing_id)
+
+        def arrived(arrival: Arrival) -> bytes:
             try:
                 self._admit(reserved, arrival)
             except LandingGone as error:
                 failed(error)
                 raise
             del self._open[landing_id]
-            for receiver in self.receivers:
-                if receiver is not through:
-                    receiver.withdraw(landing_id)
             return b""
 
         def failed(error: BaseException) -> None:
@@ -170,8 +172,9 @@ class Landings:
                 reserved.landing,
                 self._pool,
                 touched=touched,
-                arrived=partial(arrived, receiver),
+                arrived=arrived,
                 failed=failed,
+                claimed=partial(claimed, receiver),
             )
 
     async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:

@@ -39,6 +39,7 @@ def test_the_checks_catch_code_that(name: str, record_property) -> None:
         for seed in range(SCHEDULES):
             cause = broken(scenario, scenario.schedule(seed))
             if cause:
+                assert "AttributeError" not in cause, f"the mutant is out of date: {cause}"
                 record_property("schedules", seed + 1)
                 print(f"{name}: caught by schedule {seed}: {cause}")
                 return

@@ -46,12 +46,12 @@ class ForgetsWhatIsUnderWay(MemoryReceiver):
 
 
 class CallsTwice(MemoryReceiver):
-    def expect(self, landing, pool, *, touched, arrived, failed):
+    def expect(self, landing, pool, *, arrived, **told):
         def twice(arrival):
             arrived(arrival)
             return arrived(arrival)
 
-        super().expect(landing, pool, touched=touched, arrived=twice, failed=failed)
+        super().expect(landing, pool, arrived=twice, **told)
 
 
 class AnyEpochWillDo(MemoryReceiver):

@@ -21,7 +21,7 @@ from typing import Self
 
 import structlog
 
-from transfer.contract import Arrival, Buffer
+from transfer.contract import Arrival, Buffer, nobody_minds
 from transfer.errors import (
     DigestMismatch,
     LandingGone,
@@ -117,13 +117,14 @@ class SessionReceiver:
         touched: Callable[[], None],
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
+        claimed: Callable[[], None] = nobody_minds,
     ) -> None:
         """As `Receiver.expect`.
 
         Raises:
             ValueError: it is expected already, or contradicts the pool or this layout.
         """
-        self.landings.expect(landing, pool, touched, arrived, failed)
+        self.landings.expect(landing, pool, touched, arrived, failed, claimed)
 
     def withdraw(self, landing_id: str) -> None:
         """As `Receiver.withdraw`; the sender is told."""

@@ -21,11 +21,12 @@ from backends.host.landings import Landings as HostLandings
 from backends.host.ledger import Holder, Ledger
 from backends.host.work import Prefilling
 from tests.chaos.handoffs.game import Handoffs, Parts
+from transfer import digest
 from transfer.digest import PrefixDigest
 from transfer.landings import Expected, Landings
 from transfer.layout import Epoch
 from transfer.memory import MemoryReceiver
-from transfer.rows import Walks
+from transfer.rows import Side
 
 
 class AnyEpoch(Landings):
@@ -100,6 +101,11 @@ class ExpiresUnderRenewal(MemoryReceiver):
         super().expect(landing, pool, touched=lambda: None, **others)
 
 
+class TellsNobodyOfAClaim(MemoryReceiver):
+    def expect(self, landing: Any, pool: Any, *, claimed: Any, **others: Any) -> None:
+        super().expect(landing, pool, **others)
+
+
 class FreesTwice(Ledger):
     def release(self, holder: Holder) -> int:
         blocks = list(self._held.get(holder, ()))
@@ -150,18 +156,13 @@ class ForgetsErrands(Janitor):
         pass
 
 
-def _without_place(digest: PrefixDigest, *arguments: Any, **others: Any) -> None:
-    _digest_init(digest, *arguments, **others)
-    true = digest._places
-    digest._places = msgspec.structs.replace(true, step=dict.fromkeys(true.step, 0))
-    tile_bytes = digest._plan.source.head_dim * digest._plan.source.item_bytes
-    digest._walks = Walks(
-        digest._places, digest._where, digest._plan.counts, ("dim",), (1, tile_bytes)
-    )
+def _without_place(*arguments: Any) -> Side:
+    side = _places(*arguments)
+    return msgspec.structs.replace(side, step=dict.fromkeys(side.step, 0))
 
 
-def _without_key(digest: PrefixDigest, *arguments: Any, **others: Any) -> None:
-    _digest_init(digest, *arguments[:-1], b"", **others)
+def _without_key(new: PrefixDigest, *arguments: Any, **others: Any) -> None:
+    _digest_init(new, *arguments[:-1], b"", **others)
 
 
 def _by_its_beginning(entry: Expected, found: bytes, sent: bytes, *rest: Any) -> bytes:
@@ -179,16 +180,17 @@ def _anywhere_in_the_pool(entry: Expected, offsets: Any, lengths: Any) -> None:
         _check(entry, offsets, lengths)
 
 
+_places: Callable[..., Side] = digest._places
 _digest_init: Callable[..., None] = PrefixDigest.__init__
 _settle: Callable[..., bytes] = Expected.settle
 _check: Callable[..., None] = Expected.check
 
 
 class Mutant(msgspec.Struct, frozen=True):
-    """Parts exchanged, or (class, method, replacement)."""
+    """Parts exchanged, or (class, method, replacement); once (module, function, replacement)."""
 
     parts: dict[str, Any] = {}
-    method: tuple[type, str, Any] | None = None
+    method: tuple[Any, str, Any] | None = None
 
     @contextlib.contextmanager
     def played(self) -> Iterator[Handoffs]:
@@ -217,13 +219,14 @@ MUTANTS = {
     "never lets a lease expire": Mutant({"landings": NeverExpires}),
     "lets a lease expire under renewal": Mutant({"receiver": ExpiresUnderRenewal}),
     "verifies before the last write": Mutant({"receiver": VerifiesBeforeTheLastWrite}),
+    "lets a landing have a writer at each receiver": Mutant({"receiver": TellsNobodyOfAClaim}),
     "admits twice": Mutant({"receiver": AdmitsTwice}),
     "frees a block twice": Mutant({"ledger": FreesTwice}),
     "leaks the headroom": Mutant({"ledger": LeaksHeadroom}),
     "releases the source before the commit": Mutant({"pushes": ReleasesTheSourceEarly}),
     "keeps a failure to itself": Mutant({"pushes": KeepsFailuresToItself}),
     "forgets to clean": Mutant({"janitor": ForgetsErrands}),
-    "digests without place": Mutant(method=(PrefixDigest, "__init__", _without_place)),
+    "digests without place": Mutant(method=(digest, "_places", _without_place)),
     "digests without the landing's key": Mutant(method=(PrefixDigest, "__init__", _without_key)),
     "compares the beginning of a digest": Mutant(method=(Expected, "settle", _by_its_beginning)),
     "admits what was withdrawn": Mutant(method=(Expected, "settle", _though_withdrawn)),

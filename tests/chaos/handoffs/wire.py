@@ -180,7 +180,7 @@ class ChaoticWriter:
             game.mangled.pop(landing.id, None)
         self._landing = landing
         if "duplicate" in faults:
-            rail = handoff.rail if faults["duplicate"] < 2 else (handoff.rail + 1) % game.rails
+            rail = handoff.rail if faults["duplicate"] < 0.5 else (handoff.rail + 1) % game.rails
             await self._haunt(landing, source, rail)
 
     async def write(self, part: KVSlice) -> None:
