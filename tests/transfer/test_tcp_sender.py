@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import operator
 import os
 import socket
 
@@ -261,4 +262,7 @@ async def test_closing_leaves_no_thread_and_no_descriptor():
             for part in whole(WIDE.layers, 24):
                 await writer.write(part)
             await writer.commit(b"", 5.0)
-    await eventually(lambda: open_things() == before, f"{open_things()}, before {before}")
+    # Fewer threads are left where the first receiver's had not ended yet.
+    await eventually(
+        lambda: all(map(operator.le, open_things(), before)), f"{open_things()}, before {before}"
+    )

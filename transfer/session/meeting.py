@@ -52,12 +52,16 @@ class Caller(msgspec.Struct, frozen=True):
         """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Acquaintance] = loop.create_future()
-        threading.Thread(
+        thread = threading.Thread(
             target=self._attempt,
             args=(loop, result, endpoint, fingerprint),
             name=f"kv-meet-{endpoint.address}",
             daemon=True,
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # there is no memory for one
+            raise PeerLost(f"{endpoint.address} cannot be met: {error}") from error
         try:
             async with asyncio.timeout(self.seconds):
                 return await result

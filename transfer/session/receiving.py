@@ -86,6 +86,7 @@ class SessionReceiver:
             OSError: the address cannot be listened on.
         """
         self._loop = asyncio.get_running_loop()
+        await self._loop.run_in_executor(self._verifier, _nothing)  # whose thread is there now
         self._listener, self._endpoint = self.intake.listen()
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener.fileno(), self._accept)
@@ -179,9 +180,15 @@ class SessionReceiver:
         ended: asyncio.Future[None] = self._loop.create_future()
         self._connections[ended] = connection
         ended.add_done_callback(self._connections.pop)
-        threading.Thread(
+        thread = threading.Thread(
             target=self._serve, args=(connection, ended), name="kv-receive", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # there is no memory for one
+            log.warning("connection.refused", reason=str(error))
+            connection.close()
+            ended.set_result(None)
 
     def _accept_again(self) -> None:
         if self._listener is not None:
@@ -199,8 +206,8 @@ class SessionReceiver:
                 self._connections[ended] = connection
                 connection.do_handshake()
             kept = self._greet(connection)
-        except (OSError, PeerMisbehaved) as error:
-            log.warning("connection.lost", reason=str(error))
+        except (OSError, MemoryError, PeerMisbehaved) as error:
+            log.warning("connection.lost", reason=str(error) or type(error).__name__)
         finally:
             if not kept:
                 connection.close()
@@ -249,8 +256,8 @@ class SessionReceiver:
             self.intake.join(session, connection)
         except TransferError as error:
             session.drop(error)
-        except OSError as error:
-            session.drop(PeerLost(f"a connection broke: {error}"))
+        except (OSError, MemoryError) as error:
+            session.drop(PeerLost(f"a connection broke: {error or 'no memory'}"))
         else:
             session.drop(PeerLost("the sender closed a connection"))
 

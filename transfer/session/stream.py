@@ -102,6 +102,8 @@ class Stream:
             self.end(error)
         except OSError as error:
             self.end(PeerLost(f"the connection broke: {error}"))
+        except MemoryError:  # it would be tried again at once, for ever
+            self.end(PeerLost("there was no memory for what it says"))
 
     def _read(self) -> bool:
         """Take what is there into `_received`; False at the end."""

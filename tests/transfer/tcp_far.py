@@ -1,0 +1,182 @@
+"""The other worker over TCP, in a process of its own that a test may stop, kill or starve.
+
+    python tcp_far.py send|receive STALL_SECONDS
+
+It reads a command a line, and says in a line how each of them ended:
+
+    hand HEX      (send) write into this landing and commit
+    half HEX      (send) write the first half of the layers, then wait for `rest`
+    rest          (send) write the other half and commit
+    loop HEX      (send) write all layers again and again until that fails
+    cut N         shut the N-th connection down, in the order in which they were made
+    starve BYTES  let the process have so much more memory, and no more
+    feed          lift that limit
+"""
+
+import asyncio
+import contextlib
+import functools
+import os
+import resource
+import socket
+import stat
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import structlog
+
+from transfer.contract import Source, whole
+from transfer.layout import Epoch, KVLayout, Landing
+from transfer.tcp import TcpReceiver, TcpSender
+
+# 4 MiB a layer for 1,024 tokens, in runs of 64 KiB.
+LAYOUT = KVLayout(
+    model="far",
+    weights="float16",
+    layers=4,
+    kv_heads=8,
+    head_dim=128,
+    dtype="float16",
+    block_tokens=16,
+    rope="half",
+    axes="block layer kv token head dim",
+)
+TOKENS = 1024
+BLOCKS = LAYOUT.blocks_for(TOKENS)
+POOL_BYTES = BLOCKS * LAYOUT.block_bytes
+ANSWER_SECONDS = 20.0
+
+
+def landing_at(endpoint, counter=1):
+    return Landing(
+        id=f"far-{counter}",
+        epoch=Epoch(1, counter),
+        secret=b"s" * 16,
+        worker="decode",
+        endpoints=(endpoint,),
+        layout=LAYOUT,
+        pool_blocks=BLOCKS,
+        blocks=tuple(range(BLOCKS)),
+        tokens=TOKENS,
+        lease_seconds=60.0,
+    )
+
+
+@functools.cache
+def source():
+    pool = np.random.default_rng(3).integers(1, 255, POOL_BYTES, dtype=np.uint8)
+    return Source(LAYOUT, pool, BLOCKS, tuple(range(BLOCKS)), TOKENS)
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+async def hand_over(sender, landing, data, half=None):
+    """Write all and commit; after half of it, wait for `half` if there is one."""
+    writer = await sender.open(landing, data)
+    try:
+        for part in whole(LAYOUT.layers, TOKENS):
+            if half is not None and part.layer == LAYOUT.layers // 2:
+                say("half")
+                await half.wait()
+            await writer.write(part)
+        await writer.commit(b"", ANSWER_SECONDS)
+    finally:
+        await writer.abort()
+    return "landed"
+
+
+async def loop(sender, landing, data):
+    writer = await sender.open(landing, data)
+    try:
+        while True:
+            for part in whole(LAYOUT.layers, TOKENS):
+                await writer.write(part)
+            say("round")
+    finally:
+        await writer.abort()
+
+
+def cut(number):
+    """Shut one of this process's connections down, without a word to whoever uses it."""
+    found = []
+    for name in sorted(map(int, os.listdir("/proc/self/fd"))):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(name).st_mode):
+                continue
+            one = socket.socket(fileno=os.dup(name))
+            if one.family == socket.AF_INET:
+                one.getpeername()  # one that listens has none
+                found.append(one)
+    found[number].shutdown(socket.SHUT_RDWR)
+
+
+def starve(more):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def feed():
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+async def told(work):
+    """Say how `work` ended."""
+    try:
+        say(await work)
+    except Exception as error:
+        say(type(error).__name__)
+
+
+async def main(role, stall_seconds):
+    receiver = TcpReceiver(LAYOUT, stall_seconds=stall_seconds)
+    sender = TcpSender(stall_seconds=stall_seconds)
+    data, half, given = source(), asyncio.Event(), 0
+    async with receiver, sender, asyncio.TaskGroup() as group:
+        say("ready")
+        lines = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(lines), sys.stdin
+        )
+        while line := await lines.readline():
+            what, *rest = line.decode().split()
+            landing = None
+            if what in ("hand", "half", "loop"):
+                landing = msgspec.msgpack.decode(bytes.fromhex(rest[0]), type=Landing)
+            match what:
+                case "hand":
+                    group.create_task(told(hand_over(sender, landing, data)))
+                case "half":
+                    half.clear()
+                    group.create_task(told(hand_over(sender, landing, data, half)))
+                case "rest":
+                    half.set()
+                case "loop":
+                    group.create_task(told(loop(sender, landing, data)))
+                case "expect":
+                    given += 1
+                    landing = landing_at(receiver.endpoint, given)
+                    receiver.expect(
+                        landing,
+                        np.zeros(POOL_BYTES, np.uint8),
+                        touched=lambda: None,
+                        arrived=lambda _: say("arrived") or b"",
+                        failed=lambda error: say("failed", type(error).__name__),
+                    )
+                    say(msgspec.msgpack.encode(landing).hex())
+                case "cut":
+                    cut(int(rest[0]))
+                case "starve":
+                    starve(int(rest[0]))
+                    say("starved")
+                case "feed":
+                    feed()
+
+
+if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    asyncio.run(main(sys.argv[1], float(sys.argv[2])))
