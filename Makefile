@@ -47,7 +47,7 @@ check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (with a CUDA build of torch)
 	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation tests/life/test_real_model.py
 
-soak: $(VENV)/.dev ## Play 100,000 schedules of faults against the handoff
+soak: $(VENV)/.dev ## Play 100,000 schedules of faults against the handoff (25 minutes)
 	@exec $(BIN)/python -m tests.chaos --count 100000
 
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
