@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from transfer import kernels
+from transfer.bounds import Bounds
 from transfer.contract import KVSlice, Source, whole
 from transfer.convert import Conversion
 from transfer.digest import PrefixDigest
 from transfer.errors import PeerMisbehaved
-from transfer.layout import Epoch, KVLayout, Landing
+from transfer.layout import Epoch, KVLayout, Landing, Shard
 from transfer.plan import plan
 from transfer.pool import Pool
 from transfer.rows import scatter
@@ -244,15 +245,44 @@ def test_what_lies_together_on_both_sides_is_one_run(ours, theirs, from_blocks, 
 
 
 def test_no_run_crosses_the_border_of_a_region():
-    apart = msgspec.structs.replace(TOKEN_MAJOR, axes="block | layer kv token head dim")
-    conversion = Conversion(
-        plan(TOKEN_MAJOR, apart), source_of(TOKEN_MAJOR, 8, (0, 1, 2), 12),
-        landing_of(apart, 8, (2, 3, 4), 12),
-    )  # fmt: skip
-    _, offsets, lengths = conversion.moves(KVSlice(1, 0, 12))
-    region = apart.block_bytes
-    assert (offsets // region == (offsets + lengths - 1) // region).all()
-    assert lengths.tolist() == [4 * 32] * 6
+    whole_blocks = msgspec.structs.replace(
+        TOKEN_MAJOR, layers=1, axes="block layer kv token head dim"
+    )
+    apart = msgspec.structs.replace(whole_blocks, axes="block | layer kv token head dim")
+    for ours, theirs in ((whole_blocks, apart), (apart, whole_blocks), (apart, apart)):
+        conversion = Conversion(
+            plan(ours, theirs), source_of(ours, 8, (0, 1, 2), 12),
+            landing_of(theirs, 8, (2, 3, 4), 12),
+        )  # fmt: skip
+        _, _, lengths = conversion.moves(KVSlice(0, 0, 12))
+        assert lengths.tolist() == [apart.block_bytes] * 3
+        part = KVSlice(0, 0, 12)
+        runs = [it for frame in conversion.frames(part) for it in frame.lengths.tolist()]
+        cut = theirs is apart
+        assert runs == ([apart.block_bytes] * 3 if cut else [3 * apart.block_bytes])
+    bounds = Bounds(landing_of(apart, 8, (2, 3, 4), 12))
+    inside, across = apart.block_bytes, apart.block_bytes + 1
+    lengths = np.array([inside, across])
+    assert bounds.first_outside(np.array([3 * inside] * 2), lengths) == 1
+
+
+def test_some_of_the_heads_are_no_row_with_their_planes():
+    ours = msgspec.structs.replace(TOKEN_MAJOR, axes="layer block token kv head dim")
+    some_heads = plan(ours, ours, heads=Shard(1, 1))
+    assert some_heads.inner in (("dim",), ("head", "dim"))
+    assert plan(ours, ours).inner == ("kv", "head", "dim")
+
+
+def test_the_digests_of_shards_add_up_to_that_of_the_whole():
+    source = source_of(TOKEN_MAJOR, 3, (2, 0, 1), 11)
+    lanes = np.zeros(2, np.uint64)
+    for head in range(2):
+        agreed = plan(TOKEN_MAJOR, TOKEN_MAJOR, heads=Shard(head, 1))
+        digest = PrefixDigest(agreed, source.pool, 3, source.blocks, 11, b"key")
+        digest.add_all()
+        lanes += np.frombuffer(digest.result(), ">u8").astype(np.uint64)
+    landing = landing_of(TOKEN_MAJOR, 3, source.blocks, 11)
+    assert lanes.astype(">u8").tobytes() == found_digest(landing, source.pool)
 
 
 def test_only_the_tokens_that_a_window_keeps_are_moved():
