@@ -90,9 +90,14 @@ class Meet(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """To a decode worker: set blocks aside for this request's prefix and answer with a landing."""
+    """To a decode worker: set blocks aside for this request's prefix and answer with a landing.
+
+    `prefill` is the worker that will write there, over `transport`; empty: any.
+    """
 
     spec: RequestSpec
+    prefill: str = ""
+    transport: str = ""
 
 
 class Prefill(Message, frozen=True):
@@ -149,11 +154,15 @@ class Rejected(Message, frozen=True):
 
 
 class Met(Message, frozen=True):
-    """Answer to `Meet`: the plan in one line, or why the pair can never be placed."""
+    """Answer to `Meet`: the plan in one line, or why the pair cannot be placed.
+
+    `reason` says why this transport. Comes again, unasked, when the connection was lost.
+    """
 
     worker: str
     transport: str = ""
     plan: str = ""
+    reason: str = ""
     refusal: str = ""
 
 
@@ -248,7 +257,11 @@ class Failed(Message, frozen=True):
 
 
 class Load(Message, frozen=True):
-    """How full the worker is; sent once a second and when it changes much."""
+    """How full the worker is; sent once a second and when it changes much.
+
+    `shunned` are prefill workers that hold too much of its pool in quarantine to be given more;
+    `quarantined` counts blocks, for whomever.
+    """
 
     free_blocks: int
     pool_blocks: int
@@ -256,6 +269,8 @@ class Load(Message, frozen=True):
     waiting: int
     waiting_tokens: int
     draining: bool = False
+    quarantined: int = 0
+    shunned: tuple[str, ...] = ()
 
 
 class Ledger(Message, frozen=True):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 Role = Literal["prefill", "decode", "both"]
+Transport = Literal["auto", "shm", "tcp"]
 
 
 def about(description: str, *, unit: str = "", secret: bool = False, **bounds: Any) -> msgspec.Meta:
@@ -217,6 +218,23 @@ class WorkerSection(Section, frozen=True):
         tuple[Annotated[int, msgspec.Meta(ge=0, le=4095)], ...],
         about("CPUs that it is pinned to. Empty: all."),
     ] = ()
+    transports: Annotated[
+        tuple[Transport, ...],
+        about(
+            "Ways in which KV may reach or leave it; the fastest that a pair has is taken. `auto`:"
+            " all that are there. `shm` needs both workers on one machine, `tcp` reaches anywhere.",
+            min_length=1,
+        ),
+    ] = ("auto",)
+    quarantine_share: Annotated[
+        float,
+        about(
+            "Part of its pool that may wait for one prefill worker to say that it writes no more;"
+            " beyond that it gives it no landings.",
+            gt=0,
+            le=1,
+        ),
+    ] = 0.1
     faults: Annotated[str, about("Faults to inject, for tests of recovery. Empty: none.")] = ""
     options: Annotated[
         dict[str, Any], about("Options of the backend, passed to it as keyword arguments.")

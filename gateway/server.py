@@ -101,6 +101,7 @@ def _service(
         expected_output_tokens=config.gateway.expected_output_tokens,
         ready=lambda: not_ready(relay, admission, fleet),
         ledger=lambda: ledgers(fleet),
+        workers=lambda: workers(fleet),
         registry=metrics.registry,
         observe=metrics.observe,
     )
@@ -146,6 +147,41 @@ async def ledgers(fleet: Fleet) -> dict[str, Any]:
                 "refusal": met.refusal,
             }
             for prefill, decode, met in fleet.pairs
+        ],
+    }
+
+
+def workers(fleet: Fleet) -> dict[str, Any]:
+    """`/admin/workers`: who is connected, how full they are, and how each pair hands over."""
+    connected = {worker.id: worker for worker in fleet.workers}
+    layouts = {worker_id: worker.welcome.info.layout for worker_id, worker in connected.items()}
+    return {
+        "workers": [
+            {
+                "worker": worker.id,
+                "role": worker.welcome.role,
+                "address": worker.record.address,
+                "model": layouts[worker.id].model,
+                "weights": layouts[worker.id].weights,
+                "layout": layouts[worker.id].fingerprint,
+                "axes": layouts[worker.id].axes,
+                "transports": [it.transport for it in worker.welcome.endpoints],
+                "load": worker.load,
+            }
+            for worker in sorted(connected.values(), key=lambda worker: worker.id)
+        ],
+        "pairs": [
+            {
+                "prefill": prefill,
+                "decode": decode,
+                "transport": met.transport,
+                "reason": met.reason,
+                "plan": met.plan,
+                "refusal": met.refusal,
+                "shunned": prefill in connected[decode].shunned,
+                "unlike_weights": layouts[prefill].weights != layouts[decode].weights,
+            }
+            for prefill, decode, met in sorted(fleet.pairs, key=lambda pair: pair[:2])
         ],
     }
 

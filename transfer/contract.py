@@ -88,7 +88,19 @@ class Probe(msgspec.Struct, frozen=True):
     round_trip_seconds: float = 0.0
 
 
-class Sender(Protocol):
+class Opener(Protocol):
+    """Whoever begins handoffs."""
+
+    async def open(self, landing: Landing, source: Source) -> Writer:
+        """Begin a handoff from `source` into `landing`.
+
+        Raises:
+            LayoutMismatch: the pools cannot be converted.
+            PeerLost: the peer cannot be reached.
+        """
+
+
+class Sender(Opener, Protocol):
     """One per transport in a prefill worker: connections to decode workers, kept and warmed."""
 
     lost: Callable[[Endpoint, PeerLost], None]
@@ -112,14 +124,6 @@ class Sender(Protocol):
 
         Raises:
             PeerLost: there is no connection, or it broke.
-        """
-
-    async def open(self, landing: Landing, source: Source) -> Writer:
-        """Begin a handoff from `source` into `landing`.
-
-        Raises:
-            LayoutMismatch: the pools cannot be converted.
-            PeerLost: the peer cannot be reached.
         """
 
     async def close(self) -> None:

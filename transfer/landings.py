@@ -153,11 +153,20 @@ class Landings:
             entry.state = "over"
         return entry
 
-    def claim(self, landing_id: str, epoch: Epoch, secret: bytes, writer: object) -> Expected:
+    def claim(
+        self,
+        landing_id: str,
+        epoch: Epoch,
+        secret: bytes,
+        writer: object,
+        place: bytes | None = None,
+    ) -> Expected:
         """Make `writer` the only one that may write to a landing.
 
+        `place` is what it takes for `Landing.place`; None where every write is checked anyway.
+
         Raises:
-            LandingGone: unknown, over, of another epoch, claimed before, or a wrong secret.
+            LandingGone: unknown, over, claimed before, or with a wrong epoch, secret or place.
         """
         entry = self._book.get(landing_id)
         if entry is None or entry.state != "open":
@@ -166,6 +175,8 @@ class Landings:
             raise LandingGone(f"landing {landing_id}: not with this secret")
         if entry.landing.epoch != epoch:
             raise LandingGone(f"landing {landing_id}: its epoch is {entry.landing.epoch}")
+        if place is not None and place != entry.landing.place:
+            raise LandingGone(f"landing {landing_id}: its blocks are others")
         if entry.writer is not None:
             raise LandingGone(f"landing {landing_id} has a writer already")
         entry.writer = writer

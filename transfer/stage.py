@@ -38,7 +38,8 @@ TARGET = msgspec.structs.replace(
     SOURCE, block_tokens=4, dtype="bfloat16", axes="block layer kv head token dim"
 )
 SOURCE_BLOCKS = 8
-TARGET_BLOCKS = 16
+STAGE_BLOCKS = 16
+TARGET_BLOCKS = 8 * STAGE_BLOCKS
 TOKENS = 21
 
 
@@ -51,11 +52,14 @@ class Pair(NamedTuple):
 
     While the context that `stall` gives is open, whatever is written gets stuck on its way.
     Without it, the promises about stalled senders are not checked.
+
+    `pool` is for a receiver that must know its pool beforehand: `TARGET_BLOCKS` blocks of `TARGET`.
     """
 
     sender: Sender
     receiver: Receiver
     stall: Callable[[], AbstractContextManager[object]] | None = None
+    pool: NDArray[np.uint8] | None = None
 
 
 class Gate:
@@ -92,15 +96,20 @@ class Stage:
     """One sender, one receiver, one landing that is expected, and what its owner was told."""
 
     def __init__(self, pair: Pair, number: int = 1) -> None:
-        """Set a landing aside in a pool full of old numbers, and expect it."""
-        self.sender, self.receiver = pair.sender, pair.receiver
+        """Set a landing aside in a pool full of old numbers, and expect it.
+
+        Stages 1 to 8 may share a pool: `mine` are the bytes that nobody but this one touches.
+        """
+        self.sender, self.receiver, pool = pair.sender, pair.receiver, pair.pool
         random = np.random.default_rng(number)
         self.source_pool: NDArray[np.float32] = random.standard_normal(
             SOURCE_BLOCKS * SOURCE.block_bytes // 4, dtype=np.float32
         )
-        self.pool: NDArray[np.uint8] = random.integers(
-            0, 100, TARGET_BLOCKS * TARGET.block_bytes, dtype=np.uint8
-        )
+        first = (number - 1) * STAGE_BLOCKS
+        block = TARGET.block_bytes
+        self.mine = slice(first * block, (first + STAGE_BLOCKS) * block)
+        self.pool = np.zeros(TARGET_BLOCKS * block, dtype=np.uint8) if pool is None else pool
+        self.pool[self.mine] = random.integers(0, 100, STAGE_BLOCKS * block, dtype=np.uint8)
         self.source = Source(SOURCE, self.source_pool, SOURCE_BLOCKS, (5, 6, 1, 3), TOKENS)
         self.landing = Landing(
             id=f"promise-{number}",
@@ -110,7 +119,7 @@ class Stage:
             endpoints=(self.receiver.endpoint,),
             layout=TARGET,
             pool_blocks=TARGET_BLOCKS,
-            blocks=(9, 2, 3, 4, 14, 0),
+            blocks=tuple(first + block for block in (9, 2, 3, 4, 14, 0)),
             tokens=TOKENS,
             lease_seconds=60.0,
         )

@@ -18,7 +18,7 @@ from backends.errors import ProtocolError
 from backends.host.janitor import Janitor
 from backends.host.work import Prefilling
 from backends.protocol import UNREADABLE, First, HandedOver
-from transfer.contract import Buffer, KVSlice, Receipt, Sender, Source, Writer
+from transfer.contract import Buffer, KVSlice, Opener, Receipt, Source, Writer
 from transfer.errors import TransferError
 from transfer.layout import Landing
 
@@ -62,7 +62,7 @@ class Push:
 
     def __init__(
         self,
-        sender: Sender,
+        sender: Opener,
         landing: Landing,
         *,
         commit_seconds: float,
@@ -120,7 +120,7 @@ class Pushes:
 
     def __init__(
         self,
-        sender: Sender,
+        sender: Opener,
         pool: Buffer,
         info: BackendInfo,
         janitor: Janitor,

@@ -17,9 +17,9 @@ class Janitor:
         self._open = 0
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing is left to clean."""
-        return not self._open
+    def errands(self) -> int:
+        """How many are not done yet."""
+        return self._open
 
     def hand(self, errand: Callable[[], Awaitable[None]]) -> None:
         """Have `errand` done soon."""

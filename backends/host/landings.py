@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,8 @@ class Reserved:
     headroom: Holder
     expires: float
     deadline: float
+    prefill: str
+    receivers: tuple[Receiver, ...]
 
 
 class Landings:
@@ -58,6 +61,7 @@ class Landings:
         admit: Callable[[Reserved, Arrival], None],
         failed: Callable[[Reserved, str, str], None],
         freed: Callable[[], None],
+        shunned: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._info = info
@@ -68,19 +72,43 @@ class Landings:
         self._admit = admit
         self._failed = failed
         self._freed = freed
+        self._tell_shunned = shunned
         self._count = 0
         self._open: dict[str, Reserved] = {}
+        self._quarantined: Counter[str] = Counter()  # blocks by prefill worker
+        self._quiescing = 0
         self.receivers: list[Receiver] = []
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def reserve(self, link: Link, spec: RequestSpec) -> Reserved:
+    @property
+    def quiescing(self) -> int:
+        """Withdrawn landings that are not quiet yet."""
+        return self._quiescing
+
+    @property
+    def shunned(self) -> tuple[str, ...]:
+        """Prefill workers that hold too many blocks in quarantine to be given more."""
+        most = self._config.quarantine_share * self._info.pool_blocks
+        return tuple(sorted(who for who, held in self._quarantined.items() if who and held > most))
+
+    def reserve(
+        self, link: Link, spec: RequestSpec, *, prefill: str = "", transport: str = ""
+    ) -> Reserved:
         """Set aside the prefix's blocks, and one more for each sequence to grow into.
+
+        `prefill` is the worker that will write there, over `transport`; empty: any.
 
         Raises:
             PoolExhausted: not now.
         """
+        if prefill in self.shunned:
+            held = self._quarantined[prefill]
+            raise PoolExhausted(f"{prefill} keeps {held} blocks in quarantine")
+        receivers = tuple(it for it in self.receivers if transport in ("", it.endpoint.transport))
+        if transport and not receivers:
+            raise PoolExhausted(f"nothing is received over {transport}")
         tokens = len(spec.prefix)
         wanted = self._info.layout.blocks_for(tokens)
         headroom = len(spec.sequences)
@@ -96,11 +124,13 @@ class Landings:
         reserved = Reserved(
             link,
             spec,
-            self._mint(blocks, tokens),
+            self._mint(blocks, tokens, receivers),
             holder,
             spare,
             _now() + self._config.lease_seconds,
             deadline_of(spec),
+            prefill,
+            receivers,
         )
         self._expect(reserved)
         return reserved
@@ -110,12 +140,14 @@ class Landings:
         reserved = self._open.pop(landing_id, None)
         if reserved is None:
             return
-        for receiver in self.receivers:
+        for receiver in reserved.receivers:
             receiver.withdraw(landing_id)
         self._ledger.release(reserved.headroom)
-        quarantine = Holder("quarantine", landing_id)
+        who = f"{landing_id} from {reserved.prefill}" if reserved.prefill else landing_id
+        quarantine = Holder("quarantine", who)
         self._ledger.move(reserved.holder, quarantine)
-        self._janitor.hand(lambda: self._quiesce(landing_id, quarantine))
+        self._count_quarantined(reserved, 1)
+        self._janitor.hand(lambda: self._quiesce(reserved, quarantine))
 
     async def reap(self) -> None:
         """Withdraw what has expired, until cancelled."""
@@ -127,14 +159,14 @@ class Landings:
                     self.withdraw(landing_id)
                     self._failed(reserved, "landing_expired", "nobody wrote to the landing in time")
 
-    def _mint(self, blocks: list[int], tokens: int) -> Landing:
+    def _mint(self, blocks: list[int], tokens: int, receivers: tuple[Receiver, ...]) -> Landing:
         self._count += 1
         return Landing(
             id=f"{self._incarnation:x}-{self._count:x}",
             epoch=Epoch(self._incarnation, self._count),
             secret=secrets.token_bytes(16),
             worker=self._config.id,
-            endpoints=tuple(receiver.endpoint for receiver in self.receivers),
+            endpoints=tuple(receiver.endpoint for receiver in receivers),
             layout=self._info.layout,
             pool_blocks=self._info.pool_blocks,
             blocks=tuple(blocks),
@@ -150,7 +182,7 @@ class Landings:
             reserved.expires = _now() + self._config.lease_seconds
 
         def claimed(through: Receiver) -> None:
-            for receiver in self.receivers:
+            for receiver in reserved.receivers:
                 if receiver is not through:
                     receiver.withdraw(landing_id)
 
@@ -167,7 +199,7 @@ class Landings:
             self.withdraw(landing_id)
             self._failed(reserved, type(error).__name__, str(error))
 
-        for receiver in self.receivers:
+        for receiver in reserved.receivers:
             receiver.expect(
                 reserved.landing,
                 self._pool,
@@ -177,12 +209,23 @@ class Landings:
                 claimed=partial(claimed, receiver),
             )
 
-    async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:
-        for receiver in self.receivers:
+    async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
+        landing_id = reserved.landing.id
+        for receiver in reserved.receivers:
             await receiver.quiesce(landing_id)
         self._ledger.release(quarantine)
+        self._count_quarantined(reserved, -1)
         self._freed()
         log.debug("landing.quiesced", landing=landing_id)
+
+    def _count_quarantined(self, reserved: Reserved, sign: int) -> None:
+        before = self.shunned
+        self._quiescing += sign
+        self._quarantined[reserved.prefill] += sign * len(reserved.landing.blocks)
+        if not self._quarantined[reserved.prefill]:
+            del self._quarantined[reserved.prefill]
+        if self.shunned != before:
+            self._tell_shunned()
 
 
 def _now() -> float:

@@ -1,61 +1,116 @@
-"""A worker's side of the data plane: its receivers, its sender, and whom it has met."""
+"""A worker's side of the data plane: its receivers, its senders, and whom it has met."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 
 from backends.host.config import HostConfig
-from backends.protocol import Meet, Met
-from transfer.contract import Sender
-from transfer.errors import TransferError
+from backends.protocol import BackendInfo, Meet, Met
+from transfer.choose import Chooser, Peer
+from transfer.contract import Buffer, Receiver, Sender
+from transfer.errors import PeerLost, TransferError
 from transfer.faults import FaultySender
-from transfer.layout import KVLayout
+from transfer.session import SessionReceiver
+from transfer.shm import ShmReceiver, ShmSender
 from transfer.tcp import TcpReceiver, TcpSender
 
 log = structlog.get_logger()
 
+AUTO = ("shm", "tcp")
+
 
 class Peers:
-    """Owns every data connection of one worker."""
+    """Owns every data connection of one worker.
 
-    def __init__(self, config: HostConfig, layout: KVLayout) -> None:
+    `lost` is called when the connection to a decode worker has ended by itself: they must meet
+    again before anything is handed over.
+    """
+
+    def __init__(
+        self, config: HostConfig, info: BackendInfo, pool: Buffer, lost: Callable[[Met], None]
+    ) -> None:
         self._config = config
-        self._layout = layout
-        self._receivers: list[TcpReceiver] = []
-        sender = TcpSender(secret=config.secret)
-        self.sender: Sender = FaultySender(sender, config.faults) if config.faults else sender
+        self._info = info
+        self._pool = pool
+        self._lost = lost
+        self._receivers: list[SessionReceiver] = []
+        self.chooser = Chooser({name: self._sender(name) for name in self._wanted}, self._on_lost)
 
-    async def listen(self) -> list[TcpReceiver]:
-        """Begin to take KV from other workers.
+    async def listen(self) -> list[Receiver]:
+        """Begin to take KV from other workers, in every way that was asked for.
+
+        Of `auto`, what this pool cannot do is left out.
 
         Raises:
+            ValueError: this pool cannot do what was asked for by name.
             OSError: the data address cannot be listened on.
         """
-        receiver = TcpReceiver(
-            self._layout, host=self._config.data_host, secret=self._config.secret
-        )
-        await receiver.start()
-        self._receivers.append(receiver)
-        return self._receivers
+        for name in self._wanted:
+            try:
+                receiver = self._receiver(name)
+            except ValueError as error:
+                if name in self._config.transports:
+                    raise ValueError(f"transport {name}: {error}") from error
+                log.info("transport.skipped", transport=name, reason=str(error))
+                continue
+            await receiver.start()
+            self._receivers.append(receiver)
+        return [*self._receivers]
 
     async def meet(self, message: Meet) -> Met:
         """Connect to a decode worker and say how KV will travel, or why it cannot."""
-        refusal = f"{message.worker} offers no transport that this worker has"
-        for endpoint in message.endpoints:
-            if endpoint.transport != "tcp":
-                continue
-            try:
-                line = await self.sender.connect(endpoint, self._layout, message.layout)
-            except (TransferError, TimeoutError) as error:
-                refusal = str(error) or type(error).__name__
-            else:
-                log.info("peer.met", peer=message.worker, transport=endpoint.transport, plan=line)
-                return Met(worker=message.worker, transport=endpoint.transport, plan=line)
-        log.warning("peer.refused", peer=message.worker, reason=refusal)
-        return Met(worker=message.worker, refusal=refusal)
+        peer = Peer(message.worker, message.incarnation)
+        try:
+            choice = await self.chooser.meet(
+                peer, message.endpoints, self._info.layout, message.layout
+            )
+        except TransferError as error:
+            log.warning("peer.refused", peer=message.worker, reason=str(error))
+            return Met(worker=message.worker, refusal=str(error))
+        transport = choice.endpoint.transport
+        log.info(
+            "peer.met",
+            peer=message.worker,
+            transport=transport,
+            plan=choice.plan,
+            reason=choice.reason,
+        )
+        return Met(
+            worker=message.worker, transport=transport, plan=choice.plan, reason=choice.reason
+        )
 
     async def close(self) -> None:
         """Close every data connection."""
-        await asyncio.gather(self.sender.close(), *(one.close() for one in self._receivers))
+        await asyncio.gather(self.chooser.close(), *(one.close() for one in self._receivers))
+
+    @property
+    def _wanted(self) -> tuple[str, ...]:
+        """The transports to offer, without `auto`."""
+        named = [AUTO if name == "auto" else (name,) for name in self._config.transports]
+        return tuple(dict.fromkeys(name for names in named for name in names))
+
+    def _sender(self, name: str) -> Sender:
+        makers = {"shm": ShmSender, "tcp": TcpSender}
+        sender = makers[name](secret=self._config.secret)
+        return FaultySender(sender, self._config.faults) if self._config.faults else sender
+
+    def _receiver(self, name: str) -> SessionReceiver:
+        config, layout = self._config, self._info.layout
+        if name == "shm":
+            folder = Path(config.socket_dir) if config.socket_dir else None
+            return ShmReceiver(
+                layout,
+                self._info.pool_blocks,
+                self._pool,
+                socket_path=folder and folder / f"{config.id}.kv",
+                secret=config.secret,
+            )
+        return TcpReceiver(layout, host=config.data_host, secret=config.secret)
+
+    def _on_lost(self, peer: Peer, reason: PeerLost) -> None:
+        log.warning("peer.lost", peer=peer.worker, reason=str(reason))
+        self._lost(Met(worker=peer.worker, refusal=f"the connection was lost: {reason}"))

@@ -50,7 +50,7 @@ from backends.protocol import (
     Token,
     Tokens,
 )
-from transfer.contract import Arrival, KVSlice, Sender
+from transfer.contract import Arrival, KVSlice, Opener
 from transfer.errors import LandingGone
 
 log = structlog.get_logger()
@@ -79,9 +79,10 @@ class Requests:
         backend: SteppedBackend,
         ledger: Ledger,
         janitor: Janitor,
-        sender: Sender,
+        sender: Opener,
         incarnation: int,
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
+        load_changed: Callable[[], None],
     ) -> None:
         self._config = config
         self._backend = backend
@@ -116,6 +117,7 @@ class Requests:
             admit=self._admit_arrival,
             failed=self._landing_failed,
             freed=self.steps.resume,
+            shunned=load_changed,
         )
 
     @property
@@ -133,7 +135,9 @@ class Requests:
             link.send(Refused(handle=spec.handle, kind="invalid", detail=detail))
             return
         try:
-            reserved = self.landings.reserve(link, spec)
+            reserved = self.landings.reserve(
+                link, spec, prefill=message.prefill, transport=message.transport
+            )
         except PoolExhausted as error:
             link.send(Refused(handle=spec.handle, kind="full", detail=str(error)))
         else:

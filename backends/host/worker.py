@@ -64,15 +64,16 @@ class WorkerHost:
         self._ledger = Ledger(backend.info.pool_blocks)
         self._janitor = Janitor()
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(config, backend.info.layout)
+        self._peers = Peers(config, backend.info, backend.pool, self._broadcast)
         self._requests = Requests(
             config,
             backend,
             self._ledger,
             self._janitor,
-            self._peers.sender,
+            self._peers.chooser,
             self.incarnation,
             self._tasks.create_task,
+            lambda: self._broadcast(self._load()),
         )
         self._links: set[Link] = set()
         self._strangers: dict[Link, asyncio.TimerHandle] = {}
@@ -128,7 +129,9 @@ class WorkerHost:
 
     @property
     def _done(self) -> bool:
-        return self._draining and self._requests.idle and self._janitor.idle
+        # Not waiting for senders that stand still: with this process, its pool is nobody's.
+        left = self._janitor.errands - self._requests.landings.quiescing
+        return self._draining and self._requests.idle and not left
 
     async def _step(self) -> None:
         try:
@@ -152,6 +155,8 @@ class WorkerHost:
             waiting=steps.waiting,
             waiting_tokens=steps.waiting_tokens,
             draining=self._draining,
+            quarantined=self._ledger.held_for("quarantine"),
+            shunned=self._requests.landings.shunned,
         )
 
     def _broadcast(self, message: Message) -> None:

@@ -47,6 +47,7 @@ def build_app(service: Service) -> web.Application:
         ("/health/ready", pages.ready),
         ("/metrics", pages.metrics),
         ("/debug/ledger", pages.ledger),
+        ("/admin/workers", pages.workers),
         ("/version", pages.version),
     ):
         app.router.add_get(path, page)

@@ -58,6 +58,11 @@ class Pages:
         except TimeoutError as error:
             raise DeadlineExceeded("asking the workers for their ledgers") from error
 
+    async def workers(self, request: web.Request) -> web.Response:
+        """GET /admin/workers: who is connected, and how each pair of them hands over."""
+        self._authorize(request)
+        return _json(self._service.workers())
+
     async def version(self, _: web.Request) -> web.Response:
         """GET /version."""
         return _json({"version": self._service.version})

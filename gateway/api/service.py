@@ -53,6 +53,7 @@ class Service:
     models: tuple[str, ...]
     ready: Callable[[], str | None]
     ledger: Callable[[], Awaitable[Any]]
+    workers: Callable[[], Any]
     registry: CollectorRegistry
     observe: Observe
     api_keys: frozenset[str] = field(default=frozenset(), repr=False)

@@ -26,7 +26,7 @@ BACKENDS = "baton.backends"
 
 def problems(config: Config) -> list[Problem]:
     """Everything that would keep `baton serve` from working with this configuration."""
-    checks = (_model, _backends, _data_dir, _port, _redis)
+    checks = (_model, _backends, _transports, _data_dir, _port, _redis)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -76,6 +76,19 @@ def _backends(config: Config) -> Iterator[Problem]:
     for role in ("prefill", "decode"):
         if not roles & {role, "both"}:
             yield Problem("workers", "", f"none of them does {role}")
+
+
+def _transports(config: Config) -> Iterator[Problem]:
+    for name, worker in config.workers.items():
+        others = [
+            (other, set(one.transports))
+            for other, one in config.workers.items()
+            if other != name and one.role != "prefill" and worker.role != "decode"
+        ]
+        ours = set(worker.transports)
+        if others and not any({"auto"} & (ours | theirs) or ours & theirs for _, theirs in others):
+            message = f"none of them is a transport of {', '.join(other for other, _ in others)}"
+            yield Problem(f"workers.{name}.transports", "", message)
 
 
 def _data_dir(config: Config) -> Iterator[Problem]:

@@ -55,4 +55,6 @@ def _default(field: Any) -> str:
         return "`{}`"
     if field.default in ("", ()):
         return ""
+    if isinstance(field.default, tuple):
+        return f"`{', '.join(field.default)}`"
     return f"`{field.default}`"

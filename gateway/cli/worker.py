@@ -77,6 +77,9 @@ async def _serve(
         lease_seconds=worker.lease_seconds,
         step_tokens=worker.step_tokens,
         max_waiting=worker.max_waiting,
+        transports=worker.transports,
+        quarantine_share=worker.quarantine_share,
+        socket_dir=str(run_dir(Path(config.data_dir))),
         faults=worker.faults,
     )
     host = WorkerHost(host_config, backend)

@@ -101,6 +101,11 @@ class Worker:
             if leg is not None:
                 leg.token(row)
 
+    @property
+    def shunned(self) -> tuple[str, ...]:
+        """Prefill workers that it gives no landings for the time being."""
+        return self.load.shunned if self.load is not None else ()
+
     def send(self, message: Message) -> None:
         """Dropped in silence when the connection is lost; the legs are told of that."""
         self._link.send(message)
@@ -189,8 +194,17 @@ class Fleet:
         """All that placement looks at."""
         return Snapshot(
             tuple(worker.view() for worker in self._workers.values()),
-            frozenset((p, d) for p, d, met in self.pairs if not met.refusal),
+            frozenset(
+                (prefill, decode)
+                for prefill, decode, met in self.pairs
+                if not met.refusal and prefill not in self._workers[decode].shunned
+            ),
         )
+
+    def transport(self, prefill: Worker, decode: Worker) -> str:
+        """What this pair agreed on; empty when it has not, or lost it again."""
+        met = self._pairs.get((prefill.identity, decode.identity))
+        return met.transport if met is not None else ""
 
     async def changed(self) -> None:
         """Return when workers, pairs or loads have changed."""
@@ -348,16 +362,20 @@ class Fleet:
         if decode is None:
             return
         pair = (prefill.identity, decode.identity)
-        if self._pairs.get(pair) != met:
+        before = self._pairs.get(pair)
+        if before != met:
             log.info(
                 "pair.met",
                 prefill=prefill.id,
                 decode=decode.id,
                 transport=met.transport,
                 plan=met.plan,
+                reason=met.reason,
                 refusal=met.refusal,
             )
         self._pairs[pair] = met
+        if met.refusal and before is not None and not before.refusal:
+            self._introduce()  # they have lost each other
         self._notify()
 
     # ---- messages

@@ -68,6 +68,7 @@ class Leg:
         self._prefill = prefill
         self._decode = decode
         self._orphaned = orphaned
+        self._fleet = fleet
         self._handle = fleet.next_handle()
         self._granted: asyncio.Future[Landing] = loop.create_future()
         self._over: asyncio.Future[None] = loop.create_future()
@@ -150,7 +151,8 @@ class Leg:
         if self._decode is None:
             return None
         began = time.monotonic()
-        self._decode.send(Reserve(spec=self._spec()))
+        transport = self._fleet.transport(self._prefill, self._decode)
+        self._decode.send(Reserve(spec=self._spec(), prefill=self._prefill.id, transport=transport))
         done, _ = await asyncio.wait(
             (self._granted, self._over), return_when=asyncio.FIRST_COMPLETED
         )

@@ -119,6 +119,7 @@ async def serving(
             "models": (MODEL,),
             "ready": lambda: None,
             "ledger": ledger,
+            "workers": lambda: {"workers": [], "pairs": []},
             "registry": CollectorRegistry(),
             "observe": observe,
             **settings,

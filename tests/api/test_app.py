@@ -74,7 +74,12 @@ async def test_a_ledger_that_does_not_come_is_given_up(vocabulary):
         assert answer.status == 504
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/x", "/debug/ledger"])
+async def test_workers_and_pairs_are_shown(http: aiohttp.ClientSession):
+    async with http.get("/admin/workers") as answer:
+        assert await answer.json() == {"workers": [], "pairs": []}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/x", "/debug/ledger", "/admin/workers"])
 async def test_what_is_not_public_asks_for_a_key(vocabulary, path: str):
     async with (
         serving(vocabulary, api_keys=frozenset({"k"})) as served,

@@ -51,12 +51,21 @@ def test_check_finds_what_only_the_machine_knows(tmp_path: Path, gguf: str) -> N
             BATON__GATEWAY__PORT=str(taken.getsockname()[1]),
             BATON__MODEL__SOURCE="/nowhere.gguf",
             BATON__WORKERS__DECODE__BACKEND="abacus",
+            BATON__WORKERS__PREFILL__TRANSPORTS="tcp",
+            BATON__WORKERS__DECODE__TRANSPORTS="shm",
             BATON__REDIS__URL="redis://127.0.0.1:1",
             BATON__DATA_DIR=f"{gguf}/inside-a-file",
         )
     assert result.returncode == 2
     lines = result.stderr
-    for path in ("gateway.port", "model.source", "workers.decode.backend", "redis.url", "data_dir"):
+    for path in (
+        "gateway.port",
+        "model.source",
+        "workers.decode.backend",
+        "workers.prefill.transports",
+        "redis.url",
+        "data_dir",
+    ):
         assert f"\n{path}: " in lines, lines
     assert "emulation" in lines, "the names that would be right are listed"
 

@@ -55,6 +55,8 @@ def test_every_mistake_is_named_by_path_and_origin(tmp_path: Path) -> None:
         ("BATON__WORKERS__DECODE__ROLE", "both of them", "workers.decode.role"),
         ("BATON__WORKERS__DECODE__LISTEN", "127.0.0.1:1", "workers.decode.listen"),
         ("BATON__WORKERS__DECODE__CPUS", "4000", "workers.decode.cpus"),
+        ("BATON__WORKERS__DECODE__TRANSPORTS", "shm,pigeon", "workers.decode.transports"),
+        ("BATON__WORKERS__DECODE__TRANSPORTS", "[]", "workers.decode.transports"),
         ("BATON__REDIS__URL", "http://x", "redis.url"),
         ("BATON__GATEWAY__API_KEYS", "tenant:", "gateway.api_keys"),
         ("BATON__GATEWAY__API_KEYS_FILE", "/nowhere", "gateway.api_keys_file"),

@@ -124,7 +124,7 @@ class Stranger:
 
 
 def opening(landing, ticket=0, *, ask=False):
-    return session.Open(ticket, landing.id, landing.epoch, landing.secret, ask)
+    return session.Open(ticket, landing.id, landing.epoch, landing.secret, ask, landing.place)
 
 
 def runs(*pairs):

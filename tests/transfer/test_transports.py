@@ -7,7 +7,9 @@ import uvloop
 from transfer.landings import Landings
 from transfer.layout import Epoch
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
-from transfer.stage import Gate, Pair
+from transfer.shared_memory import allocate
+from transfer.shm import ShmReceiver, ShmSender
+from transfer.stage import TARGET_BLOCKS, Gate, Pair
 from transfer.tcp import TcpReceiver, TcpSender
 from transfer.testing import PROMISES, BrokenPromise, check_transport
 
@@ -30,14 +32,37 @@ async def tcp(layout):
     assert len(asyncio.all_tasks()) == 1
 
 
+@contextlib.asynccontextmanager
+async def shm(layout):
+    pool = allocate(TARGET_BLOCKS * layout.block_bytes)
+    async with (
+        ShmReceiver(layout, TARGET_BLOCKS, pool, secret="between workers") as receiver,
+        ShmSender(secret="between workers") as sender,
+    ):
+        gate = sender.tamper = Gate()
+        yield Pair(sender, receiver, gate.closed, pool)
+    assert len(asyncio.all_tasks()) == 1
+
+
+@contextlib.asynccontextmanager
+async def shm_in_one_copy(layout):
+    """Nobody looks at the frames: they are never made."""
+    async with shm(layout) as pair:
+        pair.sender.tamper = None
+        yield Pair(pair.sender, pair.receiver, pool=pair.pool)
+
+
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda it: it.__name__)
-@pytest.mark.parametrize("transport", [memory, tcp], ids=lambda it: it.__name__)
+@pytest.mark.parametrize(
+    "transport", [memory, tcp, shm, shm_in_one_copy], ids=lambda it: it.__name__
+)
 async def test_a_transport_keeps_every_promise(transport, promise):
     await promise(transport)
 
 
-def test_tcp_keeps_every_promise_on_the_loop_that_production_uses():
-    assert uvloop.run(check_transport(tcp)) == [it.__name__ for it in PROMISES]
+@pytest.mark.parametrize("transport", [tcp, shm], ids=lambda it: it.__name__)
+def test_every_promise_is_kept_on_the_loop_that_production_uses(transport):
+    assert uvloop.run(check_transport(transport)) == [it.__name__ for it in PROMISES]
 
 
 class ForgetsWhatIsUnderWay(MemoryReceiver):

@@ -147,7 +147,11 @@ class Incoming:
         handoff = Handoff(message.ticket, self, self._say)
         try:
             handoff.entry = self._house.landings.claim(
-                message.landing, message.epoch, message.secret, handoff
+                message.landing,
+                message.epoch,
+                message.secret,
+                handoff,
+                message.place if message.ask else None,
             )
         except LandingGone as error:
             handoff.end("gone", str(error))

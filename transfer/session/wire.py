@@ -96,13 +96,18 @@ class Join(Message, frozen=True):
 
 
 class Open(Message, frozen=True):
-    """Begin to write into a landing, under `ticket`. `ask` wants `Granted` before it writes."""
+    """Begin to write into a landing, under `ticket`.
+
+    `ask` wants `Granted` before anything is written, because the receiver cannot check a write:
+    it checks instead that `place` is the landing's (see `Landing.place`).
+    """
 
     ticket: Natural
     landing: LandingId
     epoch: Epoch
     secret: Short
     ask: bool
+    place: Short = b""
 
 
 class Granted(Message, frozen=True):

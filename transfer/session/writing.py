@@ -55,7 +55,8 @@ class SessionWriter:
         )
         session.enter(self)
         ask = session.mover.waits_for_grant
-        session.send(wire.Open(self._ticket, landing.id, landing.epoch, landing.secret, ask))
+        place = landing.place if ask else b""
+        session.send(wire.Open(self._ticket, landing.id, landing.epoch, landing.secret, ask, place))
 
     # ---- the contract -----------------------------------------------------------------------
 

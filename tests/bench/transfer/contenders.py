@@ -60,4 +60,8 @@ CONTENDERS: dict[str, Contender] = {
     "Baton tcp, no digest": Contender(
         module="baton_halves", options={"transport": "tcp", "digest": False}
     ),
+    "Baton shm": Contender(module="baton_halves", options={"transport": "shm"}),
+    "Baton shm, no digest": Contender(
+        module="baton_halves", options={"transport": "shm", "digest": False}
+    ),
 }

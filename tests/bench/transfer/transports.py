@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.layout import KVLayout
+from transfer.shm import ShmReceiver, ShmSender
 from transfer.tcp import TcpReceiver, TcpSender
 
 
@@ -15,6 +16,8 @@ def receiver_of(transport: str, layout: KVLayout, pool: NDArray[np.uint8], *, di
     """A receiver that is not started yet."""
     if transport == "tcp":
         return TcpReceiver(layout, digest=digest)
+    if transport == "shm":
+        return ShmReceiver(layout, len(pool) // layout.block_bytes, pool, digest=digest)
     raise ValueError(f"transport: {transport!r}")
 
 
@@ -22,4 +25,6 @@ def sender_of(transport: str, pool: NDArray[np.uint8]) -> Any:
     """The sender that reaches it."""
     if transport == "tcp":
         return TcpSender()
+    if transport == "shm":
+        return ShmSender()
     raise ValueError(f"transport: {transport!r}")

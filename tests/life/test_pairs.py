@@ -1,0 +1,87 @@
+"""How two workers agree on a transport, what becomes of that, and what is shown of it."""
+
+import asyncio
+
+import pytest
+
+from gateway.server import workers
+from tests.life.cluster import DECODE, PREFILL, Cluster, Heard, cluster
+from transfer.errors import PeerLost
+
+
+async def pair(made: Cluster, ours: tuple[str, ...], theirs: tuple[str, ...]) -> None:
+    await made.start("p", "prefill", host={"transports": ours}, **PREFILL)
+    await made.start("d", "decode", host={"transports": theirs}, **DECODE)
+
+
+async def answered(made: Cluster) -> None:
+    heard = Heard()
+    await made.carry(made.job(list(range(40)), max_tokens=5), heard)
+    assert len(heard.tokens[0]) == 5
+
+
+async def test_on_one_machine_memory_is_shared_and_it_is_said_why(redis_url: str) -> None:
+    async with cluster(redis_url) as made:
+        await pair(made, ("auto",), ("auto",))
+        await made.paired()
+        await answered(made)
+        shown = workers(made.fleet)
+        (both,) = shown["pairs"]
+        assert (both["prefill"], both["decode"], both["refusal"]) == ("p", "d", "")
+        assert both["transport"] in ("shm", "tcp")  # whichever was quicker just now
+        assert "same host" in both["reason"]
+        assert all(f"{name} " in both["reason"] for name in ("shm", "tcp"))
+        assert "axes layer kv block token head dim -> " in both["plan"]
+        assert not both["shunned"]
+        assert not both["unlike_weights"]
+        one, other = shown["workers"]
+        assert (one["worker"], one["role"], one["transports"]) == ("d", "decode", ["shm", "tcp"])
+        assert (other["worker"], other["transports"]) == ("p", [])
+        assert one["layout"] != other["layout"]
+        assert one["load"].pool_blocks == made.hosts["d"]._info.pool_blocks
+
+
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+async def test_what_is_named_is_used(redis_url: str, name: str) -> None:
+    async with cluster(redis_url) as made:
+        await pair(made, ("auto",), (name,))
+        await made.paired()
+        await answered(made)
+        ((_, _, met),) = made.fleet.pairs
+        assert met.transport == name
+        await made.balanced()
+
+
+async def test_workers_without_a_transport_in_common_are_refused_with_the_reason(
+    redis_url: str,
+) -> None:
+    async with cluster(redis_url) as made:
+        await pair(made, ("tcp",), ("shm",))
+        await made.until(lambda: bool(made.fleet.pairs))
+        ((_, _, met),) = made.fleet.pairs
+        assert met.refusal == "d offers no transport that this worker has"
+        assert not made.fleet.snapshot().pairs
+
+
+async def test_a_connection_that_is_lost_is_made_again_before_anything_is_placed(
+    redis_url: str,
+) -> None:
+    async with cluster(redis_url) as made:
+        await pair(made, ("auto",), ("shm",))
+        await made.paired()
+        (receiver,) = made.hosts["d"]._peers._receivers
+        seen = []
+
+        async def watch() -> None:
+            while True:
+                seen.append(bool(made.fleet.snapshot().pairs))
+                await made.fleet.changed()
+
+        watching = asyncio.ensure_future(watch())
+        for session in list(receiver._sessions.values()):
+            session.end(PeerLost("cut"))
+        await made.until(lambda: False in seen)
+        await made.paired()
+        await answered(made)
+        watching.cancel()
+        await made.balanced()
