@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check test-gpu bench-gateway bench-engine bench-transfer \
+.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-engine bench-transfer \
 	bench-interference loadtest soak clean
 
 help: ## Show this list
@@ -49,6 +49,9 @@ test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (
 
 soak: $(VENV)/.dev ## Play 100,000 schedules of faults against the handoff (25 minutes)
 	@exec $(BIN)/python -m tests.chaos --count 100000
+
+test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 minutes; root and Debian)
+	@tests/rdma/run.sh $(abspath $(BIN))/python
 
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
 	@exec $(BIN)/python -m loadtest.bench_gateway

@@ -14,8 +14,9 @@ from transfer.layout import Landing
 from transfer.nixl import NixlReceiver, NixlSender
 
 FAR = Path(__file__).with_name("nixl_far.py")
-STALL_SECONDS = 1.0
-SOON_SECONDS = 2.0
+STALL_SECONDS = 1.5
+SOON_SECONDS = 4.0
+"""Long before UCX notices anything; with room for a busy machine."""
 
 
 class Far:

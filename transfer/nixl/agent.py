@@ -35,8 +35,8 @@ LONGEST_PAUSE_SECONDS = 1e-3
 IDLE_PAUSE_SECONDS = 0.25
 """The same while nothing is under way: UCX answers its peers' questions and closes connections."""
 
-QUICK_SECONDS = 20e-6
-"""A look that takes longer has moved something."""
+QUICK_SECONDS = 100e-6
+"""A look that takes longer has moved something: one that finds nothing takes 10 to 75 us."""
 
 Addresses = NDArray[np.int64]
 
@@ -270,7 +270,7 @@ class Agent:
 
     def _look(self) -> bool:
         """Move things on. Whether anything has happened."""
-        begun = time.monotonic()
+        begun, before = time.monotonic(), len(self._transfers)
         with contextlib.suppress(OSError), _failures("an agent"):
             self._agent.get_new_notifs()
         for transfer in list(self._transfers):
@@ -284,7 +284,7 @@ class Agent:
                 self._transfers.discard(transfer)
                 with contextlib.suppress(OSError), _failures("a write"):
                     transfer.handle.release()
-        return time.monotonic() - begun > QUICK_SECONDS
+        return len(self._transfers) < before or time.monotonic() - begun > QUICK_SECONDS
 
 
 class _Gone:
