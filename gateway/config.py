@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 Role = Literal["prefill", "decode", "both"]
-Transport = Literal["auto", "shm", "tcp"]
+Transport = Literal["auto", "shm", "nixl", "tcp"]
 
 
 def about(description: str, *, unit: str = "", secret: bool = False, **bounds: Any) -> msgspec.Meta:
@@ -222,7 +222,8 @@ class WorkerSection(Section, frozen=True):
         tuple[Transport, ...],
         about(
             "Ways in which KV may reach or leave it; the fastest that a pair has is taken. `auto`:"
-            " all that are there. `shm` needs both workers on one machine, `tcp` reaches anywhere.",
+            " all that are there. `shm` needs both workers on one machine, `nixl` its library,"
+            " `tcp` reaches anywhere.",
             min_length=1,
         ),
     ] = ("auto",)

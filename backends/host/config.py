@@ -8,7 +8,7 @@ import msgspec
 
 from backends.protocol import Role
 
-Transport = Literal["auto", "shm", "tcp"]
+Transport = Literal["auto", "shm", "nixl", "tcp"]
 
 
 class HostConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,14 +13,16 @@ from backends.protocol import BackendInfo, Meet, Met
 from transfer.choose import Chooser, Peer
 from transfer.contract import Buffer, Receiver, Sender
 from transfer.errors import PeerLost, TransferError
-from transfer.faults import FaultySender
+from transfer.faults import FaultySender, Tamperable
+from transfer.nixl import NixlReceiver, NixlSender, has_verbs
+from transfer.pool import Pool
 from transfer.session import SessionReceiver
 from transfer.shm import ShmReceiver, ShmSender
 from transfer.tcp import TcpReceiver, TcpSender
 
 log = structlog.get_logger()
 
-AUTO = ("shm", "tcp")
+AUTO = ("shm", "nixl", "tcp") if has_verbs() else ("shm", "tcp")
 
 
 class Peers:
@@ -94,7 +96,8 @@ class Peers:
         return tuple(dict.fromkeys(name for names in named for name in names))
 
     def _sender(self, name: str) -> Sender:
-        makers = {"shm": ShmSender, "tcp": TcpSender}
+        makers: dict[str, Callable[..., Tamperable]]
+        makers = {"shm": ShmSender, "nixl": NixlSender, "tcp": TcpSender}
         sender = makers[name](secret=self._config.secret)
         return FaultySender(sender, self._config.faults) if self._config.faults else sender
 
@@ -109,6 +112,9 @@ class Peers:
                 socket_path=folder and folder / f"{config.id}.kv",
                 secret=config.secret,
             )
+        if name == "nixl":
+            pool = Pool.of(layout, self._info.pool_blocks, self._pool)
+            return NixlReceiver(layout, pool=pool, host=config.data_host, secret=config.secret)
         return TcpReceiver(layout, host=config.data_host, secret=config.secret)
 
     def _on_lost(self, peer: Peer, reason: PeerLost) -> None:

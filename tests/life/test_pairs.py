@@ -52,6 +52,17 @@ async def test_what_is_named_is_used(redis_url: str, name: str) -> None:
         await made.balanced()
 
 
+async def test_nixl_is_used_where_it_is_named(redis_url: str) -> None:
+    pytest.importorskip("nixl_cu12")
+    async with cluster(redis_url) as made:
+        await pair(made, ("nixl",), ("tcp", "nixl"))
+        await made.paired()
+        await answered(made)
+        ((_, _, met),) = made.fleet.pairs
+        assert met.transport == "nixl"
+        await made.balanced()
+
+
 async def test_workers_without_a_transport_in_common_are_refused_with_the_reason(
     redis_url: str,
 ) -> None:
