@@ -18,6 +18,7 @@ import numpy as np
 from backends.host.handoff import Push, Pushes
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
+from backends.host.landings import Reserved
 from backends.host.ledger import Holder, Ledger
 from backends.host.work import Prefilling
 from tests.chaos.handoffs.game import Handoffs, Parts
@@ -56,22 +57,28 @@ class SkipsQuarantine(HostLandings):
 
 
 class FreesAtAbort(HostLandings):
-    async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:
+    async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
         self._ledger.release(quarantine)
+        self._count_quarantined(reserved, -1)
         self._freed()
 
 
 class TellsOneReceiver(HostLandings):
     def withdraw(self, landing_id: str) -> None:
-        everybody, self.receivers = self.receivers, self.receivers[:1]
+        reserved = self._open.get(landing_id)
+        everybody = reserved.receivers if reserved is not None else ()
+        if reserved is not None:
+            reserved.receivers = everybody[:1]
         super().withdraw(landing_id)
-        self.receivers = everybody
+        if reserved is not None:
+            reserved.receivers = everybody
 
 
 class WaitsForOneReceiver(HostLandings):
-    async def _quiesce(self, landing_id: str, quarantine: Holder) -> None:
-        await self.receivers[0].quiesce(landing_id)
+    async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
+        await self.receivers[0].quiesce(reserved.landing.id)
         self._ledger.release(quarantine)
+        self._count_quarantined(reserved, -1)
         self._freed()
 
 

@@ -244,7 +244,7 @@ class Decode(Worker):
     def quiet(self) -> bool:
         """Whether nothing is held, awaited or remembered any more."""
         books = [len(receiver.landings) for receiver in self.receivers]
-        return self.janitor.idle and not len(self.landings) and not any(books)
+        return not (self.janitor.errands or len(self.landings) or any(books))
 
     def die(self) -> None:
         super().die()
