@@ -17,6 +17,11 @@ class Janitor:
         self._open = 0
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is left to clean."""
+        return not self._open
+
+    @property
     def errands(self) -> int:
         """How many are not done yet."""
         return self._open
