@@ -154,7 +154,11 @@ async def test_a_file_that_a_crash_has_cut_short_is_loaded(mortal_server: LiveSe
         await redis.set("a", "1", px=60_000)
         await redis.set("b", "x" * 100, px=60_000)
         mortal_server.kill()
-        (file,) = mortal_server.folder.rglob("*.incr.aof") or mortal_server.folder.rglob("*.aof")
+        # Redis 7 keeps what comes in a file of its own beside a base, Redis 6.2 all in one
+        (file,) = {
+            *mortal_server.folder.rglob("appendonly.aof"),
+            *mortal_server.folder.rglob("*.incr.aof"),
+        }
         os.truncate(file, file.stat().st_size - 20)
         await mortal_server.start()
         assert await redis.get("a") == b"1"
