@@ -17,11 +17,6 @@ class Janitor:
         self._open = 0
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing is left to clean."""
-        return not self._open
-
-    @property
     def errands(self) -> int:
         """How many are not done yet."""
         return self._open
