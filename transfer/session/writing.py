@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from functools import partial
 
 from transfer.contract import TOUCH_SECONDS, KVSlice, Receipt, Source
@@ -49,6 +50,7 @@ class SessionWriter:
         self._stopped = False
         self._releasing = False
         self._touched_at = float("-inf")
+        self._queue: deque[tuple[KVSlice, int]] = deque()
         self._ticket = session.next_ticket
         self._move = session.mover.begin(
             Outgoing(self._ticket, agreed, source, landing, self._digest, self._over, tamper)
@@ -73,7 +75,9 @@ class SessionWriter:
         except BaseException:
             self._session.backlog.give(size)
             raise
-        self._session.submit(partial(self._write, part, size))
+        self._queue.append((part, size))
+        if len(self._queue) == 1:
+            self._session.submit(self._write)
 
     async def commit(self, note: bytes, seconds: float) -> Receipt:
         """As `Writer.commit`."""
@@ -123,18 +127,26 @@ class SessionWriter:
     def _over(self) -> bool:
         return self._stopped or self._error is not None or self._session.broken
 
-    def _write(self, part: KVSlice, size: int) -> None:
+    def _write(self) -> None:
+        """Write all that is queued. The last one stays in the queue until it is written."""
+        while self._queue:
+            part, size = self._queue[0]
+            self._write_one(part, last=len(self._queue) == 1)
+            self._session.backlog.give(size)
+            self._queue.popleft()
+
+    def _write_one(self, part: KVSlice, *, last: bool) -> None:
         try:
             if not self._over():
                 self._move.write(part)
+            if last and not self._over():
+                self._move.flush()
             if not self._over():
                 self._touch()
         except OSError as error:
             self._session.break_down(PeerLost(f"a write failed: {error!r}"))
         except Exception as error:
             self._session.call_soon(self._fail, error)
-        finally:
-            self._session.backlog.give(size)
 
     def _touch(self) -> None:
         now = time.monotonic()

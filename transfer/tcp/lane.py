@@ -20,9 +20,13 @@ from numpy.typing import NDArray
 from transfer.landings import Expected
 from transfer.session.handoff import Handoff, Peer
 from transfer.tcp import wire
+from transfer.tcp.vectored import Places
 
 DIRECT_BYTES = 4 << 10
 """Runs at least this long, on average, are received in place, shorter ones via a staging copy."""
+
+GROUP_BYTES = 256 << 10
+"""What is read at once, so that the sender may go on meanwhile."""
 
 _LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -58,6 +62,7 @@ class Lane:
         self._busy: Handoff | None = None
         self._head = memoryview(bytearray(wire.HEAD.size))
         self._staging = memoryview(bytearray(wire.MAX_PAYLOAD_BYTES))
+        self._encrypted = isinstance(connection, ssl.SSLSocket)
         self._poll = select.poll()
 
     def run(self) -> None:
@@ -100,7 +105,7 @@ class Lane:
             self._discard(size)
             return
         entry.check(offsets, lengths)
-        if size < DIRECT_BYTES * runs:
+        if size < DIRECT_BYTES * runs or self._encrypted:
             self._stage(handoff, entry, offsets, lengths, size)
         else:
             self._receive(handoff, entry, offsets, lengths)
@@ -118,22 +123,20 @@ class Lane:
                 self._leave(handoff)
 
     def _receive(self, handoff: Handoff, entry: Expected, offsets: Runs, lengths: Runs) -> None:
-        left = int(lengths.sum())
-        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-            [part] = entry.pool.parts(offset, length)
-            view = part.data
-            while view:
-                if not self._enter(handoff):
-                    self._discard(left)
-                    return
-                try:
-                    count = self._try(view)
-                finally:
-                    self._leave(handoff)
-                left -= count
-                view = view[count:]
-                if not count:
-                    self._wait()
+        places = Places(entry.pool.addresses(offsets), lengths, GROUP_BYTES)
+        while places.left:
+            if not self._enter(handoff):
+                self._discard(places.left)
+                return
+            try:
+                places.receive(self._connection)
+                dry = False
+            except BlockingIOError:
+                dry = True
+            finally:
+                self._leave(handoff)
+            if dry:
+                self._wait()
 
     def _discard(self, count: int) -> None:
         """Read what nobody wants any more."""

@@ -86,6 +86,7 @@ class TcpIntake:
         )
         family, where = found[0][0], found[0][4]
         listener = socket.create_server(where[:2], family=family, backlog=128)
+        wire.enlarge(listener)  # what it accepts inherits that
         return listener, wire.address(self._advertise, listener.getsockname()[1])
 
     def welcome(self, peer: Peer, hello: bytes) -> Offer:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Endpoint
+from transfer.tcp.vectored import cut
 
 HEAD = struct.Struct("<QII")
 PROOF = struct.Struct("<Q")
@@ -27,6 +29,7 @@ RUN_BYTES = 16
 NOBODY = (1 << 64) - 1
 MAX_RUNS = 1 << 16
 MAX_PAYLOAD_BYTES = 4 << 20
+BUFFER_BYTES = 4 << 20
 
 
 def head(
@@ -73,6 +76,33 @@ def proof_of(data: bytes) -> int:
         raise PeerMisbehaved(f"a proof of {len(data)} bytes")
     [sent] = PROOF.unpack(data)
     return int(sent)
+
+
+def pieces(
+    addresses: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    most: int,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Runs in groups of at most `MAX_RUNS`, and about `most` bytes unless one run is longer.
+
+    A run longer than `most` is cut.
+    """
+    addresses, offsets, lengths = cut(most, lengths, addresses, offsets)
+    ends = np.cumsum(lengths)
+    begin = 0
+    while begin < len(lengths):
+        reached = int(ends[begin] - lengths[begin]) + most
+        end = max(begin + 1, int(np.searchsorted(ends, reached, side="right")))
+        end = min(end, begin + MAX_RUNS)
+        yield addresses[begin:end], offsets[begin:end], lengths[begin:end]
+        begin = end
+
+
+def enlarge(connection: socket.socket) -> None:
+    """Ask for large buffers; before it is connected, or accepted."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        connection.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
 
 
 def address(host: str, port: int) -> Endpoint:
