@@ -8,15 +8,15 @@ makes sure that a landing has one writer, ends once, and is deaf afterwards. Eve
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer.bounds import Bounds
-from transfer.contract import Arrival, Buffer, nobody_minds
-from transfer.digest import PrefixDigest, landing_key
+from transfer.contract import Arrival, Buffer, KVSlice, nobody_minds
+from transfer.digest import DIGEST_BYTES, PrefixDigest, landing_key
 from transfer.errors import DigestMismatch, LandingGone, PeerMisbehaved
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
@@ -40,6 +40,7 @@ class Expected:
     ) -> None:
         """Take note of the landing; `Landings.expect` is the way in."""
         self.landing = landing
+        self._buffer = pool
         self.pool = Pool.of(landing.layout, landing.pool_blocks, pool)
         if not self.pool.writable:
             raise ValueError("pool: the buffer is read-only")
@@ -50,14 +51,6 @@ class Expected:
         self._arrived = arrived
         self._failed = failed
         self._bounds = Bounds(landing)
-        self._digest = PrefixDigest(
-            plan(landing.layout, landing.layout, heads=landing.heads),
-            pool,
-            landing.pool_blocks,
-            landing.blocks,
-            landing.tokens,
-            landing_key(landing),
-        )
 
     def check(self, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         """Refuse runs that do not lie within the landing's blocks, every byte of them.
@@ -76,10 +69,26 @@ class Expected:
         """Copy `data`, which is checked runs one after the other, to where they belong."""
         scatter(data, self.pool.addresses(offsets), lengths)
 
-    def digest(self) -> bytes:
-        """Compute the digest of what lies in the pool. Slow; any thread, once."""
-        self._digest.add_all()
-        return self._digest.result()
+    def digest(self, number: int = 0, of: int = 1) -> bytes:
+        """Compute the digest of what lies in the pool. Slow; any thread.
+
+        Or share `number` of so many, which make up the whole (`total`).
+        """
+        landing = self.landing
+        digest = PrefixDigest(
+            plan(landing.layout, landing.layout, heads=landing.heads),
+            self._buffer,
+            landing.pool_blocks,
+            landing.blocks,
+            landing.tokens,
+            landing_key(landing),
+        )
+        if of == 1:
+            digest.add_all()
+        else:
+            for layer in range(number, landing.layout.layers, of):
+                digest.add(KVSlice(layer, 0, landing.tokens))
+        return digest.result()
 
     def begin_verifying(self) -> None:
         """Accept no more writes: from now on the digest is being computed."""
@@ -187,3 +196,11 @@ class Landings:
         """Drop an entry that is over, unless its id has been entered anew."""
         if self._book.get(entry.landing.id) is entry:
             del self._book[entry.landing.id]
+
+
+def total(digests: Iterable[bytes]) -> bytes:
+    """The digest of a whole, from those of its shares."""
+    lanes = np.zeros(DIGEST_BYTES // 8, np.uint64)
+    for digest in digests:
+        lanes += np.frombuffer(digest, ">u8").astype(np.uint64)
+    return lanes.astype(">u8").tobytes()

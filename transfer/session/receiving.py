@@ -29,7 +29,7 @@ from transfer.errors import (
     PeerMisbehaved,
     TransferError,
 )
-from transfer.landings import Expected, Landings
+from transfer.landings import Expected, Landings, total
 from transfer.layout import Endpoint, KVLayout, Landing
 from transfer.session import greeting, wire
 from transfer.session.greeting import Denial, Talk
@@ -38,6 +38,10 @@ from transfer.session.incoming import Incoming
 from transfer.session.mover import Intake
 
 TOKEN_BYTES = 32
+VERIFIERS = 2
+"""Threads that verify; a prefix of at least `SHARED_BYTES` is shared by them."""
+
+SHARED_BYTES = 8 << 20
 PAUSE_SECONDS = 0.5
 """How long nothing is accepted after the process ran out of descriptors."""
 
@@ -77,7 +81,7 @@ class SessionReceiver:
         self._sessions: dict[bytes, Incoming] = {}
         self._connections: dict[asyncio.Future[None], socket.socket] = {}
         self._writers: dict[str, set[Handoff]] = {}
-        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="kv-verify")
+        self._verifier = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="kv-verify")
 
     async def start(self) -> None:
         """Listen.
@@ -283,9 +287,15 @@ class SessionReceiver:
     def verify(self, handoff: Handoff, entry: Expected, commit: wire.Commit) -> None:
         """Compute the digest in a thread, then settle the landing and answer."""
         entry.begin_verifying()
-        found: Callable[[], bytes | None] = entry.digest if self._digest else _nothing
-        digest = self._loop.run_in_executor(self._verifier, found)
-        digest.add_done_callback(partial(self._verified, handoff, entry, commit, time.monotonic()))
+        size = entry.landing.tokens * self.layout.token_bytes
+        shares = 0 if not self._digest else 1 if size < SHARED_BYTES else VERIFIERS
+        found = asyncio.gather(
+            *(
+                self._loop.run_in_executor(self._verifier, entry.digest, number, shares)
+                for number in range(shares)
+            )
+        )
+        found.add_done_callback(partial(self._verified, handoff, entry, commit, time.monotonic()))
 
     def _verified(
         self,
@@ -293,15 +303,16 @@ class SessionReceiver:
         entry: Expected,
         commit: wire.Commit,
         begun: float,
-        digest: asyncio.Future[bytes | None],
+        found: asyncio.Future[list[bytes]],
     ) -> None:
         seconds = time.monotonic() - begun
-        broken = PeerLost("closed") if digest.cancelled() else digest.exception()
+        broken = PeerLost("closed") if found.cancelled() else found.exception()
         try:
             if broken is not None:
                 entry.fail(broken)
                 raise LandingGone(f"the pool could not be verified: {broken}")
-            answer = entry.settle(digest.result(), commit.digest, commit.note, seconds)
+            here = total(found.result()) if self._digest else None
+            answer = entry.settle(here, commit.digest, commit.note, seconds)
         except DigestMismatch as error:
             handoff.end("mismatch", str(error))
         except LandingGone as error:
@@ -315,4 +326,4 @@ class SessionReceiver:
 
 
 def _nothing() -> None:
-    """What is found where nothing is verified."""
+    """For a thread to do at first."""

@@ -171,7 +171,7 @@ class _TcpMove:
         self._digest = outgoing.digest
         self._tamper: Tamper | None = outgoing.tamper
         self._conversion = Conversion(outgoing.plan, outgoing.source, outgoing.landing)
-        self._window = max(1, WINDOW_BYTES // outgoing.plan.layer_token_bytes)
+        self._window = max(1, WINDOW_BYTES // outgoing.plan.token_bytes)
         self._verbatim = self._conversion.verbatim and self._tamper is None and not mover.staged
         self._staging = np.empty(0 if self._verbatim else FRAME_BYTES, np.uint8)
         self._staged = 0
