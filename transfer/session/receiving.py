@@ -90,7 +90,11 @@ class SessionReceiver:
             OSError: the address cannot be listened on.
         """
         self._loop = asyncio.get_running_loop()
-        await self._loop.run_in_executor(self._verifier, _nothing)  # whose thread is there now
+        # All threads begin now, while there is room for them.
+        meeting = threading.Barrier(VERIFIERS, timeout=self.stall_seconds)
+        await asyncio.gather(
+            *(self._loop.run_in_executor(self._verifier, meeting.wait) for _ in range(VERIFIERS))
+        )
         self._listener, self._endpoint = self.intake.listen()
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener.fileno(), self._accept)
@@ -323,7 +327,3 @@ class SessionReceiver:
         finally:
             handoff.released()  # whatever was written had landed before it was verified
             self.landings.forget(entry)
-
-
-def _nothing() -> None:
-    """For a thread to do at first."""

@@ -159,6 +159,9 @@ class _ShmMove:
         if self._outgoing.digest is not None:
             self._outgoing.digest.add(piece)
 
+    def flush(self) -> None:
+        """As `Move.flush`: nothing is held back."""
+
     def settle(self) -> bytes:
         """As `Move.settle`: a write that has returned has landed."""
         return b""
