@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backends.api import Sampling
@@ -32,7 +32,7 @@ from backends.protocol import (
     frame,
 )
 from tests.host.test_control import Site, site
-from tests.support.garbage import DEEP, NO_UTF8, garbage
+from tests.support.garbage import DEEP, NO_UTF8, examples, garbage
 from transfer.layout import Endpoint
 from transfer.stage import TARGET
 
@@ -114,14 +114,7 @@ async def worker() -> AsyncIterator[Site]:
 async def test_a_worker_survives_whatever_a_gateway_says(worker: Site) -> None:
     """Each stream of garbage follows a proper greeting; another gateway goes on undisturbed."""
     good = await (await worker.peer()).greet()
-    seen: list[list[bytes]] = []
-
-    @settings(max_examples=150, deadline=None)
-    @given(data=st.lists(garbage(FRAMES), min_size=1, max_size=4))
-    def collect(data: list[bytes]) -> None:
-        seen.append(data)
-
-    collect()
+    seen = examples(st.lists(garbage(FRAMES), min_size=1, max_size=4), 150)
     for data in [*seen, [DEEP_FRAME]]:
         bad = await (await worker.peer()).greet()
         bad.writer.write(b"".join(data))

@@ -1,8 +1,12 @@
 """Bytes that a stranger might send: noise, and messages that are damaged or lie about lengths."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+T = TypeVar("T")
 
 DEEP = b"\x91" * 5000
 NO_UTF8 = b"\xa4\xff\xfe\xfd\xfc"
@@ -42,3 +46,16 @@ def damaged(draw: st.DrawFn, messages: Sequence[bytes]) -> bytes:
             case "replace":
                 data[at : at + 1] = draw(st.sampled_from(LIES))
     return bytes(data)
+
+
+def examples(strategy: st.SearchStrategy[T], count: int) -> list[T]:
+    """As many as `count` of what `strategy` makes up, the same in every run."""
+    seen: list[T] = []
+
+    @settings(max_examples=count, derandomize=True, database=None, deadline=None)
+    @given(one=strategy)
+    def collect(one: T) -> None:
+        seen.append(one)
+
+    collect()
+    return seen
