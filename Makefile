@@ -61,7 +61,9 @@ bench-engine: $(VENV)/.dev ## Measure engine and handoff beside other engines
 	@$(BIN)/python -m tests.bench.handoff
 
 bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, NIXL and Mooncake
-	@exec $(BIN)/python -m tests.bench.transfer
+	@$(BIN)/python -m tests.bench.transfer
+	@$(BIN)/python -m tests.bench.overhead
+	@$(BIN)/python -m tests.bench.layerwise
 
 bench-interference: $(VENV)/.runtime ## Measure what a long prompt does to running streams
 	@exec $(BIN)/python -m loadtest.interference

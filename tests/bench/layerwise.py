@@ -102,9 +102,8 @@ def main() -> None:
 
 
 def _figure(model: Model, link: float, repeats: int) -> Figure:
-    by_layer = _measure(model, link, repeats, whole=False)
-    at_end = _measure(model, link, repeats, whole=True)
-    # With everything pushed at the end, what is exposed is the whole of moving it.
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+        by_layer, at_end = uvloop.run(_hand_over(Path(folder), model, link, repeats))
     return Figure(
         model=model.name,
         tokens=model.tokens,
@@ -112,22 +111,37 @@ def _figure(model: Model, link: float, repeats: int) -> Figure:
         link_gbit=link,
         with_layers=statistics.median(it.until_decode for it in by_layer),
         without=statistics.median(it.until_decode for it in at_end),
-        computing=statistics.median(it.prefill for it in at_end),
+        computing=statistics.median(it.prefill for it in (*by_layer, *at_end)),
+        # With everything pushed at the end, what is exposed is the whole of moving it.
         moving=statistics.median(it.exposed for it in at_end),
-        step=statistics.median(it.step for it in at_end),
+        step=statistics.median(it.step for it in (*by_layer, *at_end)),
     )
 
 
-def _measure(model: Model, link: float, repeats: int, *, whole: bool) -> list[Handoff]:
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
-        return uvloop.run(_hand_over(Path(folder), model, link, repeats, whole=whole))
-
-
 async def _hand_over(
-    folder: Path, model: Model, link: float, repeats: int, *, whole: bool
-) -> list[Handoff]:
+    folder: Path, model: Model, link: float, repeats: int
+) -> tuple[list[Handoff], list[Handoff]]:
+    """The same handoffs by layer and at the end, in turn, so that both see the same machine."""
+    by_layer: list[Handoff] = []
+    at_end: list[Handoff] = []
+    _tell(f"{model.name}, {link:g} Gbit/s: starting two workers twice")
+    async with (
+        desk(folder / "by-layer", _workers(folder / "by-layer", model, link, False)) as one,
+        desk(folder / "at-end", _workers(folder / "at-end", model, link, True)) as other,
+    ):
+        for number in range(WARM + repeats):
+            _tell(f"{model.name}, {link:g} Gbit/s: {number + 1} of {WARM + repeats}")
+            prompt = random.Random(SEED + number).choices(range(1000, 40000), k=model.tokens)
+            by_layer.append(await one.hand_over(prompt))
+            at_end.append(await other.hand_over(prompt))
+    _tell("")
+    return by_layer[WARM:], at_end[WARM:]
+
+
+def _workers(folder: Path, model: Model, link: float, whole: bool) -> list[Worker]:
+    folder.mkdir()
     pool = {"pool_tokens": model.tokens + 512}
-    workers = [
+    return [
         Worker(
             role="prefill",
             socket=str(folder / "prefill.sock"),
@@ -143,15 +157,6 @@ async def _hand_over(
             options={**model.options, **pool, "block_tokens": 16, "axes": HEAD_MAJOR},
         ),
     ]
-    handoffs = []
-    _tell(f"{model.name}, {link:g} Gbit/s: starting two workers")
-    async with desk(folder, workers) as gateway:
-        for number in range(WARM + repeats):
-            _tell(f"{model.name}, {link:g} Gbit/s: {number + 1} of {WARM + repeats}")
-            prompt = random.Random(SEED + number).choices(range(1000, 40000), k=model.tokens)
-            handoffs.append(await gateway.hand_over(prompt))
-    _tell("")
-    return handoffs[WARM:]
 
 
 def _print(model: Model, figures: Sequence[Figure]) -> None:

@@ -55,23 +55,25 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--handoffs", type=int, default=1000)
+    parser.add_argument("--transports", default="tcp,shm", help="one after the other")
     parser.add_argument("--folder", type=Path, default=ROOT / "bench-results")
     options = parser.parse_args()
     unwind_when_told_to_stop()
     warn_if_busy()
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
-        handoffs, how = uvloop.run(_measure(Path(folder), options.handoffs))
-        moving = _bare_socket(Path(folder))
-    configuration = {"handoffs": options.handoffs, "tokens": TOKENS, "met": how}
-    results = Results("overhead", configuration, options.folder)
-    results.add({"bare_socket_seconds": moving})
-    for handoff in handoffs:
-        results.add(msgspec.to_builtins(handoff))
-    _print(handoffs, moving, how)
-    print(f"\n{results.path}")
+    for transport in options.transports.split(","):
+        with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+            handoffs, how = uvloop.run(_measure(Path(folder), transport, options.handoffs))
+            moving = _bare_socket(Path(folder))
+        configuration = {"handoffs": options.handoffs, "tokens": TOKENS, "met": how}
+        results = Results(f"overhead-{transport}", configuration, options.folder)
+        results.add({"bare_socket_seconds": moving})
+        for handoff in handoffs:
+            results.add(msgspec.to_builtins(handoff))
+        _print(handoffs, moving, how)
+        print(f"{results.path}\n")
 
 
-async def _measure(folder: Path, count: int) -> tuple[list[Handoff], str]:
+async def _measure(folder: Path, transport: str, count: int) -> tuple[list[Handoff], str]:
     unlike: dict[str, dict[str, Any]] = {
         "prefill": {"block_tokens": 32, "axes": TOKEN_MAJOR},
         "decode": {"block_tokens": 16, "axes": HEAD_MAJOR},
@@ -82,13 +84,14 @@ async def _measure(folder: Path, count: int) -> tuple[list[Handoff], str]:
             socket=str(folder / f"{role}.sock"),
             backend="synthetic",
             options={**SHAPE, **options},
+            transport=transport,  # type: ignore[arg-type]
         )
         for role, options in unlike.items()
     ]
     async with desk(folder, workers) as gateway:
         handoffs = []
         for number in range(WARM + count):
-            _tell(f"handoff {number} of {WARM + count}")
+            _tell(f"{transport}: handoff {number} of {WARM + count}")
             prompt = random.Random(SEED + number).choices(range(1000, 40000), k=TOKENS)
             handoffs.append(await gateway.hand_over(prompt))
         _tell("")

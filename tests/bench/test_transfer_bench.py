@@ -72,3 +72,14 @@ def test_it_prints_a_table_and_keeps_the_figures(tmp_path: Path) -> None:
     lines = written.read_text().splitlines()
     assert '"machine"' in lines[0]
     assert sum('"Baton tcp"' in line for line in lines[1:]) == 1
+
+
+def test_the_overhead_is_printed_beside_a_bare_socket_and_its_aim(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.overhead", "--handoffs", "3"]
+    command += ["--transports", "tcp", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 handoffs of 128 tokens, 2.95 MB, tcp" in done.stdout
+    assert "beyond moving" in done.stdout
+    [written] = tmp_path.iterdir()
+    assert len(written.read_text().splitlines()) == 2 + 3

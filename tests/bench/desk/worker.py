@@ -11,6 +11,7 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -19,9 +20,11 @@ import uvloop
 
 import backends.host.worker
 from backends.host import HostConfig, WorkerHost, load_backend
+from backends.host.config import Transport
 from backends.host.peers import Peers
 from backends.protocol import Role
-from transfer.contract import KVSlice, Receipt, Sender, Source, Writer
+from transfer.contract import KVSlice, Probe, Receipt, Sender, Source, Writer
+from transfer.errors import PeerLost
 from transfer.layout import Endpoint, KVLayout, Landing
 
 
@@ -40,6 +43,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 4096
     link_gbit: float = 0.0
     whole: bool = False
+    transport: Transport = "auto"
 
 
 class Link:
@@ -65,11 +69,19 @@ class ShapedSender:
         self._link = link
         self._whole = whole
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    @property
+    def lost(self) -> Callable[[Endpoint, PeerLost], None]:
+        return self._inner.lost
+
+    @lost.setter
+    def lost(self, told: Callable[[Endpoint, PeerLost], None]) -> None:
+        self._inner.lost = told
 
     async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
         return await self._inner.connect(endpoint, source, target)
+
+    async def probe(self, endpoint: Endpoint) -> Probe:
+        return await self._inner.probe(endpoint)
 
     async def open(self, landing: Landing, source: Source) -> Writer:
         writer = await self._inner.open(landing, source)
@@ -114,17 +126,18 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
 
     class ShapedPeers(Peers):
-        def __init__(self, *arguments: Any, **more: Any) -> None:
-            super().__init__(*arguments, **more)
-            if worker.link_gbit or worker.whole:
-                self.sender = ShapedSender(self.sender, Link(worker.link_gbit), worker.whole)
+        def _sender(self, name: str) -> Sender:
+            sender = super()._sender(name)
+            return ShapedSender(sender, Link(worker.link_gbit), worker.whole)
 
-    backends.host.worker.Peers = ShapedPeers  # type: ignore[misc]
+    if worker.link_gbit or worker.whole:
+        backends.host.worker.Peers = ShapedPeers  # type: ignore[misc]
     config = HostConfig(
         id=worker.role,
         role=worker.role,
         listen=f"unix:{worker.socket}",
         step_tokens=worker.step_tokens,
+        transports=(worker.transport,),
     )
     host = WorkerHost(config, load_backend(worker.backend, worker.options))
     uvloop.run(host.run(lambda: None))

@@ -47,7 +47,7 @@ CASES = (
     Case(SMOL, 1024, "cast"),
 )
 BUSY = Case(SMOL, 2784, "equal")
-WHO_WHEN_BUSY = ("bare socket", "Baton tcp", "Baton tcp, no digest")
+WHO_WHEN_BUSY = ("bare socket", "Baton tcp", "Baton tcp, no digest", "Baton shm")
 CONVERTING = frozenset({"numpy", "torch", "Baton, conversion"})
 
 

@@ -64,4 +64,8 @@ CONTENDERS: dict[str, Contender] = {
     "Baton shm, no digest": Contender(
         module="baton_halves", options={"transport": "shm", "digest": False}
     ),
+    "Baton nixl": Contender(module="baton_halves", options={"transport": "nixl"}, needs=NIXL),
+    "Baton nixl, no digest": Contender(
+        module="baton_halves", options={"transport": "nixl", "digest": False}, needs=NIXL
+    ),
 }

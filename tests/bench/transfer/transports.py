@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.layout import KVLayout
+from transfer.nixl import NixlReceiver, NixlSender
+from transfer.pool import Pool
 from transfer.shm import ShmReceiver, ShmSender
 from transfer.tcp import TcpReceiver, TcpSender
 
@@ -18,6 +20,9 @@ def receiver_of(transport: str, layout: KVLayout, pool: NDArray[np.uint8], *, di
         return TcpReceiver(layout, digest=digest)
     if transport == "shm":
         return ShmReceiver(layout, len(pool) // layout.block_bytes, pool, digest=digest)
+    if transport == "nixl":
+        blocks = len(pool) // layout.block_bytes
+        return NixlReceiver(layout, pool=Pool.of(layout, blocks, pool), digest=digest)
     raise ValueError(f"transport: {transport!r}")
 
 
@@ -27,4 +32,6 @@ def sender_of(transport: str, pool: NDArray[np.uint8]) -> Any:
         return TcpSender()
     if transport == "shm":
         return ShmSender()
+    if transport == "nixl":
+        return NixlSender()
     raise ValueError(f"transport: {transport!r}")
