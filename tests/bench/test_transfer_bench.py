@@ -1,5 +1,6 @@
 """The transfer benchmark moves what it says it moves, and says so when it did not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -72,6 +73,22 @@ def test_it_prints_a_table_and_keeps_the_figures(tmp_path: Path) -> None:
     lines = written.read_text().splitlines()
     assert '"machine"' in lines[0]
     assert sum('"Baton tcp"' in line for line in lines[1:]) == 1
+
+
+def test_a_pair_is_measured_again_with_both_cores_busy(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.transfer", "--rounds", "1"]
+    command += ["--cases", "both cores busy", "--contenders", "Baton tcp"]
+    command += ["--folder", str(tmp_path)]
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two cores are needed")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kept (aim 0.5)" in done.stdout
+    [written] = tmp_path.iterdir()
+    assert [it["busy"] for it in map(json.loads, written.read_text().splitlines()[1:])] == [
+        False,
+        True,
+    ]
 
 
 def test_the_overhead_is_printed_beside_a_bare_socket_and_its_aim(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -146,7 +147,7 @@ def paired(name: str, case: Case, folder: Path, cores: tuple[int, int]) -> Itera
     """
     contender = CONTENDERS[name]
     with ExitStack() as stack:
-        path = folder / f"{abs(hash((name, case))):x}.sock"
+        path = Path(tempfile.mkdtemp(dir=folder)) / "control"
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(str(path))
         listener.listen()
@@ -158,7 +159,7 @@ def paired(name: str, case: Case, folder: Path, cores: tuple[int, int]) -> Itera
             process = stack.enter_context(
                 running(
                     leashed([*command, encoded]),
-                    folder / f"{path.stem}-{role}.log",
+                    path.with_name(f"{role}.log"),
                     cores=frozenset({core}),
                     environment={
                         **contender.environment,
@@ -169,7 +170,7 @@ def paired(name: str, case: Case, folder: Path, cores: tuple[int, int]) -> Itera
             processes.append(process)
         lines = {}
         for _ in ROLES:
-            connection, _ = listener.accept()
+            connection = _accepted(name, listener)
             stack.enter_context(connection)
             connection.settimeout(ROUND_SECONDS)
             line = Line(name, connection)
@@ -180,3 +181,11 @@ def paired(name: str, case: Case, folder: Path, cores: tuple[int, int]) -> Itera
             yield pair
         finally:
             pair.wake()
+
+
+def _accepted(name: str, listener: socket.socket) -> socket.socket:
+    try:
+        connection, _ = listener.accept()
+    except TimeoutError as error:
+        raise LeftOut(f"{name}: a process did not come up in {START_SECONDS:.0f} s") from error
+    return connection
