@@ -1,36 +1,33 @@
-"""One schedule of handoffs being played: the world's faults, the gateway's part, the checks."""
+"""One schedule of handoffs being played: the world's faults and the gateway's part."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from functools import cached_property, partial
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from backends.api import Sampling
 from backends.errors import PoolExhausted
 from backends.host.handoff import Pushes
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
-from backends.host.landings import Reserved
-from backends.host.ledger import Holder, Ledger
+from backends.host.ledger import Ledger
 from backends.host.work import Prefilling
-from backends.protocol import First, HandedOver, RequestSpec, SequenceSpec
 from tests.chaos.coverage import Coverage
 from tests.chaos.handoffs import plot, truth
-from tests.chaos.handoffs.wire import LONG_SECONDS, blocks_of
+from tests.chaos.handoffs.checks import Checks
+from tests.chaos.handoffs.forgeries import Forger
+from tests.chaos.handoffs.handoff import Handoff
+from tests.chaos.handoffs.wire import LONG_SECONDS
 from tests.chaos.handoffs.workers import Decode, Prefill, Worker
 from tests.chaos.machine import Faults, Violation
 from tests.chaos.schedule import Fault, Schedule, draw
-from transfer.convert import Frame
 from transfer.errors import TransferError
-from transfer.landings import Expected, Landings
+from transfer.landings import Landings
 from transfer.layout import Epoch
-from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender, MemoryWriter
+from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
 
 WORKERS = 2  # of either kind
 CONCURRENT = 8
@@ -67,133 +64,6 @@ class Handoffs:
         return Game(self.parts, schedule, faults)
 
 
-class Handoff:
-    """One prefix on its way, and how it ended on either side. The host takes it for its link."""
-
-    def __init__(self, game: Game, number: int) -> None:
-        dice = game.dice
-        self.game = game
-        self.number = number
-        self.prompt = dice.below(truth.PROMPTS, "prompt", number)
-        self.rail = dice.below(game.rails, "rail", number)
-        self.chunk = dice.below(truth.tokens_of(self.prompt) + 1, "chunk", number)
-        self.slow = dice("slow", number) < 0.2
-        self.far = dice("far", number) < 0.3
-        self.gateway_tells = dice("tells", number) < 0.7
-        self.decode_seconds = 0.02 + 0.3 * dice("decode", number)
-        self.prefill = game.prefills[dice.below(WORKERS, "from", number)].name
-        self.decode = game.decodes[dice.below(WORKERS, "to", number)].name
-        self.spec = self._spec(1 + dice.below(2, "n", number))
-        self.firsts = tuple(First(one.index, number + one.index) for one in self.spec.sequences)
-        self.reserved: Reserved | None = None
-        self.landing_worker: Decode | None = None
-        self.push_worker: Prefill | None = None
-        self.work: Prefilling | None = None
-        self.sent: str | None = None
-        self.received: str | None = None
-        self.closed = 0
-        self.finished = False
-        self.forged = False
-        self.disturbed = False
-        self.over = asyncio.Event()
-        self._latencies: defaultdict[str, int] = defaultdict(int)
-
-    def __str__(self) -> str:
-        return f"handoff {self.number}"
-
-    def _spec(self, sequences: int) -> RequestSpec:
-        return RequestSpec(
-            handle=self.number,
-            request=f"r{self.number}",
-            prompt=[self.prompt] * truth.tokens_of(self.prompt),
-            sequences=tuple(SequenceSpec(index=i, seed=i) for i in range(sequences)),
-            sampling=Sampling(),
-            max_tokens=8,
-            deadline_seconds=plot.DEADLINE_SECONDS,
-        )
-
-    # ---- what it is like now
-
-    @property
-    def landing_id(self) -> str:
-        """The id of its landing, once it has one."""
-        return self.reserved.landing.id if self.reserved is not None else ""
-
-    @property
-    def worker_died(self) -> bool:
-        """Whether the process that granted its landing is dead."""
-        return self.landing_worker is not None and self.landing_worker.dead
-
-    def state(self) -> str:
-        """One of `plot.STATES`."""
-        worker = self.landing_worker
-        if worker is None or worker.dead:
-            return "dead"
-        if self.finished:
-            return "finished"
-        if self.received == "admitted":
-            return "admitted"
-        entries = [it.landings._book.get(self.landing_id) for it in worker.receivers]
-        live = [it for it in entries if it is not None and it.state != "over"]
-        if any(it.state == "verifying" for it in live):
-            return "verifying"
-        if live:
-            return "written" if any(it.writer is not None for it in live) else "granted"
-        held = Holder("quarantine", self.landing_id) in worker.ledger._held
-        return "quarantined" if held else "freed"
-
-    def latency(self, purpose: str, seconds: float = 0.004) -> float:
-        """A short time, never twice the same; longer on the way to a worker that is far away."""
-        self._latencies[purpose] += 1
-        seconds *= 12 if self.far and purpose in plot.LONG_WAYS else 1
-        return seconds * self.game.dice("latency", self.number, purpose, self._latencies[purpose])
-
-    def pace(self, number: int) -> float:
-        """How long the `number`-th slice is computed; of a slow one, most of a lease."""
-        share = self.game.dice("pace", self.number, number)
-        return plot.LEASE_SECONDS * (0.3 + 0.25 * share) if self.slow else 0.01 * share
-
-    # ---- endings
-
-    def send(self, message: Any) -> None:
-        """What the prefill worker tells the gateway."""
-        if isinstance(message, HandedOver):
-            self.sent_ended("handed")
-
-    def sent_ended(self, how: str) -> None:
-        """The sending end is told its ending; a second one is a finding."""
-        if self.sent is not None and self.sent != "cancelled":
-            self.game.blame(f"{self}: sent ended twice: {self.sent}, then {how}")
-        self.game.tell(f"{self}: sent: {how}")
-        self.sent = self.sent or how
-        if how not in ("handed", "cancelled") and self.gateway_tells:
-            self.game.later(self.latency("tell", 0.05), self.game.cancel_decode, self)
-        self.look()
-
-    def received_ended(self, how: str) -> None:
-        """Likewise the receiving end."""
-        if self.received is not None:
-            self.game.blame(f"{self}: received ended twice: {self.received}, then {how}")
-        self.game.tell(f"{self}: received: {how}")
-        self.received = how
-        if how not in ("admitted", "cancelled") and self.gateway_tells:
-            self.game.later(self.latency("tell", 0.05), self.game.cancel_prefill, self)
-        self.look()
-
-    def look(self) -> None:
-        """Notice whether all is over."""
-        work, pusher = self.work, self.push_worker
-        quiet = (
-            work is None
-            or pusher is None
-            or pusher.dead
-            or (work.ended and not work.busy and work not in pusher.pushes)
-        )
-        decoded = self.received != "admitted" or self.finished
-        if self.sent is not None and self.received is not None and quiet and decoded:
-            self.over.set()
-
-
 class Game:
     """All of one schedule."""
 
@@ -204,14 +74,14 @@ class Game:
         self.rails = plot.RAILS
         self._schedule = schedule
         self._faults = faults
-        self._number = self.dice.below(len(truth.PAIRS), "layouts")
-        self.layout = truth.target(self._number)
+        self.number = self.dice.below(len(truth.PAIRS), "layouts")
+        self.layout = truth.target(self.number)
         self.network = MemoryNetwork()
+        self.checks = Checks(self)
+        self.forger = Forger(self)
         self.by_landing: dict[str, Handoff] = {}
         self.damage: dict[str, list[Fault]] = {}
         self.mangled: dict[str, tuple[str, Epoch, bytes]] = {}
-        self._claimed: set[str] = set()
-        self._proofs: list[tuple[int, int, bytes]] = []
         self._partitions: dict[tuple[str, str, bool], float] = {}
         self._detached: set[asyncio.Task[Any]] = set()
         self._incarnation = 0
@@ -247,7 +117,7 @@ class Game:
             self._wrong.result()
         everything.result()
         for handoff in self.handoffs:
-            self._check_ending(handoff)
+            self.checks.ending(handoff, bool(self._schedule.faults))
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that no process owns: a message under way, or the gateway."""
@@ -451,137 +321,3 @@ class Game:
         for other in self.handoffs:
             if prefill in (None, other.prefill) and decode in (None, other.decode):
                 other.disturbed = True
-
-    # ---- forgeries
-
-    def forged_right(self, handoff: Handoff, kind: str, amount: float) -> tuple[str, Epoch, bytes]:
-        """What a damaged `open` shows."""
-        assert handoff.reserved is not None
-        landing = handoff.reserved.landing
-        landing_id, epoch, secret = landing.id, landing.epoch, landing.secret
-        if kind == "truncate":
-            return landing_id, epoch, secret[: int(amount * len(secret))]
-        variant = int(amount * 5)
-        if variant == 0:
-            secret = bytes([secret[0] ^ 1]) + secret[1:]
-        elif variant == 1:
-            epoch = Epoch(epoch.incarnation, epoch.counter + 1)
-        elif variant == 2:
-            epoch = Epoch(epoch.incarnation, epoch.counter - 1)
-        elif variant == 3:
-            epoch = Epoch(epoch.incarnation - 1, epoch.counter)
-        else:
-            others = [it for it in self.by_landing if it != landing_id]
-            landing_id = self.dice.choose(others or ["?"], "forged", handoff.number)
-        return landing_id, epoch, secret
-
-    def tamper_with_proof(
-        self, handoff: Handoff, writer: MemoryWriter, faults: dict[str, float]
-    ) -> None:
-        """Damage the digest of a commit that is about to leave."""
-        true: Any = writer._digest
-        proof: bytes = true.result()
-        if "replay" in faults:
-            proof = self._old_proof(handoff)
-        if "corrupt" in faults:
-            bit = int(faults["corrupt"] * len(proof) * 8)
-            damaged = bytearray(proof)
-            damaged[bit // 8] ^= 1 << bit % 8
-            proof = bytes(damaged)
-        if "truncate" in faults:
-            proof = proof[: int(faults["truncate"] * len(proof))]
-        if proof != true.result():
-            handoff.forged = True
-            true.result = lambda: proof
-        else:
-            if any(proof == old for number, _, old in self._proofs if number != handoff.number):
-                self.blame(f"{handoff}: its digest is that of another landing")
-            self._proofs.append((handoff.number, handoff.prompt, proof))
-
-    def _old_proof(self, handoff: Handoff) -> bytes:
-        """The digest of another landing, of the same prompt if there was one."""
-        others = [it for it in self._proofs if it[0] != handoff.number]
-        like = [it for it in others if it[1] == handoff.prompt]
-        return (like or others or [(0, 0, bytes(16))])[-1][2]
-
-    # ---- checks
-
-    @cached_property
-    def _block_of_item(self) -> Any:
-        """Which block each number of a decode pool belongs to."""
-        items = plot.TARGET_BLOCKS * self.layout.block_bytes // self.layout.item_bytes
-        blocks = np.zeros(items, dtype=truth.WORDS[self.layout.dtype])
-        table = truth.table(blocks, self.layout, plot.TARGET_BLOCKS)
-        table[:] = np.arange(plot.TARGET_BLOCKS)[:, None, None, None, None, None]
-        return blocks
-
-    def check_claim(self, entry: Expected, epoch: Epoch, secret: bytes) -> None:
-        """A right was accepted: it must be the one that was given."""
-        landing = entry.landing
-        if epoch != landing.epoch:
-            self.blame(f"landing {landing.id}: accepted epoch {epoch}, given was {landing.epoch}")
-        if secret != landing.secret:
-            self.blame(f"landing {landing.id}: accepted a wrong secret")
-        if landing.id in self._claimed:
-            self.blame(f"landing {landing.id}: a second writer was accepted")
-        self._claimed.add(landing.id)
-
-    def check_write(self, worker: Decode, entry: Expected, frame: Frame) -> None:
-        """A frame is about to land: its blocks must still be set aside for its landing."""
-        handoff = self.by_landing[entry.landing.id]
-        if worker.dead or handoff.reserved is None:
-            return
-        if handoff.received == "admitted":
-            self.blame(f"{handoff}: a write landed after it was admitted")
-        held = worker.ledger._held
-        mine = {
-            *held.get(handoff.reserved.holder, ()),
-            *held.get(Holder("quarantine", entry.landing.id), ()),
-        }
-        for block in blocks_of(frame, self._block_of_item, self.layout.item_bytes):
-            if block not in mine:
-                self.blame(f"{handoff}: a write landed in block {block}, which is not its own")
-
-    def check_arrival(self, worker: Decode, handoff: Handoff, firsts: tuple[First, ...]) -> None:
-        """A prefix is admitted: it must be right to the bit, and by its own proof."""
-        assert handoff.reserved is not None
-        if handoff.forged:
-            self.blame(f"{handoff}: admitted on a proof that is not its own")
-        if firsts != handoff.firsts:
-            self.blame(f"{handoff}: admitted with the first tokens {firsts}")
-        self.check_pool(worker, handoff, handoff.reserved.landing.blocks, "when admitted")
-
-    def check_pool(self, worker: Decode, handoff: Handoff, blocks: Any, when: str) -> None:
-        """Compare every number of a prefix with what was computed."""
-        tokens = truth.tokens_of(handoff.prompt)
-        found = worker.table[truth.places(blocks, tokens, self.layout.block_tokens)]
-        wrong = np.argwhere(found != truth.words_of(handoff.prompt, self._number))
-        if len(wrong):
-            self.blame(f"{handoff}: {len(wrong)} numbers differ {when}, the first at {wrong[0]}")
-
-    def check_books(self, worker: Worker) -> None:
-        """No block is owned by nobody, or by two that do not share it."""
-        if worker.dead:
-            return
-        wrong = worker.ledger.audit()
-        owners: dict[int, Holder] = {}
-        for holder, blocks in worker.ledger._held.items():
-            if holder.reason != "decode":
-                for block in blocks:
-                    if owners.setdefault(block, holder) is not holder:
-                        wrong.append(f"block {block} has two owners")
-        if wrong:
-            self.blame(f"{worker}: {'; '.join(wrong)}")
-
-    def _check_ending(self, handoff: Handoff) -> None:
-        """It ended once on either side, and well if nothing struck it."""
-        ended = f"{handoff}: sent {handoff.sent}, received {handoff.received}"
-        if handoff.sent is None or handoff.received is None:
-            raise Violation(f"{ended}: it has not ended")
-        if handoff.closed > 1:
-            raise Violation(f"{handoff}: closed {handoff.closed} times")
-        good = (handoff.sent, handoff.received) == ("handed", "admitted")
-        if not good and not (
-            handoff.disturbed or (handoff.sent == "refused" and self._schedule.faults)
-        ):
-            raise Violation(f"{ended}, although nothing struck it")

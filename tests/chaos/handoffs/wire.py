@@ -7,12 +7,10 @@ what strikes them. A dead process says nothing more, and what it posted lands al
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from tests.chaos.handoffs.plot import STALL_SECONDS
 from tests.chaos.schedule import Fault
@@ -24,7 +22,8 @@ from transfer.layout import Endpoint, Epoch, KVLayout, Landing
 from transfer.memory import MemoryReceiver, MemorySender, MemoryWriter
 
 if TYPE_CHECKING:
-    from tests.chaos.handoffs.game import Game, Handoff
+    from tests.chaos.handoffs.game import Game
+    from tests.chaos.handoffs.handoff import Handoff
     from tests.chaos.handoffs.workers import Decode, Prefill
 
 POLL_SECONDS = 0.05
@@ -113,7 +112,7 @@ class Chaos(MemoryReceiver):
                 seconds = self._game.by_landing[entry.landing.id].latency("late", 0.6)
             self._game.later(seconds, self._land, entry, frame, data, landed)
             return
-        self._game.check_write(self.worker, entry, frame)
+        self._game.checks.write(self.worker, entry, frame)
         super()._land(entry, frame, data, landed)
 
     def _mangled_claim(
@@ -122,7 +121,7 @@ class Chaos(MemoryReceiver):
         """What was shown may have been damaged on the way."""
         shown = self._game.mangled.pop(landing_id, None) or (landing_id, epoch, secret)
         entry = self._claim(*shown, writer)
-        self._game.check_claim(entry, shown[1], shown[2])
+        self._game.checks.claim(entry, shown[1], shown[2])
         return entry
 
 
@@ -173,7 +172,7 @@ class ChaoticWriter:
         faults = await self._travel("open", STALL_SECONDS)
         for kind in ("corrupt", "truncate"):
             if kind in faults:
-                game.mangled[landing.id] = game.forged_right(handoff, kind, faults[kind])
+                game.mangled[landing.id] = game.forger.right(handoff, kind, faults[kind])
         try:
             self._inner = await self._sender.inner.open(_by(landing, handoff.rail), source)
         finally:
@@ -204,7 +203,7 @@ class ChaoticWriter:
         async with asyncio.timeout(seconds):
             faults = await self._travel("commit", None)
             inner = self._live()
-            self._game.tamper_with_proof(self.handoff, inner, faults)
+            self._game.forger.proof(self.handoff, inner, faults)
             commits = [self._game.spawn(inner.commit(note, seconds))]
             if "duplicate" in faults:
                 commits.append(self._game.spawn(inner.commit(note, seconds)))
@@ -363,12 +362,3 @@ def _exchange(offsets: Any, lengths: Any) -> bool:
             offsets[[0, other]] = offsets[[other, 0]]
             return True
     return False
-
-
-def blocks_of(frame: Frame, block_of_item: Any, item_bytes: int) -> Iterable[int]:
-    """The blocks that a frame touches."""
-    touched: set[int] = set()
-    for offset, length in zip(frame.offsets.tolist(), frame.lengths.tolist(), strict=True):
-        first, last = offset // item_bytes, (offset + length - 1) // item_bytes
-        touched.update(np.unique(block_of_item[first : last + 1]).tolist())
-    return touched

@@ -30,7 +30,8 @@ from transfer.contract import Arrival, KVSlice
 from transfer.layout import KVLayout, Landing
 
 if TYPE_CHECKING:
-    from tests.chaos.handoffs.game import Game, Handoff
+    from tests.chaos.handoffs.game import Game
+    from tests.chaos.handoffs.handoff import Handoff
 
 
 def info_of(layout: KVLayout, blocks: int) -> BackendInfo:
@@ -200,7 +201,7 @@ class Prefill(Worker):
         if work.ended and not work.busy and work not in self.pushes and not self.dead:
             if self.ledger.release(work.holder):
                 self.table[work.blocks] = 0x7FC07FC0  # the engine's next work, at once
-            self.game.check_books(self)
+            self.game.checks.books(self)
             self.game.handoff(work).look()
 
 
@@ -219,7 +220,7 @@ class Decode(Worker):
             incarnation,
             admit=self._admit,
             failed=self._failed,
-            freed=lambda: game.check_books(self),
+            freed=lambda: game.checks.books(self),
         )
         self.landings.receivers = [*self.receivers]
         self.spawn(self.landings.reap())
@@ -229,7 +230,7 @@ class Decode(Worker):
         """As `Landings.reserve`."""
         link: Any = handoff
         reserved = self.landings.reserve(link, handoff.spec)
-        self.game.check_books(self)
+        self.game.checks.books(self)
         return reserved
 
     def cancel(self, handoff: Handoff) -> None:
@@ -258,7 +259,7 @@ class Decode(Worker):
         handoff: Any = reserved.link
         firsts = decode_note(arrival.note)
         handoff.received_ended("admitted")
-        self.game.check_arrival(self, handoff, firsts)
+        self.game.checks.arrival(self, handoff, firsts)
         self.ledger.release(reserved.headroom)
         started, copies = share_out(
             self.ledger,
@@ -276,13 +277,13 @@ class Decode(Worker):
         loop = asyncio.get_running_loop()
         timer = loop.call_later(handoff.decode_seconds, self._finish, handoff)
         self._running[handoff.number] = (started, timer)
-        self.game.check_books(self)
+        self.game.checks.books(self)
         loop.call_later(handoff.decode_seconds / 2, self.game.strike, handoff, "decode")
 
     def _failed(self, reserved: Reserved, code: str, detail: str) -> None:
         handoff: Any = reserved.link
         handoff.received_ended(f"failed: {code}")
-        self.game.check_books(self)
+        self.game.checks.books(self)
 
     def _finish(self, handoff: Handoff) -> None:
         started, timer = self._running.pop(handoff.number, ([], None))
@@ -290,8 +291,8 @@ class Decode(Worker):
             return
         timer.cancel()
         for running in started:
-            self.game.check_pool(self, handoff, running.blocks, "at its last token")
+            self.game.checks.pool(self, handoff, running.blocks, "at its last token")
             self.ledger.release(running.holder)
-        self.game.check_books(self)
+        self.game.checks.books(self)
         handoff.finished = True
         handoff.look()
