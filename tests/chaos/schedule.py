@@ -86,15 +86,24 @@ def draw(
 ) -> Schedule:
     """The schedule of this seed. One in 16 has no faults, and in every one some actors have none.
 
-    The faults of an actor are independent of each other, or an approach and what follows it.
+    The faults of an actor are independent of each other, or an approach and what follows it; all
+    that can follow some approach is equally likely.
     """
     if seed % 16 == 0:
         return Schedule(seed, tuple(actors), ())
     dice = Dice(seed)
+    endings = [
+        (approach, point, nth, kind)
+        for approach in approaches
+        for point, nth in approach.then
+        for kind in menu[point]
+    ]
     faults: list[Fault] = []
     for actor in actors:
-        if approaches and dice("approach", actor) < 0.4:
-            faults += _approached(actor, dice, menu, dice.choose(approaches, "which", actor))
+        if endings and dice("approach", actor) < 0.45:
+            approach, point, nth, kind = dice.choose(endings, "which", actor)
+            faults += (Fault(actor, *it) for it in approach.faults)
+            faults.append(Fault(actor, point, nth, kind, dice("amount", actor)))
             continue
         for number in range(int(7 * dice("faults", actor) ** 2)):
             point = dice.choose(list(menu), "point", actor, number)
@@ -102,14 +111,6 @@ def draw(
             kind = dice.choose(menu[point], "kind", actor, number)
             faults.append(Fault(actor, point, nth, kind, dice("amount", actor, number)))
     return Schedule(seed, tuple(actors), tuple(faults))
-
-
-def _approached(actor: int, dice: Dice, menu: Menu, approach: Approach) -> Iterator[Fault]:
-    for point, nth, kind, amount in approach.faults:
-        yield Fault(actor, point, nth, kind, amount)
-    point, nth = dice.choose(approach.then, "then", actor)
-    kind = dice.choose(menu[point], "last", actor)
-    yield Fault(actor, point, nth, kind, dice("amount", actor))
 
 
 def shrink(schedule: Schedule, fails: Callable[[Schedule], bool]) -> Schedule:

@@ -97,7 +97,7 @@ class Handoff:
     def pace(self, number: int) -> float:
         """How long the `number`-th slice is computed; of a slow one, most of a lease."""
         share = self.game.dice("pace", self.number, number)
-        return plot.LEASE_SECONDS * (0.3 + 0.25 * share) if self.slow else 0.01 * share
+        return plot.LEASE_SECONDS * (0.3 + 0.25 * share) if self.slow else 0.03 * share
 
     # ---- endings
 

@@ -58,9 +58,12 @@ quarantine begins to wait, `decode` while admitted sequences run; the others are
 landing; `reorder` lets later writes and the commit overtake a write.
 """
 
-TOLD_DECODE = ("cancel", 0.05)
-TOLD_PREFILL = ("cancel", 0.95)
+TOLD_DECODE = ("cancel", 0.01)
+TOLD_DECODE_LATER = ("cancel", 0.1)
+TOLD_PREFILL = ("cancel", 0.99)
 KEPT_BACK = ("late", 0.1)
+DELAYED = ("delay", 0.9)
+KILLED = ("kill receiver", 0.5)
 
 
 def _kept_back(nth: int, *then: tuple[str, int]) -> Approach:
@@ -69,25 +72,30 @@ def _kept_back(nth: int, *then: tuple[str, int]) -> Approach:
 
 
 APPROACHES = (
-    _kept_back(1, ("compute", 3), ("write", 2), ("abort", 1)),
-    _kept_back(2, ("compute", 4), ("write", 3), ("commit", 1)),
-    _kept_back(4, ("commit", 1), ("abort", 1)),
-    Approach((("compute", 1, *TOLD_DECODE),), (("open", 1), ("compute", 2))),
+    *[_kept_back(1, ("compute", 3))] * 3,  # many prompts have no third slice
+    _kept_back(1, ("write", 2), ("abort", 1)),
+    _kept_back(2, ("compute", 4), ("write", 3)),
+    *[_kept_back(nth, ("commit", 1)) for nth in (2, 2, 4, 4)],  # the last slice, of 2 or of 4
+    _kept_back(4, ("abort", 1)),
+    Approach((("compute", 1, *TOLD_DECODE),), (("open", 1), ("write", 1), ("compute", 2))),
     Approach((("compute", 2, *TOLD_DECODE),), (("write", 2), ("compute", 3))),
+    Approach((("compute", 2, *TOLD_PREFILL),), (("abort", 1),)),
+    Approach((("compute", 1, *KILLED),), (("open", 1), ("compute", 2))),
     Approach((("write", 1, "duplicate", 0.5), ("flight", 1, *TOLD_DECODE)), (("flight", 2),)),
-    Approach(
-        (("write", 1, "duplicate", 0.5), ("flight", 1, "kill receiver", 0.5)), (("flight", 2),)
-    ),
+    Approach((("write", 1, "duplicate", 0.5), ("flight", 1, *KILLED)), (("flight", 2),)),
     Approach((("flight", 2, *TOLD_DECODE),), (("commit", 1), ("compute", 3), ("flight", 3))),
     Approach((("flight", 4, *TOLD_DECODE),), (("commit", 1),)),
     Approach((("verify", 1, *TOLD_DECODE),), (("verify", 2), ("answer", 1))),
     Approach((("verify", 1, *TOLD_PREFILL),), (("abort", 1),)),
-    Approach((("verify", 2, *TOLD_DECODE),), (("answer", 1),)),
-    Approach((("verify", 1, "kill receiver", 0.5),), (("verify", 2), ("answer", 1))),
-    Approach((("flight", 1, "kill receiver", 0.5),), (("compute", 2), ("write", 2), ("abort", 1))),
-    Approach((("flight", 2, "kill receiver", 0.5),), (("open", 1), ("commit", 1))),
-    Approach((("answer", 1, "kill receiver", 0.5),), (("decode", 1),)),
+    *[Approach((("verify", 2, *TOLD_DECODE_LATER),), (("answer", 1),))] * 3,  # a narrow moment
+    Approach((("verify", 1, *KILLED),), (("verify", 2), ("answer", 1))),
+    Approach((("flight", 1, *KILLED),), (("compute", 2), ("write", 2), ("abort", 1))),
+    Approach((("flight", 2, *KILLED),), (("commit", 1),)),
+    Approach((("flight", 4, *KILLED),), (("commit", 1),)),
+    Approach((("answer", 1, *KILLED),), (("decode", 1),)),
     Approach((("answer", 1, *TOLD_DECODE),), (("decode", 1),)),
+    Approach((("answer", 1, *DELAYED), ("answer", 1, *TOLD_PREFILL)), (("abort", 1),)),
+    Approach((("answer", 1, *DELAYED),), (("abort", 1),)),
     Approach((("open", 1, "corrupt", 0.1),), (("write", 1), ("abort", 1))),
 )
 """Ways into states that chance alone finds rarely."""
