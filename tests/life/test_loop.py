@@ -2,17 +2,20 @@
 
 import asyncio
 
-from tests.life.cluster import DECODE, PREFILL, Heard, cluster
+from backends.emulation.synthetic import SyntheticBackend
+from tests.life.cluster import DECODE, PREFILL, SHAPE, Heard, cluster
 from tests.support.watch import slow_callbacks
 
 
 def test_no_callback_holds_the_loop(redis_url: str):
     ended = []
+    prefill = SyntheticBackend(**SHAPE, **PREFILL)
+    decode = SyntheticBackend(**SHAPE, **DECODE)
 
     async def work() -> None:
         async with cluster(redis_url) as made:
-            await made.start("p", "prefill", **PREFILL)
-            await made.start("d", "decode", **DECODE)
+            await made.start("p", "prefill", backend=prefill)
+            await made.start("d", "decode", backend=decode)
             await made.paired()
             heard = [Heard() for _ in range(32)]
             prompts = (list(range(100 + 10 * i)) for i in range(32))

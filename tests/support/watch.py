@@ -23,7 +23,7 @@ def slow_callbacks(work: Callable[[], Awaitable[Any]]) -> list[str]:
         run(handle)
         seconds = time.thread_time() - began
         if seconds > LIMIT_SECONDS:
-            found.append(f"{seconds * 1e3:.0f} ms in {handle!r}")
+            found.append(f"{seconds * 1e3:.0f} ms in {_whose(handle)}")
 
     gc.collect()
     gc.freeze()
@@ -35,3 +35,9 @@ def slow_callbacks(work: Callable[[], Awaitable[Any]]) -> list[str]:
         asyncio.Handle._run = run
         gc.unfreeze()
     return found
+
+
+def _whose(handle: asyncio.Handle) -> str:
+    """The task whose step it was, where it was one's."""
+    owner = getattr(handle._callback, "__self__", None)
+    return repr(owner if isinstance(owner, asyncio.Task) else handle)
