@@ -160,6 +160,17 @@ class SecuritySection(Section, frozen=True):
             secret=True,
         ),
     ] = ""
+    tls_certificate: Annotated[
+        str,
+        about(
+            "This worker's certificate (PEM): with it, KV travels between workers over mutual TLS."
+            " Needs `tls_key` and `tls_authority`."
+        ),
+    ] = ""
+    tls_key: Annotated[str, about("The certificate's private key (PEM file).")] = ""
+    tls_authority: Annotated[
+        str, about("The authority whose certificates the workers trust (PEM file).")
+    ] = ""
 
 
 class LogSection(Section, frozen=True):

@@ -255,6 +255,9 @@ def _build_workers(
     }
 
 
+TLS_FILES = ("tls_certificate", "tls_key", "tls_authority")
+
+
 def _contradictions(config: Config, origins: dict[str, str]) -> Iterator[Problem]:
     """What no single field can know."""
 
@@ -274,6 +277,11 @@ def _contradictions(config: Config, origins: dict[str, str]) -> Iterator[Problem
         )
     if config.redis.url and not config.redis.url.startswith(("redis://", "rediss://", "unix://")):
         yield problem("redis.url", "expected redis://, rediss:// or unix://")
+    files = {name: getattr(config.security, name) for name in TLS_FILES}
+    if any(files.values()):
+        for name, file in files.items():
+            if not file:
+                yield problem(f"security.{name}", "must be set, as the other files for TLS are")
     for name, worker in config.workers.items():
         yield from _worker_contradictions(f"workers.{name}", worker, config, problem)
 

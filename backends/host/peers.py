@@ -22,6 +22,9 @@ from transfer.tcp import TcpReceiver, TcpSender
 
 log = structlog.get_logger()
 
+FAR = frozenset({"nixl", "tcp"})
+"""Transports between machines, which are encrypted where that is asked for."""
+
 AUTO = ("shm", "nixl", "tcp") if has_verbs() else ("shm", "tcp")
 
 
@@ -98,8 +101,12 @@ class Peers:
     def _sender(self, name: str) -> Sender:
         makers: dict[str, Callable[..., Tamperable]]
         makers = {"shm": ShmSender, "nixl": NixlSender, "tcp": TcpSender}
-        sender = makers[name](secret=self._config.secret)
-        return FaultySender(sender, self._config.faults) if self._config.faults else sender
+        config = self._config
+        if config.tls is not None and name in FAR:
+            sender = makers[name](secret=config.secret, tls=config.tls.client())
+        else:
+            sender = makers[name](secret=config.secret)
+        return FaultySender(sender, config.faults) if config.faults else sender
 
     def _receiver(self, name: str) -> SessionReceiver:
         config, layout = self._config, self._info.layout
@@ -112,10 +119,13 @@ class Peers:
                 socket_path=folder and folder / f"{config.id}.kv",
                 secret=config.secret,
             )
+        tls = config.tls.server() if config.tls is not None else None
         if name == "nixl":
             pool = Pool.of(layout, self._info.pool_blocks, self._pool)
-            return NixlReceiver(layout, pool=pool, host=config.data_host, secret=config.secret)
-        return TcpReceiver(layout, host=config.data_host, secret=config.secret)
+            return NixlReceiver(
+                layout, pool=pool, host=config.data_host, secret=config.secret, tls=tls
+            )
+        return TcpReceiver(layout, host=config.data_host, secret=config.secret, tls=tls)
 
     def _on_lost(self, peer: Peer, reason: PeerLost) -> None:
         log.warning("peer.lost", peer=peer.worker, reason=str(reason))

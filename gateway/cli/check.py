@@ -16,17 +16,18 @@ from redis.exceptions import RedisError
 
 from gateway.admission import RedisUnsuitable, open_redis
 from gateway.admission.client import check_server
+from gateway.cli.credentials import credentials_of
 from gateway.cli.model import find_model
 from gateway.config import Config
 from gateway.redis_server import RedisNotFound, find_server
-from gateway.settings import Problem
+from gateway.settings import TLS_FILES, Problem
 
 BACKENDS = "baton.backends"
 
 
 def problems(config: Config) -> list[Problem]:
     """Everything that would keep `baton serve` from working with this configuration."""
-    checks = (_model, _backends, _transports, _data_dir, _port, _redis)
+    checks = (_model, _backends, _transports, _tls, _data_dir, _port, _redis)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -89,6 +90,21 @@ def _transports(config: Config) -> Iterator[Problem]:
         if others and not any({"auto"} & (ours | theirs) or ours & theirs for _, theirs in others):
             message = f"none of them is a transport of {', '.join(other for other, _ in others)}"
             yield Problem(f"workers.{name}.transports", "", message)
+
+
+def _tls(config: Config) -> Iterator[Problem]:
+    missing = False
+    for name in TLS_FILES:
+        file = getattr(config.security, name)
+        if file and not os.access(file, os.R_OK):
+            missing = True
+            yield Problem(f"security.{name}", "", f"{file} is not a file that can be read")
+    credentials = credentials_of(config)
+    if credentials is not None and not missing:
+        try:
+            credentials.server()
+        except OSError as error:
+            yield Problem("security.tls_certificate", "", f"not usable: {error}")
 
 
 def _data_dir(config: Config) -> Iterator[Problem]:

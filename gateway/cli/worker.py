@@ -12,6 +12,7 @@ import structlog
 import uvloop
 
 from gateway.admission import Registration, WorkerRecord, open_redis
+from gateway.cli.credentials import credentials_of
 from gateway.cli.model import find_model
 from gateway.cli.status import Reporter
 from gateway.config import Config, WorkerSection
@@ -74,6 +75,7 @@ async def _serve(
         listen=worker.listen or f"unix:{run_dir(Path(config.data_dir)) / name}.sock",
         data_host=worker.data_host,
         secret=config.security.secret,
+        tls=credentials_of(config),
         lease_seconds=worker.lease_seconds,
         step_tokens=worker.step_tokens,
         max_waiting=worker.max_waiting,

@@ -55,6 +55,9 @@ def test_check_finds_what_only_the_machine_knows(tmp_path: Path, gguf: str) -> N
             BATON__WORKERS__DECODE__TRANSPORTS="shm",
             BATON__REDIS__URL="redis://127.0.0.1:1",
             BATON__DATA_DIR=f"{gguf}/inside-a-file",
+            BATON__SECURITY__TLS_CERTIFICATE=gguf,
+            BATON__SECURITY__TLS_KEY="/no/such.key",
+            BATON__SECURITY__TLS_AUTHORITY=gguf,
         )
     assert result.returncode == 2
     lines = result.stderr
@@ -65,6 +68,7 @@ def test_check_finds_what_only_the_machine_knows(tmp_path: Path, gguf: str) -> N
         "workers.prefill.transports",
         "redis.url",
         "data_dir",
+        "security.tls_key",
     ):
         assert f"\n{path}: " in lines, lines
     assert "emulation" in lines, "the names that would be right are listed"

@@ -112,6 +112,12 @@ def test_beyond_loopback_keys_and_a_secret_are_needed() -> None:
     assert "data_host" in complaints(environ={"BATON__WORKERS__DECODE__DATA_HOST": "10.0.0.1"})
 
 
+def test_tls_needs_all_of_its_files() -> None:
+    some = {"BATON__SECURITY__TLS_CERTIFICATE": "/c.pem", "BATON__SECURITY__TLS_KEY": "/k.pem"}
+    assert "security.tls_authority" in complaints(environ=some)
+    assert load(environ={**some, "BATON__SECURITY__TLS_AUTHORITY": "/a.pem"})
+
+
 def test_a_worker_on_every_address_says_under_which_it_is_reached() -> None:
     everywhere = {
         "BATON__WORKERS__DECODE__LISTEN": "tcp:0.0.0.0:7000",

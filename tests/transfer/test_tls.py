@@ -2,10 +2,10 @@
 
 import contextlib
 import shutil
-import subprocess
 
 import pytest
 
+from tests.support.certificates import authority
 from transfer.errors import PeerLost
 from transfer.session.tls import Credentials
 from transfer.stage import SOURCE, TARGET, Gate, Pair
@@ -13,27 +13,6 @@ from transfer.tcp import TcpReceiver, TcpSender
 from transfer.testing import PROMISES
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-
-
-def openssl(*arguments):
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
-def authority(folder):
-    openssl(
-        *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
-        *("-days", "1", "-subj", "/CN=workers", "-keyout", folder / "ca.key"),
-        *("-out", folder / "ca.pem"),
-    )
-    openssl(
-        *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
-        *("-subj", "/CN=worker", "-keyout", folder / "key.pem", "-out", folder / "request.pem"),
-    )
-    openssl(
-        *("x509", "-req", "-days", "1", "-in", folder / "request.pem", "-CA", folder / "ca.pem"),
-        *("-CAkey", folder / "ca.key", "-CAcreateserial", "-out", folder / "cert.pem"),
-    )
-    return Credentials(folder / "cert.pem", folder / "key.pem", folder / "ca.pem")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from transfer.tcp.vectored import I64, Places
 
 PROBE_FRAMES = 4
 
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 256 << 10
 """A frame is sent once it has so many bytes: the cost of a frame is small beside that."""
 
 WINDOW_BYTES = 1 << 20

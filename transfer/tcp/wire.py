@@ -88,6 +88,9 @@ def pieces(
 
     A run longer than `most` is cut.
     """
+    if len(lengths) <= MAX_RUNS and int(lengths.sum()) <= most:  # as most are, of a small prefix
+        yield addresses, offsets, lengths
+        return
     addresses, offsets, lengths = cut(most, lengths, addresses, offsets)
     ends = np.cumsum(lengths)
     begin = 0
