@@ -1,8 +1,9 @@
 """The transport within one process, for tests; as nasty as a network card.
 
 A write is posted and lands later, by itself: cancelling the writer does not stop it, nor does
-withdrawing the landing. Only `quiesce` says that it is over. What a transport over real hardware
-must survive, the code above it meets here first.
+withdrawing the landing. Only `quiesce` says that it is over, which it learns from the sender: told
+that a landing is gone, it acknowledges once nothing that it posted can land any more. What a
+transport over real hardware must survive, the code above it meets here first.
 """
 
 from __future__ import annotations
@@ -91,8 +92,7 @@ class MemoryReceiver:
         self._network = network
         self._name = name
         self._delay_seconds = delay_seconds
-        self._landing: dict[str, set[asyncio.Future[None]]] = {}
-        self._writers: set[MemoryWriter] = set()
+        self._writers: set[MemoryWriter] = set()  # that have not acknowledged their end
         self.senders: set[MemorySender] = set()
         network.receivers[name] = self
 
@@ -125,13 +125,15 @@ class MemoryReceiver:
         self.landings.expect(landing, pool, touched, arrived, failed, claimed)
 
     def withdraw(self, landing_id: str) -> None:
-        """As `Receiver.withdraw`. What was posted before still lands."""
-        self.landings.withdraw(landing_id)
+        """As `Receiver.withdraw`; the writer is told. What was posted before still lands."""
+        entry = self.landings.withdraw(landing_id)
+        if entry is not None and isinstance(entry.writer, MemoryWriter):
+            entry.writer.let_go()
 
     async def quiesce(self, landing_id: str) -> None:
-        """As `Receiver.quiesce`: waits for what was posted."""
-        while posted := self._landing.get(landing_id):
-            await asyncio.wait(posted)
+        """As `Receiver.quiesce`: waits for the writer's acknowledgement."""
+        while unsure := [it.released for it in self._writers if it.holds(landing_id)]:
+            await asyncio.wait(unsure)
 
     async def close(self) -> None:
         """As `Receiver.close`."""
@@ -140,8 +142,8 @@ class MemoryReceiver:
             writer.lose(PeerLost(f"{self._name} was closed"))
         for sender in list(self.senders):
             sender.leave(self)
-        for landing_id in list(self._landing):
-            await self.quiesce(landing_id)
+        if self._writers:
+            await asyncio.wait([writer.released for writer in self._writers])
 
     async def verify(self, entry: Expected) -> bytes:
         """The digest of what lies in the pool; others compute it in a thread, which takes time."""
@@ -151,9 +153,10 @@ class MemoryReceiver:
         """Tell `writer` when this receiver is closed."""
         self._writers.add(writer)
 
-    def leave(self, writer: MemoryWriter) -> None:
-        """The writer is through."""
+    def acknowledge(self, writer: MemoryWriter) -> None:
+        """Nothing of `writer` can land any more."""
         self._writers.discard(writer)
+        writer.released.set_result(None)
 
     def post(self, entry: Expected, frame: Frame) -> asyncio.Future[None]:
         """Have a frame land later, whatever happens meanwhile; done when it has.
@@ -164,7 +167,8 @@ class MemoryReceiver:
         entry.check(frame.offsets, frame.lengths)
         loop = asyncio.get_running_loop()
         landed: asyncio.Future[None] = loop.create_future()
-        self._landing.setdefault(entry.landing.id, set()).add(landed)
+        if isinstance(entry.writer, MemoryWriter):
+            entry.writer.watch(landed)
         land = partial(self._land, entry, frame, frame.data.copy(), landed)
         loop.call_later(self._delay_seconds, self._network.deliver, land)
         return landed
@@ -175,10 +179,6 @@ class MemoryReceiver:
         entry.put(data, frame.offsets, frame.lengths)
         if entry.state == "open":
             entry.touched()
-        posted = self._landing[entry.landing.id]
-        posted.discard(landed)
-        if not posted:
-            del self._landing[entry.landing.id]
         landed.set_result(None)
 
 
@@ -270,6 +270,9 @@ class MemoryWriter:
         )
         self._error: Exception | None = None
         self._entry: Expected | None = None
+        self._posted: set[asyncio.Future[None]] = set()
+        self._letting_go = False
+        self.released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         receiver.join(self)
         try:
             self._entry = receiver.landings.claim(landing.id, landing.epoch, landing.secret, self)
@@ -289,7 +292,7 @@ class MemoryWriter:
         """As `Writer.commit`."""
         entry = self._live()
         async with asyncio.timeout(seconds):
-            await self._receiver.quiesce(self._landing.id)
+            await self._landed()
         entry = self._live()
         entry.begin_verifying()
         begun = time.monotonic()
@@ -300,25 +303,50 @@ class MemoryWriter:
             answer = entry.settle(found, self._digest.result(), note, took)
         finally:
             self._receiver.landings.forget(entry)
-            self._leave()
+            self.let_go()
         return Receipt(took, answer, self._landing.tokens * self._landing.layout.token_bytes)
 
     async def abort(self) -> None:
         """As `Writer.abort`."""
         self.lose(LandingGone("the sender gave up"))
-        await self._receiver.quiesce(self._landing.id)
+        await self._landed()
 
     def lose(self, reason: PeerLost | LandingGone) -> None:
         """Write no more; the landing fails if it is not over yet."""
         self._error = self._error or reason
-        self._leave()
+        self.let_go()
         if self._entry is not None and self._entry.state == "open":
             self._entry.fail(reason)
             self._receiver.landings.forget(self._entry)
 
-    def _leave(self) -> None:
-        self._receiver.leave(self)
-        self._ended(self)
+    def holds(self, landing_id: str) -> bool:
+        """Whether this is the writer of a landing."""
+        return self._entry is not None and self._landing.id == landing_id
+
+    def watch(self, landed: asyncio.Future[None]) -> None:
+        """Remember what is under way until it has landed."""
+        self._posted.add(landed)
+        landed.add_done_callback(self._has_landed)
+
+    def let_go(self) -> None:
+        """The handoff is over: acknowledge it as soon as nothing is under way."""
+        if not self._letting_go:
+            self._letting_go = True
+            self._ended(self)
+            self._acknowledge_if_quiet()
+
+    def _has_landed(self, landed: asyncio.Future[None]) -> None:
+        self._posted.discard(landed)
+        self._acknowledge_if_quiet()
+
+    def _acknowledge_if_quiet(self) -> None:
+        if self._letting_go and not self._posted:
+            self._receiver.acknowledge(self)
+
+    async def _landed(self) -> None:
+        """Wait for what is under way."""
+        while self._posted:
+            await asyncio.wait(self._posted)
 
     def _live(self) -> Expected:
         if self._error is not None:

@@ -5,6 +5,7 @@ import pytest
 from tests.chaos.handoffs.game import CONCURRENT, Handoffs
 from tests.chaos.handoffs.mutants import MUTANTS
 from tests.chaos.machine import broken, explore, played
+from tests.chaos.schedule import Fault, Schedule
 
 SCHEDULES = 5000
 
@@ -40,10 +41,22 @@ def test_the_checks_catch_code_that(name: str, record_property) -> None:
             cause = broken(scenario, scenario.schedule(seed))
             if cause:
                 assert "AttributeError" not in cause, f"the mutant is out of date: {cause}"
+                assert MUTANTS[name].cause in cause
                 record_property("schedules", seed + 1)
                 print(f"{name}: caught by schedule {seed}: {cause}")
                 return
     pytest.fail(f"{name}: nobody noticed in {SCHEDULES} schedules")
+
+
+def test_a_stalled_sender_keeps_its_landing_in_quarantine_until_it_is_dead() -> None:
+    scenario = Handoffs()
+    struck = [Fault(1, "flight", 1, "stall", 0.9), Fault(1, "flight", 1, "cancel", 0.01)]
+    cause, story = played(scenario, Schedule(1, (1,), tuple(struck)))
+    assert not cause
+    gone = next(n for n, line in enumerate(story) if "received: cancelled" in line)
+    dead = next(n for n, line in enumerate(story) if line.endswith(" dies"))
+    quiet = next(n for n, line in enumerate(story) if "quiet" in line)
+    assert gone < dead < quiet
 
 
 def test_a_mutant_is_shown_by_a_short_story() -> None:

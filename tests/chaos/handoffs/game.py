@@ -244,6 +244,7 @@ class Game:
         return {
             "cancel": self._cancel,
             "stop": self._stop,
+            "stall": self._stall,
             "cut": self._cut,
             "kill sender": self._kill_sender,
             "kill receiver": self._kill_receiver,
@@ -263,6 +264,13 @@ class Game:
         worker.stopped_until = self.now + 2 * plot.LEASE_SECONDS * amount
         self._disturb(prefill=handoff.prefill)
 
+    def _stall(self, handoff: Handoff, amount: float) -> None:
+        """For good: after a while somebody kills it."""
+        worker = self._worker(self.prefills, handoff.prefill)
+        worker.stalled = True
+        self._disturb(prefill=worker.name)
+        self.later(1 + 2 * amount, self._kill, worker)
+
     def _cut(self, handoff: Handoff, amount: float) -> None:
         self._disturb(prefill=handoff.prefill, decode=handoff.decode)
         for writer in self._writers(handoff.prefill, handoff.decode):
@@ -279,9 +287,13 @@ class Game:
         return max(0.0, self._partitions.get(line, 0.0) - self.now)
 
     def _kill_sender(self, handoff: Handoff, amount: float) -> None:
-        worker = self._worker(self.prefills, handoff.prefill)
+        self._kill(self._worker(self.prefills, handoff.prefill))
+
+    def _kill(self, worker: Prefill) -> None:
+        if worker.dead:
+            return
         self._disturb(prefill=worker.name)
-        self._bury(self.prefills, worker, amount)
+        self._bury(self.prefills, worker)
         for other in self.handoffs:
             if other.push_worker is worker and other.work is not None and other.sent is None:
                 other.sent_ended("died")
@@ -292,7 +304,7 @@ class Game:
     def _kill_receiver(self, handoff: Handoff, amount: float) -> None:
         worker = self._worker(self.decodes, handoff.decode)
         self._disturb(decode=worker.name)
-        self._bury(self.decodes, worker, amount)
+        self._bury(self.decodes, worker)
         for other in self.handoffs:
             if other.landing_worker is worker:
                 if other.received is None:
@@ -303,8 +315,9 @@ class Game:
             seconds = writer.handoff.latency("loss", 0.4)
             self.later(seconds, writer.break_off)
 
-    def _bury(self, workers: list[Any], worker: Worker, amount: float) -> None:
+    def _bury(self, workers: list[Any], worker: Worker) -> None:
         """It dies, and is started again in its place, as a new incarnation."""
+        self.tell(f"{worker} dies")
         worker.die()
         self._graves.append(worker)
         workers[workers.index(worker)] = self._start(type(worker), worker.name)

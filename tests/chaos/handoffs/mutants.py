@@ -22,11 +22,12 @@ from backends.host.landings import Reserved
 from backends.host.ledger import Holder, Ledger
 from backends.host.work import Prefilling
 from tests.chaos.handoffs.game import Handoffs, Parts
+from tests.chaos.handoffs.plot import LEASE_SECONDS
 from transfer import digest
 from transfer.digest import PrefixDigest
 from transfer.landings import Expected, Landings
 from transfer.layout import Epoch
-from transfer.memory import MemoryReceiver
+from transfer.memory import MemoryReceiver, MemoryWriter
 from transfer.rows import Side
 
 
@@ -87,10 +88,16 @@ class NeverExpires(HostLandings):
         await asyncio.Event().wait()
 
 
-class VerifiesBeforeTheLastWrite(MemoryReceiver):
+class AwaitsNoAcknowledgement(MemoryReceiver):
     async def quiesce(self, landing_id: str) -> None:
-        if landing_id not in self.landings._book:
-            await super().quiesce(landing_id)
+        pass
+
+
+class TakesTheSilentForDead(MemoryReceiver):
+    async def quiesce(self, landing_id: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEASE_SECONDS):
+                await super().quiesce(landing_id)
 
 
 class AdmitsTwice(MemoryReceiver):
@@ -187,17 +194,34 @@ def _anywhere_in_the_pool(entry: Expected, offsets: Any, lengths: Any) -> None:
         _check(entry, offsets, lengths)
 
 
+async def _at_once(writer: MemoryWriter) -> None:
+    pass
+
+
+def _let_go_at_once(writer: MemoryWriter) -> None:
+    writer._posted = set()
+    _let_go(writer)
+
+
 _places: Callable[..., Side] = digest._places
 _digest_init: Callable[..., None] = PrefixDigest.__init__
 _settle: Callable[..., bytes] = Expected.settle
 _check: Callable[..., None] = Expected.check
+_let_go: Callable[..., None] = MemoryWriter.let_go
+
+REUSED = "a write landed in block"
+"""How the checks say that a quarantined block was reused before it was quiet."""
 
 
 class Mutant(msgspec.Struct, frozen=True):
-    """Parts exchanged, or (class, method, replacement); once (module, function, replacement)."""
+    """Parts exchanged, or (class, method, replacement); once (module, function, replacement).
+
+    `cause` is what the checks must say when they catch it.
+    """
 
     parts: dict[str, Any] = {}
     method: tuple[Any, str, Any] | None = None
+    cause: str = ""
 
     @contextlib.contextmanager
     def played(self) -> Iterator[Handoffs]:
@@ -225,7 +249,16 @@ MUTANTS = {
     "waits for one receiver only": Mutant({"landings": WaitsForOneReceiver}),
     "never lets a lease expire": Mutant({"landings": NeverExpires}),
     "lets a lease expire under renewal": Mutant({"receiver": ExpiresUnderRenewal}),
-    "verifies before the last write": Mutant({"receiver": VerifiesBeforeTheLastWrite}),
+    "does not wait for the acknowledgement": Mutant(
+        {"receiver": AwaitsNoAcknowledgement}, cause=REUSED
+    ),
+    "takes a sender that is silent for dead": Mutant(
+        {"receiver": TakesTheSilentForDead}, cause=REUSED
+    ),
+    "acknowledges while a write is under way": Mutant(
+        method=(MemoryWriter, "let_go", _let_go_at_once), cause=REUSED
+    ),
+    "verifies before the last write": Mutant(method=(MemoryWriter, "_landed", _at_once)),
     "lets a landing have a writer at each receiver": Mutant({"receiver": TellsNobodyOfAClaim}),
     "admits twice": Mutant({"receiver": AdmitsTwice}),
     "frees a block twice": Mutant({"ledger": FreesTwice}),

@@ -7,7 +7,7 @@ what strikes them. A dead process says nothing more, and what it posted lands al
 from __future__ import annotations
 
 import asyncio
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -51,6 +51,7 @@ class Chaos(MemoryReceiver):
         self._game = game
         self.worker = worker
         self._late: set[asyncio.Future[None]] = set()
+        self._lingering: set[asyncio.Future[None]] = set()
 
     def crash(self) -> None:
         """The process is gone: nobody is told anything, and nobody answers."""
@@ -96,6 +97,17 @@ class Chaos(MemoryReceiver):
         if handoff.state() == "quarantined":
             self._game.strike(handoff, "quiesce")
         await super().quiesce(landing_id)
+        self._game.tell(f"{handoff}: quiet at {self._name}")
+
+    def acknowledge(self, writer: MemoryWriter) -> None:
+        """It travels, too. The stalled do not say it; of the dead it is known in the end."""
+        handoff = self._game.by_landing[writer._landing.id]
+        sender = handoff.push_worker
+        release = partial(super().acknowledge, writer)
+        if sender is not None and sender.stalled and not sender.dead:
+            sender.unacknowledged.append(release)
+        else:
+            self._game.later(handoff.latency("released"), release)
 
     def _post(self, entry: Expected, frame: Frame, delay: float) -> asyncio.Future[None]:
         self._delay_seconds = delay
@@ -110,6 +122,13 @@ class Chaos(MemoryReceiver):
             if entry.state == "over":
                 self._late.discard(landed)
                 seconds = self._game.by_landing[entry.landing.id].latency("late", 0.6)
+            self._game.later(seconds, self._land, entry, frame, data, landed)
+            return
+        handoff = self._game.by_landing[entry.landing.id]
+        sender = handoff.push_worker
+        if sender is not None and sender.stalled and landed not in self._lingering:
+            self._lingering.add(landed)
+            seconds = handoff.latency("linger", 2.0)
             self._game.later(seconds, self._land, entry, frame, data, landed)
             return
         self._game.checks.write(self.worker, entry, frame)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,8 @@ class Prefill(Worker):
     def __init__(self, game: Game, name: str, incarnation: int) -> None:
         super().__init__(game, name, incarnation, truth.SOURCE, SOURCE_BLOCKS)
         self.stopped_until = 0.0
+        self.stalled = False
+        self.unacknowledged: list[Callable[[], None]] = []
         self.sender = ChaoticSender(game, self)
         self.pushes: Pushes = game.parts.pushes(
             self.sender,
@@ -119,6 +121,11 @@ class Prefill(Worker):
             closed=self._closed,
         )
         self._computing: dict[Prefilling, asyncio.Task[None]] = {}
+
+    def die(self) -> None:
+        super().die()
+        for release in self.unacknowledged:
+            release()
 
     def begin(self, handoff: Handoff, landing: Landing) -> bool:
         """Compute and push the prefix; False when there is no room for it here."""
