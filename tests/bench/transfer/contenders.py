@@ -26,6 +26,7 @@ NOT_OVER_TCP = {"UCX_TLS": "shm,self"}
 
 CONTENDERS: dict[str, Contender] = {
     "bare socket": Contender(module="bare"),
+    "bare socket, polled": Contender(module="bare", options={"polled": True}),
     "memcpy": Contender(module="copies"),
     "read": Contender(module="copies", options={"read": True}),
     "numpy": Contender(module="permutations", options={"by": "numpy"}),
