@@ -63,6 +63,6 @@ def test_a_mutant_is_shown_by_a_short_story() -> None:
     with MUTANTS["skips the quarantine"].played() as scenario:
         failure = explore(scenario, range(SCHEDULES))
     assert failure is not None
-    assert len(failure.schedule.actors) == 1
+    assert 1 <= len(failure.schedule.actors) <= 2
     assert 1 <= len(failure.schedule.faults) <= 3
     assert str(failure.found.seed) in str(failure)

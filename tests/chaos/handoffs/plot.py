@@ -82,7 +82,7 @@ APPROACHES = (
     _kept_back(4, ("abort", 1)),
     Approach((("compute", 1, *TOLD_DECODE),), (("open", 1), ("write", 1), ("compute", 2))),
     Approach((("compute", 2, *TOLD_DECODE),), (("write", 2), ("compute", 3))),
-    *[Approach((("compute", 2, *TOLD_PREFILL),), (("abort", 1),))] * 3,
+    *[Approach((("flight", 1, *TOLD_PREFILL),), (("abort", 1),))] * 2,
     Approach((("compute", 1, *KILLED),), (("open", 1), ("compute", 2))),
     Approach((("write", 1, "duplicate", 0.5), ("flight", 1, *TOLD_DECODE)), (("flight", 2),)),
     Approach((("write", 1, "duplicate", 0.5), ("flight", 1, *KILLED)), (("flight", 2),)),
