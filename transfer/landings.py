@@ -156,10 +156,14 @@ class Landings:
         self._book[landing.id] = Expected(landing, pool, touched, arrived, failed, claimed)
 
     def withdraw(self, landing_id: str) -> Expected | None:
-        """Forget a landing, and return it if there was one; its owner is not called any more."""
+        """Forget a landing; its owner is not called any more. Returns it if this ended it.
+
+        An owner that withdraws as it hears of the end does not: the sender is to hear why.
+        """
         entry = self._book.pop(landing_id, None)
-        if entry is not None:
-            entry.state = "over"
+        if entry is None or entry.state == "over":
+            return None
+        entry.state = "over"
         return entry
 
     def claim(

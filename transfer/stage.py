@@ -154,6 +154,8 @@ class Stage:
         return b"taken: " + arrival.note
 
     def _failed(self, reason: BaseException) -> None:
+        """As owners do: its blocks are to be used again."""
+        self.receiver.withdraw(self.landing.id)
         self.failures.append(reason)
         self.told.set()
 
