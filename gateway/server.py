@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -166,7 +167,7 @@ def workers(fleet: Fleet) -> dict[str, Any]:
                 "layout": layouts[worker.id].fingerprint,
                 "axes": layouts[worker.id].axes,
                 "transports": [it.transport for it in worker.welcome.endpoints],
-                "load": worker.load,
+                "load": msgspec.structs.asdict(worker.load) if worker.load is not None else None,
             }
             for worker in sorted(connected.values(), key=lambda worker: worker.id)
         ],

@@ -1,7 +1,9 @@
 """How two workers agree on a transport, what becomes of that, and what is shown of it."""
 
 import asyncio
+import json
 
+import msgspec
 import pytest
 
 from gateway.server import workers
@@ -38,7 +40,13 @@ async def test_on_one_machine_memory_is_shared_and_it_is_said_why(redis_url: str
         assert (one["worker"], one["role"], one["transports"]) == ("d", "decode", ["shm", "tcp"])
         assert (other["worker"], other["transports"]) == ("p", [])
         assert one["layout"] != other["layout"]
-        assert one["load"].pool_blocks == made.hosts["d"]._info.pool_blocks
+        blocks = made.hosts["d"]._info.pool_blocks
+        assert one["load"]["pool_blocks"] == blocks
+        shown_load = json.loads(msgspec.json.encode(one["load"]))
+        idle = {"running": 0, "waiting": 0, "waiting_tokens": 0, "quarantined": 0}
+        assert {name: shown_load[name] for name in idle} == idle
+        assert (shown_load["draining"], shown_load["shunned"]) == (False, [])
+        assert set(shown_load) == {*idle, "pool_blocks", "free_blocks", "draining", "shunned"}
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
