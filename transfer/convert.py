@@ -51,6 +51,9 @@ class Frame(msgspec.Struct, frozen=True, eq=False):
 Tamper = Callable[[str, Frame], Frame | None]
 """For drills: sees each frame of a landing before it is sent and may damage or drop it."""
 
+TamperNote = Callable[[bytes], bytes]
+"""For drills: sees each note after it was sealed and may damage it."""
+
 
 class _Staged(msgspec.Struct, frozen=True, eq=False):
     """The part of a walk that fills one frame; the same for every layer but for a constant."""

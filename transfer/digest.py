@@ -33,6 +33,7 @@ from transfer.rows import Kind, Side, Walks, sides
 from transfer.scaling import Scaling, canonical, scale_counts, scale_form, table_of
 
 DIGEST_BYTES = 16
+SEAL_BYTES = 16
 TOKEN_BITS = 32
 """Places of neighbouring heads are so many bits apart."""
 
@@ -167,6 +168,16 @@ def _keys(key: bytes, tile_bytes: int) -> U64:
     words = -(-tile_bytes // CHUNK_BYTES) * CHUNK_KEYS
     stream = hashlib.shake_256(b"baton digest 2" + key).digest(8 * (words + 1))
     return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
+
+
+def seal(landing: Landing, digest: bytes, note: bytes) -> bytes:
+    """What shows whoever knows the landing's secret that a digest and a note belong together."""
+    secret = landing_key(landing)
+    key = hashlib.blake2b(secret, digest_size=32, person=b"baton seal key").digest()
+    hashed = hashlib.blake2b(key=key, digest_size=SEAL_BYTES, person=b"baton seal")
+    hashed.update(struct.pack(">I", len(digest)) + digest)
+    hashed.update(note)
+    return hashed.digest()
 
 
 def landing_key(landing: Landing) -> bytes:

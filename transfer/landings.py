@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from transfer.bounds import Bounds
 from transfer.contract import Arrival, Buffer, KVSlice, nobody_minds
-from transfer.digest import DIGEST_BYTES, PrefixDigest, landing_key
+from transfer.digest import DIGEST_BYTES, PrefixDigest, landing_key, seal
 from transfer.errors import DigestMismatch, LandingGone, PeerMisbehaved
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
@@ -94,10 +94,13 @@ class Expected:
         """Accept no more writes: from now on the digest is being computed."""
         self.state = "verifying"
 
-    def settle(self, found: bytes | None, sent: bytes, note: bytes, seconds: float) -> bytes:
+    def settle(
+        self, found: bytes | None, sent: bytes, sealed: bytes, note: bytes, seconds: float
+    ) -> bytes:
         """Compare the digests and end the landing. Returns what its owner answers.
 
-        `found` is None where nothing is to be compared.
+        `found` is None where nothing is to be compared; `sealed` is the seal (`digest.seal`) that
+        came with the digest that was sent and the note.
 
         Raises:
             DigestMismatch: the owner has been told.
@@ -106,8 +109,13 @@ class Expected:
         if self.state != "verifying":
             raise LandingGone(f"landing {self.landing.id} was withdrawn")
         self.state = "over"
-        if found is not None and not hmac.compare_digest(found, sent):
-            mismatch = DigestMismatch(f"landing {self.landing.id}: the pool holds something else")
+        wrong = ""
+        if not hmac.compare_digest(sealed, seal(self.landing, sent, note)):
+            wrong = "its note or digest was changed on the way"
+        elif found is not None and not hmac.compare_digest(found, sent):
+            wrong = "the pool holds something else"
+        if wrong:
+            mismatch = DigestMismatch(f"landing {self.landing.id}: {wrong}")
             self._failed(mismatch)
             raise mismatch
         landing = self.landing

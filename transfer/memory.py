@@ -27,8 +27,8 @@ from transfer.contract import (
     nobody_cares,
     nobody_minds,
 )
-from transfer.convert import Conversion, Frame, Tamper, check_part
-from transfer.digest import PrefixDigest, landing_key
+from transfer.convert import Conversion, Frame, Tamper, TamperNote, check_part
+from transfer.digest import PrefixDigest, landing_key, seal
 from transfer.errors import LandingGone, PeerLost
 from transfer.landings import Expected, Landings
 from transfer.layout import Endpoint, KVLayout, Landing, Shard
@@ -183,11 +183,12 @@ class MemoryReceiver:
 
 
 class MemorySender:
-    """Finds receivers by name. `tamper` is for drills."""
+    """Finds receivers by name. `tamper` and `tamper_note` are for drills."""
 
     def __init__(self, network: MemoryNetwork, *, allow_unlike_weights: bool = False) -> None:
         """Send to the receivers of `network`."""
         self.tamper: Tamper | None = None
+        self.tamper_note: TamperNote | None = None
         self.lost: Callable[[Endpoint, PeerLost], None] = nobody_cares
         self._network = network
         self._allow_unlike_weights = allow_unlike_weights
@@ -220,7 +221,8 @@ class MemorySender:
         agreed = self._plan(source.layout, landing.layout, landing.heads)
         endpoint = next((it for it in landing.endpoints if it.transport == "memory"), None)
         receiver = self._network.find(endpoint)
-        writer = MemoryWriter(receiver, agreed, landing, source, self.tamper, self._writers.discard)
+        tampers = self.tamper, self.tamper_note
+        writer = MemoryWriter(receiver, agreed, landing, source, *tampers, self._writers.discard)
         self._writers.add(writer)
         return writer
 
@@ -251,6 +253,7 @@ class MemoryWriter:
         landing: Landing,
         source: Source,
         tamper: Tamper | None,
+        tamper_note: TamperNote | None,
         ended: Callable[[MemoryWriter], None],
     ) -> None:
         """Show the right to `landing`; a refusal is raised by the first write or commit."""
@@ -258,6 +261,7 @@ class MemoryWriter:
         self._landing = landing
         self._layers = agreed.target.layers
         self._tamper = tamper
+        self._tamper_note = tamper_note
         self._ended = ended
         self._conversion = Conversion(agreed, source, landing)
         self._digest = PrefixDigest(
@@ -299,8 +303,12 @@ class MemoryWriter:
         found = await self._receiver.verify(entry)
         took = time.monotonic() - begun
         self._error = LandingGone(f"landing {self._landing.id} was used already")
+        digest = self._digest.result()
+        sealed = seal(self._landing, digest, note)
+        if self._tamper_note is not None:
+            note = self._tamper_note(note)
         try:
-            answer = entry.settle(found, self._digest.result(), note, took)
+            answer = entry.settle(found, digest, sealed, note, took)
         finally:
             self._receiver.landings.forget(entry)
             self.let_go()

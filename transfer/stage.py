@@ -10,14 +10,14 @@ import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer.contract import Arrival, KVSlice, Receipt, Receiver, Sender, Source, Writer, whole
-from transfer.convert import Conversion, Frame
+from transfer.convert import Conversion, Frame, TamperNote
 from transfer.errors import TransferError
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
@@ -54,12 +54,32 @@ class Pair(NamedTuple):
     Without it, the promises about stalled senders are not checked.
 
     `pool` is for a receiver that must know its pool beforehand: `TARGET_BLOCKS` blocks of `TARGET`.
+
+    While the context that `damage_notes` gives is open, every note loses a bit on its way. Without
+    it, the promise about notes is not checked.
     """
 
     sender: Sender
     receiver: Receiver
     stall: Callable[[], AbstractContextManager[object]] | None = None
     pool: NDArray[np.uint8] | None = None
+    damage_notes: Callable[[], AbstractContextManager[object]] | None = None
+
+
+class Noted(Protocol):
+    """A sender that shows each note to `tamper_note` after it was sealed."""
+
+    tamper_note: TamperNote | None
+
+
+@contextlib.contextmanager
+def damaged_notes(sender: Noted) -> Iterator[None]:
+    """Change a bit of each note that `sender` sends; for `Pair.damage_notes`."""
+    sender.tamper_note = lambda note: bytes([note[0] ^ 0x10]) + note[1:]
+    try:
+        yield
+    finally:
+        sender.tamper_note = None
 
 
 class Gate:

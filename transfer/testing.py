@@ -178,6 +178,21 @@ async def digest_catches_swapped_tokens(make: MakePair) -> None:
         await _caught(stage, lambda: _swap(stage, "token"))
 
 
+async def a_damaged_note_is_refused(make: MakePair) -> None:
+    """A note that is not as it was sent refuses the handoff, and the next is not refused."""
+    async with make(TARGET) as pair:
+        if pair.damage_notes is None:
+            return
+        stage, another = Stage(pair), Stage(pair, 2)
+        with pair.damage_notes():
+            await refused(stage.hand_over(), DigestMismatch)
+        require(not stage.arrivals, "it arrived")
+        kinds = [type(it) for it in stage.failures]
+        require(kinds == [DigestMismatch], f"the owner was told {kinds}")
+        await another.hand_over()
+        require([it.note for it in another.arrivals] == [b"note"], "the next did not arrive")
+
+
 async def a_slice_that_was_never_written_is_caught(make: MakePair) -> None:
     """A commit before all of the prefix was written is refused."""
     async with _stage(make) as stage:
@@ -350,6 +365,7 @@ PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     digest_catches_swapped_layers,
     digest_catches_k_in_place_of_v,
     digest_catches_swapped_tokens,
+    a_damaged_note_is_refused,
     a_slice_that_was_never_written_is_caught,
     abort_frees_the_landing,
     a_lost_sender_fails_its_landings,

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import signal
 import time
+from functools import partial
 
 import pytest
 from nixl_desk import Owner, far, write_until_it_fails, writing_to, written_to
@@ -15,7 +16,7 @@ from nixl_far import BLOCKS, LAYOUT, source
 
 from transfer.errors import PeerLost
 from transfer.nixl import NixlReceiver, NixlSender
-from transfer.stage import Gate, Pair
+from transfer.stage import Gate, Pair, damaged_notes
 from transfer.testing import (
     PROMISES,
     a_handoff_arrives_bit_for_bit,
@@ -67,7 +68,7 @@ async def test_verbs_keep_every_promise(promise, direct_bytes, at, wire):
                 stall_seconds=STALL_SECONDS, connect_seconds=30, direct_bytes=direct_bytes
             ) as sender:
                 gate = sender.tamper = Gate()
-                yield Pair(sender, receiver, gate.closed)
+                yield Pair(sender, receiver, gate.closed, None, partial(damaged_notes, sender))
 
     await promise(pair)
 

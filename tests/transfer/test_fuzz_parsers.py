@@ -34,7 +34,7 @@ MESSAGES = [
     session.Open(0, "landing", Epoch(1, 1), b"s" * 16, False),
     session.Granted(0),
     session.Touch(0),
-    session.Commit(0, b"d" * 16, b"proof", b"note"),
+    session.Commit(0, b"d" * 16, b"s" * 16, b"proof", b"note"),
     session.Released(0, False),
     session.Answer(0, "landed", "fine", 0.1, 5, b"answer"),
     session.Echo(1),

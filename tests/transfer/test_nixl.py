@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -24,7 +25,16 @@ from transfer.nixl.agent import Agent
 from transfer.nixl.mover import Way
 from transfer.pool import Pool
 from transfer.shared_memory import allocate
-from transfer.stage import SOURCE, TARGET, TARGET_BLOCKS, Gate, Pair, Stage, eventually
+from transfer.stage import (
+    SOURCE,
+    TARGET,
+    TARGET_BLOCKS,
+    Gate,
+    Pair,
+    Stage,
+    damaged_notes,
+    eventually,
+)
 from transfer.testing import PROMISES
 
 
@@ -48,7 +58,7 @@ async def test_nixl_keeps_every_promise(promise, direct_bytes, network):
             NixlSender(secret="between workers", direct_bytes=direct_bytes) as sender,
         ):
             gate = sender.tamper = Gate()
-            yield Pair(sender, receiver, gate.closed)
+            yield Pair(sender, receiver, gate.closed, None, partial(damaged_notes, sender))
         assert len(asyncio.all_tasks()) == 1
 
     await promise(pair)

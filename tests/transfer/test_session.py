@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from direct import DirectReceiver, DirectSender
 
 from transfer.contract import KVSlice
 from transfer.errors import LandingGone, PeerLost
-from transfer.stage import TARGET, TOKENS, Gate, Pair, Stage, eventually
+from transfer.stage import TARGET, TOKENS, Gate, Pair, Stage, damaged_notes, eventually
 from transfer.testing import PROMISES
 
 
@@ -22,7 +23,7 @@ async def direct(layout):
             DirectSender(secret="s", stall_seconds=5.0) as sender,
         ):
             gate = sender.tamper = Gate()
-            yield Pair(sender, receiver, gate.closed)
+            yield Pair(sender, receiver, gate.closed, None, partial(damaged_notes, sender))
 
 
 @pytest.fixture

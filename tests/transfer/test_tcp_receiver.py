@@ -160,8 +160,8 @@ async def test_a_sender_that_lies_in_a_frame_is_cut_off_and_its_landing_freed(li
         session.Hello(session.VERSION, WIDE.fingerprint, b""),
         session.Open(0, "wide", Epoch(1, 1), b"", ask=False),
         session.Open(2, "wide", Epoch(1, 1), b"", ask=False),
-        session.Commit(9, b"", b"", b""),
-        session.Commit(0, b"", b"not a number", b""),
+        session.Commit(9, b"", b"", b"", b""),
+        session.Commit(0, b"", b"", b"not a number", b""),
         session.Touch(9),
         session.Released(9, lost=False),
     ],
@@ -183,7 +183,7 @@ async def test_a_sender_that_wrote_more_than_it_committed_is_cut_off(early):
         await stranger.greeted()
         owner = Owner(receiver)
         stranger.say(opening(owner.landing))
-        commit = session.Commit(0, b"", wire.PROOF.pack(32), b"")
+        commit = session.Commit(0, b"", b"", wire.PROOF.pack(32), b"")
         if early:
             stranger.say(commit)
         stranger.write(0, *runs((0, 64)))
@@ -201,7 +201,7 @@ async def test_a_commit_waits_for_the_bytes_it_names():
         await stranger.greeted()
         owner = Owner(receiver)
         stranger.say(opening(owner.landing))
-        stranger.say(session.Commit(0, b"", wire.PROOF.pack(128), b""))
+        stranger.say(session.Commit(0, b"", b"", wire.PROOF.pack(128), b""))
         stranger.write(0, *runs((0, 64)))
         stranger.lane.write(b"\xaa" * 64)
         await eventually(lambda: owner.pool[63] == 0xAA, "not written")

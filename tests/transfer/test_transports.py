@@ -1,15 +1,17 @@
 import asyncio
 import contextlib
+from functools import partial
 
 import pytest
 import uvloop
 
+from transfer.digest import seal
 from transfer.landings import Landings
 from transfer.layout import Epoch
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
 from transfer.shared_memory import allocate
 from transfer.shm import ShmReceiver, ShmSender
-from transfer.stage import TARGET_BLOCKS, Gate, Pair
+from transfer.stage import TARGET_BLOCKS, Gate, Pair, damaged_notes
 from transfer.tcp import TcpReceiver, TcpSender
 from transfer.testing import PROMISES, BrokenPromise, check_transport
 
@@ -18,7 +20,8 @@ from transfer.testing import PROMISES, BrokenPromise, check_transport
 async def memory(layout):
     network = MemoryNetwork()
     async with MemoryReceiver(network, layout) as receiver, MemorySender(network) as sender:
-        yield Pair(sender, receiver, network.stall)
+        notes = partial(damaged_notes, sender)
+        yield Pair(sender, receiver, network.stall, damage_notes=notes)
 
 
 @contextlib.asynccontextmanager
@@ -28,7 +31,8 @@ async def tcp(layout):
         TcpSender(secret="between workers") as sender,
     ):
         gate = sender.tamper = Gate()
-        yield Pair(sender, receiver, gate.closed)
+        notes = partial(damaged_notes, sender)
+        yield Pair(sender, receiver, gate.closed, damage_notes=notes)
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -40,7 +44,7 @@ async def shm(layout):
         ShmSender(secret="between workers") as sender,
     ):
         gate = sender.tamper = Gate()
-        yield Pair(sender, receiver, gate.closed, pool)
+        yield Pair(sender, receiver, gate.closed, pool, partial(damaged_notes, sender))
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -49,7 +53,7 @@ async def shm_in_one_copy(layout):
     """Nobody looks at the frames: they are never made."""
     async with shm(layout) as pair:
         pair.sender.tamper = None
-        yield Pair(pair.sender, pair.receiver, pool=pair.pool)
+        yield pair._replace(stall=None)
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda it: it.__name__)
@@ -90,12 +94,23 @@ class ForgivingBook(Landings):
         return super().claim(landing_id, Epoch(7, 1), secret, writer)
 
 
+class TakesAnyNote(MemoryReceiver):
+    def expect(self, landing, pool, **told):
+        super().expect(landing, pool, **told)
+        entry = self.landings._book[landing.id]
+        settle = entry.settle
+        entry.settle = lambda found, sent, sealed, note, seconds: settle(
+            found, sent, seal(landing, sent, note), note, seconds
+        )
+
+
 @pytest.mark.parametrize(
     ("receiver", "promise"),
     [
         (ForgetsWhatIsUnderWay, "no_write_lands_after_quiesce"),
         (ForgetsWhatIsUnderWay, "no_write_of_a_stalled_sender_lands_after_quiesce"),
         (CallsTwice, "a_handoff_arrives_bit_for_bit"),
+        (TakesAnyNote, "a_damaged_note_is_refused"),
         (AnyEpochWillDo, "wrong_epoch_is_refused"),
     ],
     ids=lambda it: getattr(it, "__name__", it),
@@ -105,7 +120,8 @@ async def test_the_kit_finds_a_transport_that_breaks_its_promise(receiver, promi
     async def broken(layout):
         network = MemoryNetwork()
         async with receiver(network, layout) as there, MemorySender(network) as sender:
-            yield Pair(sender, there, network.stall)
+            notes = partial(damaged_notes, sender)
+            yield Pair(sender, there, network.stall, damage_notes=notes)
 
     check = next(it for it in PROMISES if it.__name__ == promise)
     with pytest.raises(BrokenPromise):

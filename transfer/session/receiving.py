@@ -316,7 +316,7 @@ class SessionReceiver:
                 entry.fail(broken)
                 raise LandingGone(f"the pool could not be verified: {broken}")
             here = total(found.result()) if self._digest else None
-            answer = entry.settle(here, commit.digest, commit.note, seconds)
+            answer = entry.settle(here, commit.digest, commit.seal, commit.note, seconds)
         except DigestMismatch as error:
             handoff.end("mismatch", str(error))
         except LandingGone as error:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from transfer.contract import Probe, Source, nobody_cares
-from transfer.convert import Tamper
+from transfer.convert import Tamper, TamperNote
 from transfer.errors import PeerLost
 from transfer.layout import Endpoint, KVLayout, Landing, Shard
 from transfer.plan import Plan, plan
@@ -26,7 +26,8 @@ class SessionSender:
 
     `backlog_bytes` bounds what is queued per peer, `connect_seconds` the time to be welcomed,
     `stall_seconds` how long a peer may be silent, one write make no progress or an abort take
-    before the session counts as lost. `tls` is a client's context. `tamper` is for drills.
+    before the session counts as lost. `tls` is a client's context. `tamper` and `tamper_note` are
+    for drills.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SessionSender:
     ) -> None:
         """Prepare; nothing is connected yet."""
         self.tamper: Tamper | None = None
+        self.tamper_note: TamperNote | None = None
         self.lost: Callable[[Endpoint, PeerLost], None] = nobody_cares
         self._carrier = carrier
         self._secret = secret.encode()
@@ -87,7 +89,7 @@ class SessionSender:
         if endpoint is None:
             raise PeerLost(f"worker {landing.worker} offers no {transport} endpoint")
         session = await self._session(endpoint, landing.layout)
-        return SessionWriter(session, agreed, landing, source, self.tamper)
+        return SessionWriter(session, agreed, landing, source, self.tamper, self.tamper_note)
 
     async def close(self) -> None:
         """As `Sender.close`."""

@@ -26,7 +26,7 @@ import msgspec
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Epoch, Natural
 
-VERSION = 2
+VERSION = 3
 PREFIX = struct.Struct(">I")
 
 MAX_NOTE_BYTES = 4 << 20
@@ -125,11 +125,13 @@ class Touch(Message, frozen=True):
 class Commit(Message, frozen=True):
     """All has been written; by `proof` the transport's other half knows when it has arrived.
 
-    Compare this digest with the pool and hand the prefix over, with `note`.
+    Compare this digest with the pool and hand the prefix over, with `note`; `seal` (see
+    `digest.seal`) shows that both are as they were sent.
     """
 
     ticket: Natural
     digest: Short
+    seal: Short
     proof: Blob
     note: Note
 

@@ -8,8 +8,8 @@ from collections import deque
 from functools import partial
 
 from transfer.contract import TOUCH_SECONDS, KVSlice, Receipt, Source
-from transfer.convert import Tamper, check_part
-from transfer.digest import PrefixDigest, landing_key
+from transfer.convert import Tamper, TamperNote, check_part
+from transfer.digest import PrefixDigest, landing_key, seal
 from transfer.errors import DigestMismatch, LandingGone, PeerLost, TransferError
 from transfer.layout import Landing
 from transfer.plan import Plan
@@ -28,6 +28,7 @@ class SessionWriter:
         landing: Landing,
         source: Source,
         tamper: Tamper | None,
+        tamper_note: TamperNote | None,
     ) -> None:
         """Show the right to `landing`; its refusal is heard at a later write or commit.
 
@@ -40,6 +41,7 @@ class SessionWriter:
         self._landing = landing
         self._plan = agreed
         self._tokens = source.tokens
+        self._tamper_note = tamper_note
         self._digest = _digest_of(agreed, source, landing) if session.digest else None
         loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[None] = loop.create_future()
@@ -163,7 +165,10 @@ class SessionWriter:
             self._session.break_down(PeerLost(f"a write failed: {error!r}"))
         else:
             digest = self._digest.result() if self._digest is not None else b""
-            self._session.send(wire.Commit(self._ticket, digest, proof, note))
+            sealed = seal(self._landing, digest, note)
+            if self._tamper_note is not None:
+                note = self._tamper_note(note)
+            self._session.send(wire.Commit(self._ticket, digest, sealed, proof, note))
 
     def _let_go(self) -> None:
         self._move.release()

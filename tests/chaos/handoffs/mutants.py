@@ -180,7 +180,7 @@ def _without_key(new: PrefixDigest, *arguments: Any, **others: Any) -> None:
 
 
 def _by_its_beginning(entry: Expected, found: bytes, sent: bytes, *rest: Any) -> bytes:
-    return _settle(entry, found, found if found.startswith(sent) else sent, *rest)
+    return _settle(entry, sent if found.startswith(sent) else found, sent, *rest)
 
 
 def _though_withdrawn(entry: Expected, *arguments: Any) -> bytes:
