@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer.layout import KVLayout
+from transfer.layout import Array, KVLayout
 
 Buffer = Any
 """A whole pool: an object with the buffer protocol, C-contiguous, that holds all regions one after
@@ -63,25 +63,23 @@ class Pool:
         Raises:
             ValueError: their number or length is not that of such a pool.
         """
-        sizes = [
-            array.nbytes // array.regions
-            for array in layout.tables(blocks)
-            for _ in range(array.regions)
-        ]
+        arrays = layout.tables(blocks)
         if isinstance(buffers, list | tuple):
             flat = [np.frombuffer(it, dtype=np.uint8) for it in buffers]
-            if [it.size for it in flat] != sizes:
+            # Counted first: a stranger's layout may claim more regions than can be listed.
+            count = sum(it.regions for it in arrays)
+            if len(flat) != count or [it.size for it in flat] != _sizes(arrays):
                 raise ValueError(
                     f"pool: {len(flat)} buffers of {sorted({it.size for it in flat})} bytes are "
-                    f"not {len(sizes)} of {sorted(set(sizes))}, for {blocks} blocks"
+                    f"not {count} of {sorted({_size(it) for it in arrays})}, for {blocks} blocks"
                 )
             return cls(layout, blocks, flat)
         whole = np.frombuffer(buffers, dtype=np.uint8)
-        if whole.size != sum(sizes):
+        if whole.size != sum(it.nbytes for it in arrays):
             raise ValueError(
                 f"pool: {whole.size} bytes are not {blocks} blocks of {layout.block_bytes}"
             )
-        return cls(layout, blocks, np.split(whole, np.cumsum(sizes)[:-1]))
+        return cls(layout, blocks, np.split(whole, np.cumsum(_sizes(arrays))[:-1]))
 
     @property
     def writable(self) -> bool:
@@ -112,3 +110,12 @@ class Pool:
             views.append(self.regions[region][within : within + some])
             offset, length, region = offset + some, length - some, region + 1
         return views
+
+
+def _size(array: Array) -> int:
+    """Bytes of one region."""
+    return array.nbytes // array.regions
+
+
+def _sizes(arrays: tuple[Array, ...]) -> list[int]:
+    return [_size(array) for array in arrays for _ in range(array.regions)]

@@ -21,6 +21,9 @@ Bytes = NDArray[np.uint8]
 POPULATE_WRITE = 23
 """For `madvise`: map every page now, for writing. Linux has it from 5.14 on."""
 
+STAT_BLOCK_BYTES = 512
+"""The unit of `st_blocks`, whatever the file system's own is."""
+
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -81,14 +84,18 @@ def attach(segment: Segment) -> Bytes:
     """Map a segment of somebody else's file, every page of it. Its descriptor may be closed then.
 
     Raises:
-        ValueError: it is no file whose length is sealed, or the segment reaches beyond it.
+        ValueError: it is no file whose length is sealed, the segment reaches beyond it, or the file
+            is longer than the memory that was taken for it.
         OSError: it cannot be mapped.
     """
     if not _is_sealed(segment.fd):
         raise ValueError("the file could be made shorter while it is written to")
-    size = os.fstat(segment.fd).st_size
+    status = os.fstat(segment.fd)
+    size = status.st_size
     if not 0 <= segment.offset < segment.offset + segment.size <= size:
         raise ValueError(f"{segment.size} bytes at {segment.offset} are not within {size}")
+    if status.st_blocks * STAT_BLOCK_BYTES < size:
+        raise ValueError(f"the file has holes, for which whoever maps it would pay ({size} bytes)")
     page = segment.offset % mmap.ALLOCATIONGRANULARITY
     mapping = mmap.mmap(
         segment.fd,

@@ -1,6 +1,7 @@
 """A pool in several regions is one array to everybody but those who copy."""
 
 import ctypes
+import tracemalloc
 
 import msgspec
 import numpy as np
@@ -31,6 +32,17 @@ def test_an_offset_leads_to_its_byte_in_the_right_region():
     parts = pool.parts(REGION - 3, REGION + 5)
     assert [len(it) for it in parts] == [3, REGION, 2]
     assert (np.concatenate(parts) == virtual[REGION - 3 : 2 * REGION + 2]).all()
+
+
+@pytest.mark.parametrize("buffers", [[np.zeros(8, np.uint8)], np.zeros(8, np.uint8)])
+def test_more_regions_than_memory_could_list_are_refused_before_they_are_listed(buffers):
+    layout = msgspec.structs.replace(LAYOUT, axes="block layer kv | token head dim")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="pool: "):
+        Pool.of(layout, 1 << 21, buffers)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_regions_side_by_side_are_one_piece():

@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import gc
 import os
 import resource
@@ -10,7 +11,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from transfer.shared_memory import Segment, allocate, attach, segment_of
+from transfer.shared_memory import SEALS, Segment, allocate, attach, segment_of
 
 PAGE = 4096
 
@@ -36,6 +37,17 @@ def test_what_one_mapping_writes_the_other_reads():
     assert ours[PAGE + 7] == 42
     part = attach(segment_of(ours[PAGE + 7 : PAGE + 9]))
     assert part.tolist() == [42, 0]
+
+
+def test_a_file_whose_memory_is_not_there_is_not_mapped():
+    """To touch it would take as much memory as its length claims, from whoever maps it."""
+    with open(os.memfd_create("claim", os.MFD_ALLOW_SEALING), "rb+") as file:
+        os.ftruncate(file.fileno(), 64 * PAGE)
+        fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, SEALS)
+        with pytest.raises(ValueError, match="holes"):
+            attach(Segment(file.fileno(), 0, PAGE))
+        os.posix_fallocate(file.fileno(), 0, 64 * PAGE)
+        assert len(attach(Segment(file.fileno(), 0, PAGE))) == PAGE
 
 
 def test_a_mapping_outlives_the_memory_that_was_allocated():
