@@ -18,9 +18,11 @@ from transfer.convert import Conversion
 from transfer.errors import LayoutMismatch, PeerMisbehaved
 from transfer.landings import Landings
 from transfer.layout import Epoch, Landing
+from transfer.nixl import wire as nixl
 from transfer.plan import plan
 from transfer.session import wire as session
 from transfer.session.greeting import Talk
+from transfer.shm import wire as shm
 from transfer.stage import SOURCE, SOURCE_BLOCKS, TARGET, TARGET_BLOCKS, TOKENS
 from transfer.tcp import wire
 
@@ -153,6 +155,28 @@ def test_runs_that_are_accepted_lie_within_the_landing_and_make_up_the_payload(
         assert mine[
             start // TARGET.block_bytes : (start + size - 1) // TARGET.block_bytes + 1
         ].all()
+
+
+INVITATION = msgspec.msgpack.encode(
+    shm.Invitation((shm.Piece(0, 0, 4096),), shm.Piece(1, 0, 1), shm.Piece(2, 0, 1))
+)
+TERMS, GREETING = (
+    msgspec.msgpack.encode(it)
+    for it in (nixl.Terms(b"agent", 4096), nixl.Greeting("name", nixl.Process.here(), False))
+)
+NESTED = b"\x91" * 5000
+
+
+@pytest.mark.parametrize("parser", [shm.invitation, nixl.terms, nixl.greeting])
+@given(body=garbage([INVITATION, TERMS, GREETING]))
+@example(body=b"\x94" + INVITATION[1:] + NESTED)
+@example(body=b"\x93" + TERMS[1:] + NESTED)
+@example(body=b"\x94" + GREETING[1:] + NESTED)
+def test_what_a_transport_says_in_a_greeting_is_read_or_refused(
+    parser: Callable[[bytes], Any], body: bytes
+) -> None:
+    with contextlib.suppress(PeerMisbehaved):
+        assert isinstance(parser(body), msgspec.Struct)
 
 
 @given(data=st.binary(max_size=32))

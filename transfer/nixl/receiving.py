@@ -134,10 +134,7 @@ class NixlIntake:
 
     def welcome(self, peer: Peer, hello: bytes) -> Offer:
         """As `Intake.welcome`."""
-        try:
-            greeting = msgspec.msgpack.decode(hello, type=wire.Greeting)
-        except msgspec.MsgspecError as error:
-            raise PeerMisbehaved(f"a greeting: {error}") from error
+        greeting = wire.greeting(hello)
         peer.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if greeting.settled:
             peer.loop.call_soon_threadsafe(self._wards.settled, greeting.carrier)

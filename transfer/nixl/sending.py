@@ -110,10 +110,7 @@ class NixlCarrier:
 
     def meet(self, met: Met) -> NixlMover:
         """As `Carrier.meet`: a first write brings up whatever UCX needs."""
-        try:
-            terms = msgspec.msgpack.decode(met.blob, type=wire.Terms)
-        except msgspec.MsgspecError as error:
-            raise PeerMisbehaved(f"terms: {error}") from error
+        terms = wire.terms(met.blob)
         agent = self._get_agent()
         desk = met.join()
         try:

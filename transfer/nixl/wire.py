@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Endpoint, Landing, Natural
+from transfer.session.wire import UNREADABLE
 
 PREFIX = struct.Struct(">I")
 SLOT_BYTES = 1 << 20
@@ -125,6 +126,8 @@ ToReceiver = Busy | Where | Ingest
 ToSender = There | Ingested
 Kind = TypeVar("Kind")
 
+_terms = msgspec.msgpack.Decoder(Terms)
+_greeting = msgspec.msgpack.Decoder(Greeting)
 _to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
 _to_sender: msgspec.msgpack.Decoder[ToSender] = msgspec.msgpack.Decoder(ToSender)
 
@@ -166,8 +169,18 @@ def decode(decoder: msgspec.msgpack.Decoder[Kind], body: bytes) -> Kind:
     """
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise PeerMisbehaved(f"not a message: {error}") from error
+
+
+def terms(blob: bytes) -> Terms:
+    """Decode what a receiver says in its welcome; raises as `decode`."""
+    return decode(_terms, blob)
+
+
+def greeting(blob: bytes) -> Greeting:
+    """Decode what a sender says in its hello; raises as `decode`."""
+    return decode(_greeting, blob)
 
 
 def runs_of(message: Ingest) -> tuple[Runs, Runs]:

@@ -9,6 +9,7 @@ import msgspec
 
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Endpoint, Natural, Positive
+from transfer.session.wire import UNREADABLE
 
 MAX_FILES = 60
 """A pool may lie in so many files; `session.greeting` bounds how many are sent."""
@@ -50,7 +51,7 @@ def invitation(blob: bytes) -> Invitation:
     """
     try:
         return _invitation.decode(blob)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise PeerMisbehaved(f"not an invitation: {error}") from error
 
 
