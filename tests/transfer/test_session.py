@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import socket
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,8 @@ from direct import DirectReceiver, DirectSender
 
 from transfer.contract import KVSlice
 from transfer.errors import LandingGone, PeerLost
-from transfer.stage import TARGET, TOKENS, Gate, Pair, Stage, damaged_notes, eventually
+from transfer.session import wire
+from transfer.stage import SOURCE, TARGET, TOKENS, Gate, Pair, Stage, damaged_notes, eventually
 from transfer.testing import PROMISES
 
 
@@ -94,6 +97,51 @@ async def test_nothing_is_written_before_the_receiver_knows_the_writer(pair):
         await writer.write(KVSlice(0, 0, TOKENS))
     await writer.abort()
     assert (stage.pool == 0xEE).all()
+
+
+async def test_a_move_that_fails_as_it_never_should_ends_its_session_and_holds_no_blocks(pair):
+    stage = Stage(pair)
+    writer = await pair.sender.open(stage.landing, stage.source)
+    await writer.write(KVSlice(0, 0, TOKENS))
+
+    def broken():
+        raise ZeroDivisionError("a bug")
+
+    writer._move.settle = broken
+    async with asyncio.timeout(2):
+        with pytest.raises(PeerLost, match="a bug"):
+            await writer.commit(b"", 5.0)
+        await writer.abort()
+        pair.receiver.withdraw(stage.landing.id)
+        await pair.receiver.quiesce(stage.landing.id)
+    await eventually(lambda: stage.failures, "the owner was not told")
+
+
+async def test_nothing_is_measured_over_a_session_that_was_lost_meanwhile(pair):
+    await pair.sender.connect(pair.receiver.endpoint, SOURCE, TARGET)
+    [session] = pair.sender._sessions.values()
+    session.lose(PeerLost("just now"))
+    async with asyncio.timeout(2):
+        with pytest.raises(PeerLost, match="just now"):
+            await session.bytes_per_second()
+
+
+async def test_descriptors_that_nobody_asked_for_are_closed(pair):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    hello = wire.frame(wire.Hello(wire.VERSION, TARGET.fingerprint, b"n"))
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(pair.receiver.endpoint.address)
+        socket.send_fds(stranger, [hello], [0] * 20)
+        stranger.sendall(wire.frame(wire.Proof(b"wrong", b"")))
+        stranger.setblocking(False)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(5):
+            while await loop.sock_recv(stranger, 4096):
+                pass
+    await eventually(lambda: opened() <= before, "descriptors stayed open")
 
 
 async def test_an_abort_waits_for_the_write_that_is_under_way(pair):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import socket
 import time
@@ -77,6 +78,12 @@ class Talk:
         self._said.update(prefix + body)
         return message
 
+    def drop_fds(self) -> None:
+        """Close the descriptors that came along, where nobody wants them."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
     def said(self) -> bytes:
         """A digest of everything that was said and heard so far."""
         return self._said.digest()
@@ -88,6 +95,8 @@ class Talk:
             if self._connection.family == socket.AF_UNIX:
                 more, fds, _, _ = socket.recv_fds(self._connection, count - len(data), MAX_FDS)
                 self.fds += fds
+                if len(self.fds) > MAX_FDS:
+                    raise PeerMisbehaved(f"more than {MAX_FDS} descriptors")
             else:
                 more = self._connection.recv(count - len(data))
             if not more:

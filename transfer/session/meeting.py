@@ -120,8 +120,8 @@ class Caller(msgspec.Struct, frozen=True):
             raise PeerLost(f"{endpoint.address} did not welcome us in time") from error
         except PeerMisbehaved as error:
             raise PeerLost(f"{endpoint.address} misbehaved: {error}") from error
-        except OSError as error:
-            raise PeerLost(f"{endpoint.address} did not welcome us: {error}") from error
+        except (OSError, MemoryError) as error:
+            raise PeerLost(f"{endpoint.address} did not welcome us: {error!r}") from error
         finally:
             for fd in fds:
                 os.close(fd)

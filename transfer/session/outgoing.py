@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
 from transfer.errors import PeerLost, TransferError
 from transfer.layout import Endpoint
 from transfer.session import wire
@@ -22,6 +24,8 @@ from transfer.session.meeting import Acquaintance
 from transfer.session.stream import Stream
 
 Job = Callable[[], None]
+
+log = structlog.get_logger(__name__)
 
 
 class Listener(Protocol):
@@ -122,6 +126,8 @@ class Session:
         Raises:
             PeerLost: the session is lost.
         """
+        if self.lost is not None:
+            raise PeerLost(str(self.lost))  # and the thread may have ended
         measured: asyncio.Future[float] = self._loop.create_future()
 
         def measure() -> None:
@@ -141,7 +147,7 @@ class Session:
     def submit(self, job: Job) -> None:
         """Have the thread do `job`, after all earlier ones; also when the session is lost.
 
-        `job` handles its own errors.
+        `job` handles its own errors; what it raises all the same ends the session.
         """
         self._jobs.put(job)
 
@@ -204,7 +210,11 @@ class Session:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception as error:  # or nothing would be released any more
+                log.exception("session.failed", peer=self._endpoint.address)
+                self.break_down(PeerLost(f"this end failed: {error!r}"))
         self.mover.close()
         self.call_soon(self._end)
 

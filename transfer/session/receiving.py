@@ -238,6 +238,8 @@ class SessionReceiver:
             log.warning("peer.refused", reason=str(denial))
             talk.say(wire.Denied(str(denial)))
             return False
+        finally:
+            talk.drop_fds()
         self._join(session, connection)
         return False
 
@@ -253,7 +255,7 @@ class SessionReceiver:
         try:
             message = wire.Welcome(b"", token, self._digest, offer.blob)
             greeting.welcome(talk, self._secret, message, offer.fds)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             incoming.drop(error)
             raise
         self._loop.call_soon_threadsafe(incoming.start)
