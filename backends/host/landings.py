@@ -143,6 +143,7 @@ class Landings:
         for receiver in reserved.receivers:
             receiver.withdraw(landing_id)
         self._ledger.release(reserved.headroom)
+        self._freed()
         who = f"{landing_id} from {reserved.prefill}" if reserved.prefill else landing_id
         quarantine = Holder("quarantine", who)
         self._ledger.move(reserved.holder, quarantine)

@@ -48,17 +48,20 @@ class Desk:
         config = HostConfig(id="d", role="decode", listen="", quarantine_share=0.25)
         self.ledger = Ledger(BLOCKS)
         self.shm, self.tcp = Deaf("shm"), Deaf("tcp")
-        self.news = 0
+        self.news = self.freed = 0
         self._handle = 0
         self.landings = Landings(
             config, info, None, self.ledger, janitor, time.time_ns(),
-            admit=lambda *_: None, failed=lambda *_: None, freed=lambda: None, shunned=self._told,
+            admit=lambda *_: None, failed=lambda *_: None, freed=self._room, shunned=self._told,
         )  # fmt: skip
         self.landings.receivers = [self.shm, self.tcp]  # type: ignore[list-item]
         self._link = Link(ToWorker, lambda *_: None, lambda *_: None)
 
     def _told(self) -> None:
         self.news += 1
+
+    def _room(self) -> None:
+        self.freed += 1
 
     def reserve(self, blocks: int, prefill: str = "p", transport: str = "") -> Any:
         self._handle += 1
@@ -120,3 +123,15 @@ async def test_too_much_in_quarantine_shuts_out_its_cause_and_nobody_else(desk: 
     assert desk.news == 2
     assert desk.reserve(1, transport="shm")
     assert not desk.ledger.audit()
+
+
+async def test_whoever_waits_for_memory_hears_of_the_headroom_at_once(desk: Desk) -> None:
+    """What the sequences were to grow into is free, though the rest may be held for long."""
+    reserved = desk.reserve(4, transport="shm")
+    free = desk.ledger.free
+    desk.withdraw(reserved)
+    assert (desk.ledger.free, desk.freed) == (free + 1, 1)
+    desk.shm.quiet.set()
+    async with asyncio.timeout(2):
+        while desk.freed < 2:
+            await asyncio.sleep(0.005)
