@@ -295,5 +295,5 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def place(self) -> bytes:
         """Sixteen bytes that are equal exactly when two landings are for the same memory."""
-        parts = (self.layout.fingerprint, self.pool_blocks, self.blocks, self.tokens)
-        return hashlib.sha256(msgspec.msgpack.encode(parts)).digest()[:16]
+        where = (self.layout.fingerprint, self.pool_blocks, self.blocks, self.tokens, self.heads)
+        return hashlib.sha256(msgspec.msgpack.encode(where)).digest()[:16]

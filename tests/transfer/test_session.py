@@ -8,11 +8,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 from direct import DirectReceiver, DirectSender
 
 from transfer.contract import KVSlice
 from transfer.errors import LandingGone, PeerLost
+from transfer.layout import Shard
 from transfer.session import wire
 from transfer.stage import SOURCE, TARGET, TOKENS, Gate, Pair, Stage, damaged_notes, eventually
 from transfer.testing import PROMISES
@@ -142,6 +144,15 @@ async def test_descriptors_that_nobody_asked_for_are_closed(pair):
             while await loop.sock_recv(stranger, 4096):
                 pass
     await eventually(lambda: opened() <= before, "descriptors stayed open")
+
+
+async def test_a_landing_for_other_heads_of_the_same_blocks_is_not_written_to(pair):
+    """The other heads may have arrived, through a landing of their own."""
+    stage = Stage(pair)
+    foreign = msgspec.structs.replace(stage.landing, heads=Shard(1, 1))
+    with pytest.raises(LandingGone):
+        await stage.hand_over(foreign)
+    assert (stage.pool == stage.before).all()
 
 
 async def test_an_abort_waits_for_the_write_that_is_under_way(pair):

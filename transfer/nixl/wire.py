@@ -201,7 +201,7 @@ def runs_of(message: Ingest) -> tuple[Runs, Runs]:
 
 def mark_of(landing: Landing) -> bytes:
     """What both ends must agree on before one writes into the other's memory."""
-    said = (landing.id, landing.epoch, landing.pool_blocks, landing.blocks, landing.tokens)
+    said = (landing.id, landing.epoch, landing.place)
     return hashlib.sha256(msgspec.msgpack.encode(said)).digest()
 
 
