@@ -34,7 +34,7 @@ SAYINGS = [
         session.Open(0, "theirs", Epoch(1, 2), b"t" * 16, False),
         session.Open(0, "wide", Epoch(1, 1), b"guess", True),
         session.Touch(0),
-        session.Commit(0, b"d" * 16, struct.pack("<Q", 64), b"note"),
+        session.Commit(0, b"d" * 16, b"s" * 16, struct.pack("<Q", 64), b"note"),
         session.Released(0, False),
         session.Echo(1),
         session.Alive(),
