@@ -13,7 +13,7 @@ import pytest
 from direct import DirectReceiver, DirectSender
 
 from transfer.contract import KVSlice
-from transfer.errors import LandingGone, PeerLost
+from transfer.errors import LandingGone, PeerLost, PeerMisbehaved
 from transfer.layout import Shard
 from transfer.session import wire
 from transfer.stage import SOURCE, TARGET, TOKENS, Gate, Pair, Stage, damaged_notes, eventually
@@ -153,6 +153,20 @@ async def test_a_landing_for_other_heads_of_the_same_blocks_is_not_written_to(pa
     with pytest.raises(LandingGone):
         await stage.hand_over(foreign)
     assert (stage.pool == stage.before).all()
+
+
+@pytest.mark.parametrize("outcome", ["landed", "mismatch"])
+async def test_an_answer_to_a_commit_that_was_not_sent_ends_the_writing(pair, outcome):
+    """The source is let go of then: nothing may read it any more."""
+    stage = Stage(pair)
+    writer = await pair.sender.open(stage.landing, stage.source)
+    await writer.write(KVSlice(0, 0, TOKENS))
+    writer.answered(wire.Answer(0, outcome))
+    with pytest.raises(PeerMisbehaved):
+        await writer.write(KVSlice(1, 0, TOKENS))
+    with pytest.raises(PeerMisbehaved):
+        await writer.commit(b"", 5.0)
+    await writer.abort()
 
 
 async def test_an_abort_waits_for_the_write_that_is_under_way(pair):

@@ -10,7 +10,7 @@ from functools import partial
 from transfer.contract import TOUCH_SECONDS, KVSlice, Receipt, Source
 from transfer.convert import Tamper, TamperNote, check_part
 from transfer.digest import PrefixDigest, landing_key, seal
-from transfer.errors import DigestMismatch, LandingGone, PeerLost, TransferError
+from transfer.errors import DigestMismatch, LandingGone, PeerLost, PeerMisbehaved, TransferError
 from transfer.layout import Landing
 from transfer.plan import Plan
 from transfer.session import wire
@@ -115,7 +115,9 @@ class SessionWriter:
         """Hear how the handoff ended."""
         if answer.outcome == "gone":
             self._fail(LandingGone(answer.detail))
-        elif self._committed and not self._answer.done():
+        elif not self._committed:
+            self._fail(PeerMisbehaved("it answers a commit that was not sent"))
+        elif not self._answer.done():
             self._answer.set_result(answer)
         self._release()
 
