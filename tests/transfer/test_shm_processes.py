@@ -12,10 +12,10 @@ import numpy as np
 import psutil
 import pytest
 
-from transfer.errors import PeerLost
+from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.layout import Endpoint
 from transfer.shared_memory import allocate
-from transfer.shm import ShmReceiver, ShmSender
+from transfer.shm import ShmReceiver, ShmSender, wire
 from transfer.shm import process as process_module
 from transfer.stage import SOURCE, TARGET, TARGET_BLOCKS, Pair, Stage
 
@@ -178,6 +178,18 @@ def test_a_pool_that_cannot_be_shared_is_refused():
     pool = np.zeros(TARGET_BLOCKS * TARGET.block_bytes, np.uint8)
     with pytest.raises(ValueError, match="cannot be shared"):
         ShmReceiver(TARGET, TARGET_BLOCKS, pool)
+
+
+def test_more_regions_than_a_process_may_map_are_neither_offered_nor_taken():
+    count = wire.MAX_REGIONS + 1
+    layout = msgspec.structs.replace(TARGET, axes="block | layer kv head token dim")
+    regions = list(allocate(count * layout.block_bytes).reshape(count, -1))
+    with pytest.raises(ValueError, match="4097 regions"):
+        ShmReceiver(layout, count, regions)
+    piece = wire.Piece(0, 0, 1)
+    blob = msgspec.msgpack.encode(wire.Invitation((piece,) * count, piece, piece))
+    with pytest.raises(PeerMisbehaved):
+        wire.invitation(blob)
 
 
 async def test_a_landing_in_another_pool_is_refused():

@@ -117,6 +117,8 @@ class ShmIntake:
         Raises:
             ValueError: the pool is not in memory that can be shared, or in too many files.
         """
+        if len(pool.regions) > wire.MAX_REGIONS:
+            raise ValueError(f"pool: it has {len(pool.regions)} regions")
         found = [segment_of(region) for region in pool.regions]
         self._segments = [it for it in found if it is not None]
         if len(self._segments) < len(found):

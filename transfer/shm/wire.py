@@ -14,6 +14,9 @@ from transfer.session.wire import UNREADABLE
 MAX_FILES = 60
 """A pool may lie in so many files; `session.greeting` bounds how many are sent."""
 
+MAX_REGIONS = 4096
+"""So many pieces a pool may have: each is a mapping, of which Linux gives a process 65,530."""
+
 RECEIPT_BYTES = 1
 SCRATCH_BYTES = 4 << 20
 
@@ -35,7 +38,7 @@ class Invitation(msgspec.Struct, frozen=True, array_like=True):
     write to the pool again; it counts where no message can be sent any more.
     """
 
-    regions: Annotated[tuple[Piece, ...], msgspec.Meta(min_length=1, max_length=1 << 16)]
+    regions: Annotated[tuple[Piece, ...], msgspec.Meta(min_length=1, max_length=MAX_REGIONS)]
     scratch: Piece
     receipt: Piece
 
