@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from backends.protocol import Role
-from transfer.session.tls import Credentials
+from transfer.tls import Credentials
 
 Transport = Literal["auto", "shm", "nixl", "tcp"]
 

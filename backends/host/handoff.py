@@ -97,7 +97,7 @@ class Push:
             while isinstance(part := await self._parts.get(), KVSlice):
                 await self.writer.write(part)
             receipt = await self.writer.commit(part, self._commit_seconds)
-        except (TransferError, TimeoutError) as error:
+        except (TransferError, TimeoutError, MemoryError) as error:
             self._failed(error)
             return
         now = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gateway.config import Config
-from transfer.session.tls import Credentials
+from transfer.tls import Credentials
 
 
 def credentials_of(config: Config) -> Credentials | None:

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from transfer.session.tls import Credentials
+from transfer.tls import Credentials
 
 
 def openssl(*arguments):

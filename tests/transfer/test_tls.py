@@ -7,10 +7,10 @@ import pytest
 
 from tests.support.certificates import authority
 from transfer.errors import PeerLost
-from transfer.session.tls import Credentials
 from transfer.stage import SOURCE, TARGET, Gate, Pair
 from transfer.tcp import TcpReceiver, TcpSender
 from transfer.testing import PROMISES
+from transfer.tls import Credentials
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 
