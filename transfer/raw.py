@@ -7,6 +7,7 @@ Addresses need no alignment.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,8 @@ def _compiler(*, forceinline: bool) -> Callable[[Function], Function]:
 
     def compile_(function: Function) -> Function:
         made = make(function)
-        made._cache = cache(function)  # noqa: SLF001 -- what its `enable_caching` does
+        with contextlib.suppress(RuntimeError):  # no folder to keep it in: compiled in each process
+            made._cache = cache(function)  # noqa: SLF001 -- what its `enable_caching` does
         return cast("Function", made)
 
     return compile_
