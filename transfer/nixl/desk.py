@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from transfer.errors import PeerMisbehaved
 from transfer.nixl import wire
-from transfer.session.handoff import Handoff, Peer
+from transfer.session.handoff import Handoff, Peer, Presence
 
 
 class Reception(Protocol):
@@ -37,7 +37,7 @@ class Desk:
         self._peer = peer
         self._arena = arena
         self._lock = threading.Lock()
-        self._busy: Handoff | None = None
+        self._presence = Presence(reception.left)
         self._connection: socket.socket | None = None
         self._was_cut = False
 
@@ -77,8 +77,7 @@ class Desk:
 
     def busy_with(self, handoff: Handoff) -> bool:
         """Whether something is being copied into the landing of `handoff`."""
-        with self._lock:
-            return self._busy is handoff
+        return self._presence.within(handoff)
 
     def _ingest(self, handoff: Handoff | None, message: wire.Ingest) -> None:
         offsets, lengths = wire.runs_of(message)
@@ -90,21 +89,8 @@ class Desk:
             raise PeerMisbehaved(f"slot {message.slot} of {wire.SLOTS}")
         first = message.slot * wire.SLOT_BYTES
         data = self._arena[first : first + int(lengths.sum())]
-        if self._enter(handoff):
+        if self._presence.enter(handoff):
             try:
                 entry.put(data, offsets, lengths)
             finally:
-                self._leave(handoff)
-
-    def _enter(self, handoff: Handoff) -> bool:
-        with self._lock:
-            if handoff.live is None:
-                return False
-            self._busy = handoff
-            return True
-
-    def _leave(self, handoff: Handoff) -> None:
-        with self._lock:
-            self._busy = None
-        if handoff.live is None:
-            self._reception.left(handoff)
+                self._presence.leave(handoff)

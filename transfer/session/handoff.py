@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -75,3 +76,37 @@ class Handoff:
         """No write of this handoff can land any more. Safe to call twice."""
         if not self.quiet.done():
             self.quiet.set_result(None)
+
+
+class Presence:
+    """Which landing one thread is copying into, so that a withdrawal knows whether to wait for it.
+
+    `left` is called, in that thread, when a copy into a landing has ended that meanwhile takes no
+    more writes.
+    """
+
+    def __init__(self, left: Callable[[Handoff], None]) -> None:
+        """Begin outside of every landing."""
+        self._left = left
+        self._lock = threading.Lock()
+        self._inside: Handoff | None = None
+
+    def enter(self, handoff: Handoff) -> bool:
+        """Begin to copy; false, and nothing may be copied, if the landing takes no more writes."""
+        with self._lock:
+            if handoff.live is None:
+                return False
+            self._inside = handoff
+            return True
+
+    def leave(self, handoff: Handoff) -> None:
+        """The copy has ended."""
+        with self._lock:
+            self._inside = None
+        if handoff.live is None:
+            self._left(handoff)
+
+    def within(self, handoff: Handoff) -> bool:
+        """Whether something is being copied into the landing of `handoff`. Any thread."""
+        with self._lock:
+            return self._inside is handoff

@@ -85,10 +85,6 @@ class Stream:
         self._beat.cancel()
         self._lost(reason)
 
-    def end_soon(self, reason: TransferError) -> None:
-        """As `end`, from any thread."""
-        self._soon(self.end, reason)
-
     # ---- reading ----------------------------------------------------------------------------
 
     def _readable(self) -> None:

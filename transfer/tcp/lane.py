@@ -1,7 +1,7 @@
 """One data connection at the receiving end: a thread that brings runs to where they may lie.
 
 Long runs are read by the kernel straight into the pool, short ones via a staging copy, and both
-only between `_enter` and `_leave`: never while the socket is waited for, so that a landing that
+only while they are noted as present: never while the socket is waited for, so that a landing that
 is withdrawn is quiet as soon as the copy that is under way has ended, whatever the sender does.
 """
 
@@ -11,14 +11,13 @@ import contextlib
 import select
 import socket
 import ssl
-import threading
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer.landings import Expected
-from transfer.session.handoff import Handoff, Peer
+from transfer.session.handoff import Handoff, Peer, Presence
 from transfer.tcp import wire
 from transfer.tcp.vectored import Places
 
@@ -58,8 +57,7 @@ class Lane:
         self._peer = peer
         self._connection = connection
         self._stall_seconds = stall_seconds
-        self._lock = threading.Lock()
-        self._busy: Handoff | None = None
+        self._presence = Presence(reception.left)
         self._head = memoryview(bytearray(wire.HEAD.size))
         self._staging = memoryview(bytearray(wire.MAX_PAYLOAD_BYTES))
         self._encrypted = isinstance(connection, ssl.SSLSocket)
@@ -85,8 +83,7 @@ class Lane:
 
     def busy_with(self, handoff: Handoff) -> bool:
         """Whether something is being copied into the landing of `handoff`."""
-        with self._lock:
-            return self._busy is handoff
+        return self._presence.within(handoff)
 
     # ---- frames -----------------------------------------------------------------------------
 
@@ -116,16 +113,16 @@ class Lane:
     ) -> None:
         data = self._staging[:size]
         self._fill(data)
-        if self._enter(handoff):
+        if self._presence.enter(handoff):
             try:
                 entry.put(data, offsets, lengths)
             finally:
-                self._leave(handoff)
+                self._presence.leave(handoff)
 
     def _receive(self, handoff: Handoff, entry: Expected, offsets: Runs, lengths: Runs) -> None:
         places = Places(entry.pool.addresses(offsets), lengths, GROUP_BYTES)
         while places.left:
-            if not self._enter(handoff):
+            if not self._presence.enter(handoff):
                 self._discard(places.left)
                 return
             try:
@@ -134,7 +131,7 @@ class Lane:
             except BlockingIOError:
                 dry = True
             finally:
-                self._leave(handoff)
+                self._presence.leave(handoff)
             if dry:
                 self._wait()
 
@@ -144,21 +141,6 @@ class Lane:
             some = min(count, len(self._staging))
             self._fill(self._staging[:some])
             count -= some
-
-    # ---- who is in a landing ----------------------------------------------------------------
-
-    def _enter(self, handoff: Handoff) -> bool:
-        with self._lock:
-            if handoff.live is None:
-                return False
-            self._busy = handoff
-            return True
-
-    def _leave(self, handoff: Handoff) -> None:
-        with self._lock:
-            self._busy = None
-        if handoff.live is None:
-            self._reception.left(handoff)
 
     # ---- the socket -------------------------------------------------------------------------
 
