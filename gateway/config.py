@@ -62,6 +62,14 @@ class GatewaySection(Section, frozen=True):
     api_keys_file: Annotated[
         str, about("File with one such key per line; `#` begins a comment.")
     ] = ""
+    admin_keys: Annotated[
+        tuple[Annotated[str, msgspec.Meta(min_length=1)], ...],
+        about(
+            "Keys that open `/admin/` and `/debug/`, which show all tenants' work. Empty: they are"
+            " open where clients need no key, and closed where they do.",
+            secret=True,
+        ),
+    ] = ()
     max_body_bytes: Annotated[
         int, about("Largest request body.", unit="bytes", ge=1024, le=1 << 30)
     ] = 4 * 1024 * 1024

@@ -35,6 +35,10 @@ class Unauthorized(GatewayError):
     """No key, or a wrong one. The client's fault."""
 
 
+class Forbidden(GatewayError):
+    """The key does not open this page. The client's fault, or the operator's who has set none."""
+
+
 class QueueFull(GatewayError):
     """Too many requests are waiting. Trying later helps."""
 

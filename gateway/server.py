@@ -93,6 +93,7 @@ def _service(
         text=text,
         models=(config.model.name,),
         api_keys=frozenset(f"{tenant}:{key}" for key, tenant in api_keys(config).items()),
+        admin_keys=frozenset(config.gateway.admin_keys),
         max_body_bytes=config.gateway.max_body_bytes,
         body_timeout_seconds=config.gateway.body_timeout_seconds,
         request_timeout_seconds=config.gateway.request_timeout_seconds,

@@ -37,6 +37,7 @@ ANSWERS: Mapping[type[errors.GatewayError], Answer] = {
     errors.ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     errors.BodyTooLarge: Answer(413, "invalid_request_error", "request_too_large"),
     errors.Unauthorized: Answer(401, "invalid_request_error", "invalid_api_key"),
+    errors.Forbidden: Answer(403, "permission_error", "admin_key_needed"),
     errors.QueueFull: Answer(503, "server_error", "queue_full", retry_after=1),
     errors.QueueUnavailable: Answer(503, "server_error", "queue_unavailable", retry_after=2),
     errors.NoWorkers: Answer(503, "server_error", "no_workers", retry_after=2),

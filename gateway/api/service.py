@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 
-from gateway.errors import ModelNotFound, Unauthorized
+from gateway.errors import Forbidden, ModelNotFound, Unauthorized
 from gateway.life.job import Carrier, Timeline
 from gateway.text import Vocabulary
 
@@ -43,9 +43,10 @@ class Service:
 
     `models` are the names under which the one model is asked for, the first its own. `ready`
     says why a request would not be answered now, or None. `api_keys` are `KEY` or `TENANT:KEY`;
-    with none, no key is asked for. `keep_alive_seconds` is how long a stream waits for its first
-    token before its headers go out all the same, and how often it shows a sign of life from then
-    on: before, a failure is a plain status; afterwards it is an event in the stream.
+    with none, no key is asked for. `admin_keys` open what shows all tenants' work.
+    `keep_alive_seconds` is how long a stream waits for its first token before its headers go
+    out all the same, and how often it shows a sign of life from then on: before, a failure is a
+    plain status; afterwards it is an event in the stream.
     """
 
     carrier: Carrier
@@ -57,6 +58,7 @@ class Service:
     registry: CollectorRegistry
     observe: Observe
     api_keys: frozenset[str] = field(default=frozenset(), repr=False)
+    admin_keys: frozenset[str] = field(default=frozenset(), repr=False)
     max_body_bytes: int = 4 * 1024 * 1024
     body_timeout_seconds: float = 30.0
     request_timeout_seconds: float = 600.0
@@ -90,12 +92,31 @@ class Service:
         """
         if not self.api_keys:
             return ANYONE
-        scheme, _, key = authorization.partition(" ")
         # looked up by digest: how long it takes says nothing about the keys
-        tenant = self._tenants.get(_digest(key.strip()))
-        if scheme.lower() != "bearer" or tenant is None:
+        tenant = self._tenants.get(_digest(_bearer(authorization)))
+        if tenant is None:
             raise Unauthorized("a valid API key is needed: `Authorization: Bearer KEY`")
         return tenant
+
+    @cached_property
+    def _admins(self) -> frozenset[bytes]:
+        return frozenset(map(_digest, self.admin_keys))
+
+    def check_admin(self, authorization: str) -> None:
+        """Refuse what shows all tenants' work to whoever has no key for it.
+
+        Raises:
+            Unauthorized: the header shows no key of any kind.
+            Forbidden: the key is a tenant's, or none is configured although tenants have theirs.
+        """
+        if not (self.admin_keys or self.api_keys):
+            return
+        key = _bearer(authorization)
+        if not key:
+            raise Unauthorized("an administrator's key is needed: `Authorization: Bearer KEY`")
+        if _digest(key) not in self._admins:
+            self.tenant(authorization)
+            raise Forbidden("this page needs a key of `gateway.admin_keys`")
 
     def check_model(self, model: str | None) -> None:
         """Refuse a model that is not served here; none at all means the one that is.
@@ -106,6 +127,12 @@ class Service:
         if model is not None and model not in self.models:
             message = f"the model `{model[:128]}` is not served here; `{self.model}` is"
             raise ModelNotFound(message, field="model")
+
+
+def _bearer(authorization: str) -> str:
+    """The key that the header shows; empty when it shows none."""
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _digest(key: str) -> bytes:

@@ -96,6 +96,40 @@ async def test_what_is_not_public_asks_for_a_key(vocabulary, path: str):
                 assert answer.status == 200
 
 
+ADMIN_PAGES = ["/debug/ledger", "/admin/workers"]
+
+
+@pytest.mark.parametrize("path", ADMIN_PAGES)
+@pytest.mark.parametrize(
+    ("api_keys", "admin_keys", "shown", "status"),
+    [
+        ({"t:k"}, {"a"}, "a", 200),
+        ({"t:k"}, {"a"}, "k", 403),
+        ({"t:k"}, {"a"}, "x", 401),
+        ({"t:k"}, {"a"}, "", 401),
+        ({"t:k"}, set(), "k", 403),
+        (set(), {"a"}, "a", 200),
+        (set(), {"a"}, "k", 403),
+        (set(), {"a"}, "", 401),
+        (set(), set(), "", 200),
+    ],
+)
+async def test_what_shows_all_tenants_needs_an_administrators_key(
+    vocabulary, path: str, api_keys: set[str], admin_keys: set[str], shown: str, status: int
+):
+    header = {"Authorization": f"Bearer {shown}"} if shown else {}
+    async with (
+        serving(
+            vocabulary, api_keys=frozenset(api_keys), admin_keys=frozenset(admin_keys)
+        ) as served,
+        aiohttp.ClientSession(served.url) as http,
+        http.get(path, headers=header) as answer,
+    ):
+        assert answer.status == status
+        if status == 403:
+            assert "admin_keys" in (await answer.json())["error"]["message"]
+
+
 @pytest.mark.parametrize("path", [CHATS, "/v1/completions", "/tokenize", "/detokenize"])
 async def test_without_a_key_a_body_is_not_even_read(vocabulary, path: str):
     async with (
