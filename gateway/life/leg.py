@@ -29,9 +29,10 @@ from backends.protocol import (
     SequenceSpec,
     Token,
 )
-from gateway.life.fleet import Fleet, LegMessage, Worker
+from gateway.life.fleet import Fleet
 from gateway.life.line import Line, Run
 from gateway.life.states import Life, State
+from gateway.life.worker import LegMessage, Worker
 
 log = structlog.get_logger()
 
@@ -161,7 +162,7 @@ class Leg:
         self._run.timeline.reserve = time.monotonic() - began
         return self._granted.result()
 
-    # ---- what workers say (`fleet.LegPort`)
+    # ---- what workers say (`worker.LegPort`)
 
     def token(self, row: Token) -> None:
         """Take a token in its place; one that overtook others waits for them."""

@@ -22,12 +22,13 @@ from gateway.errors import (
     NoWorkers,
     WorkerFailed,
 )
-from gateway.life.fleet import Fleet, Worker
+from gateway.life.fleet import Fleet
 from gateway.life.job import Job, Listener, Timeline
 from gateway.life.leg import Leg, LegFailed
 from gateway.life.line import Line, Run
 from gateway.life.placement import Placement, Unplaceable, Wish, place
 from gateway.life.states import Life, State
+from gateway.life.worker import Worker
 
 log = structlog.get_logger()
 

@@ -25,11 +25,12 @@ from backends.protocol import (
     Welcome,
 )
 from gateway.admission import WorkerRecord
-from gateway.life.fleet import Fleet, Worker
+from gateway.life.fleet import Fleet
 from gateway.life.job import Job
 from gateway.life.leg import Leg, LegFailed
 from gateway.life.line import Line, Run
 from gateway.life.states import Life, State
+from gateway.life.worker import Worker
 from tests.life.cluster import SHAPE, Heard
 from transfer.layout import Epoch
 

@@ -1,0 +1,191 @@
+"""The connection to one worker: greet it, keep what it says of itself, pass its messages on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from backends.protocol import (
+    VERSION,
+    Failed,
+    FirstToken,
+    Granted,
+    HandedOver,
+    Hello,
+    Landed,
+    Link,
+    Load,
+    Message,
+    Refused,
+    Rejected,
+    ToGateway,
+    Token,
+    Tokens,
+    Welcome,
+)
+from gateway.admission.registry import WorkerRecord
+from gateway.life.placement import WorkerView
+
+CONNECT_SECONDS = 5.0
+MAX_PORT = 65535
+
+LegMessage = Granted | Refused | FirstToken | HandedOver | Landed | Failed
+
+
+class LegPort(Protocol):
+    """What a leg hears from the workers that carry it."""
+
+    def token(self, row: Token) -> None:
+        """One more token of one of its sequences."""
+
+    def heard(self, worker: Worker, message: LegMessage) -> None:
+        """Anything else that bears its handle."""
+
+    def lost(self, worker: Worker, reason: str) -> None:
+        """A worker that it uses is gone."""
+
+
+class Worker:
+    """One connected worker. What it says besides tokens goes to `heard`."""
+
+    def __init__(
+        self,
+        record: WorkerRecord,
+        link: Link,
+        welcome: Welcome,
+        heard: Callable[[Worker, Message], None],
+    ) -> None:
+        self.id = record.id
+        self.record = record
+        self.welcome = welcome
+        self.load: Load | None = None
+        self.legs: dict[int, LegPort] = {}
+        self.prefilling: dict[int, int] = {}
+        self.silent_ticks = 0
+        self._link = link
+        self._heard = heard
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Names this start of this worker."""
+        return self.id, self.welcome.incarnation
+
+    def hear(self, _: Link, message: Message) -> None:
+        """Take what the worker says; its tokens go straight to their legs."""
+        self.silent_ticks = 0
+        if type(message) is not Tokens:
+            self._heard(self, message)
+            return
+        legs = self.legs
+        for row in message.rows:
+            leg = legs.get(row.handle)
+            if leg is not None:
+                leg.token(row)
+
+    @property
+    def shunned(self) -> tuple[str, ...]:
+        """Prefill workers that it gives no landings for the time being."""
+        return self.load.shunned if self.load is not None else ()
+
+    def send(self, message: Message) -> None:
+        """Dropped in silence when the connection is lost; the legs are told of that."""
+        self._link.send(message)
+
+    def give_up(self) -> None:
+        """End the connection, without waiting for anything that is still to be sent."""
+        self._link.abort("nothing was heard from it")
+
+    def view(self) -> WorkerView:
+        """What placement may know."""
+        info, load = self.welcome.info, self.load
+        return WorkerView(
+            id=self.id,
+            role=self.welcome.role,
+            info=info,
+            queued_tokens=max(
+                sum(self.prefilling.values()), load.waiting_tokens if load is not None else 0
+            ),
+            running=load.running if load is not None else 0,
+            free_blocks=load.free_blocks if load is not None else info.pool_blocks,
+            draining=load.draining if load is not None else False,
+        )
+
+
+async def connect(
+    record: WorkerRecord,
+    hello: Hello,
+    heard: Callable[[Worker, Message], None],
+    taken: Callable[[Worker], None],
+    lost: Callable[[Worker, str], None],
+) -> asyncio.Future[None]:
+    """Greet the worker that `record` names; the future is done when its connection is lost.
+
+    `taken` is called once it has answered, before any message of it goes to `heard`; `lost`
+    once, with the reason, when it had been taken.
+
+    Raises:
+        OSError: nobody answers there.
+        TimeoutError: whoever is there does not answer in time.
+        ConnectionError: it refused us, or is not that worker.
+        ValueError: the record's address is no address.
+    """
+    loop = asyncio.get_running_loop()
+    greeting: asyncio.Future[None] = loop.create_future()
+    ended: asyncio.Future[None] = loop.create_future()
+    workers: list[Worker] = []
+
+    def greeted(link: Link, message: Message) -> None:
+        if greeting.done():
+            return
+        fault = _fault(record, message)
+        if isinstance(message, Welcome) and not fault:
+            worker = Worker(record, link, message, heard)
+            link.message = worker.hear
+            workers.append(worker)
+            taken(worker)
+            greeting.set_result(None)
+        else:
+            greeting.set_exception(ConnectionError(f"{record.id} is not taken: {fault}"))
+
+    def gone(_: Link, reason: str) -> None:
+        if not greeting.done():
+            greeting.set_exception(ConnectionError(reason))
+        if workers:
+            lost(workers[0], reason)
+        if not ended.done():
+            ended.set_result(None)
+
+    link = Link(ToGateway, greeted, gone)
+    async with asyncio.timeout(CONNECT_SECONDS):
+        await _dial(record.address, link)
+        link.send(hello)
+        try:
+            await greeting
+        except BaseException:
+            link.close()
+            raise
+    return ended
+
+
+def _fault(record: WorkerRecord, greeting: Message) -> str:
+    """Why whoever greets so is not the worker that `record` names; empty when it is."""
+    if isinstance(greeting, Rejected):
+        return f"it refused us: {greeting.reason}"
+    if not isinstance(greeting, Welcome) or greeting.version != VERSION:
+        return f"it said {greeting!r:.200}"
+    if greeting.worker != record.id:
+        return f"{greeting.worker} answers at its address"
+    return ""
+
+
+async def _dial(address: str, link: Link) -> None:
+    loop = asyncio.get_running_loop()
+    kind, _, rest = address.partition(":")
+    if kind == "unix":
+        await loop.create_unix_connection(lambda: link, rest)
+        return
+    host, _, port = rest.rpartition(":")
+    if kind != "tcp" or not port.isdecimal() or int(port) > MAX_PORT:
+        raise ValueError(f"address {address!r} is neither unix:/path nor tcp:host:port")
+    await loop.create_connection(lambda: link, host.strip("[]"), int(port))
