@@ -23,7 +23,7 @@ from gateway.api.app import build_app
 from gateway.api.service import Service
 from gateway.config import Config
 from gateway.life.fleet import Fleet
-from gateway.life.placement import Placement, Wish, place
+from gateway.placement import Placement, Wish, place
 from gateway.life.relay import Relay
 from gateway.metrics import Metrics
 from gateway.settings import api_keys

@@ -1,7 +1,7 @@
 """The connections to workers: one each, kept open, with what the worker says of itself.
 
 The fleet knows who is there and who has met whom, and passes each message on to the leg whose
-handle it bears. It does not choose (`placement.py`) and does not retry (`relay.py`).
+handle it bears. It does not choose (`gateway.placement`) and does not retry (`relay.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from backends.protocol import (
 )
 from gateway.admission.registry import WorkerRecord
 from gateway.life.pairs import Pairs
-from gateway.life.placement import Snapshot
+from gateway.placement import Snapshot
 from gateway.life.worker import Worker, connect
 
 log = structlog.get_logger()

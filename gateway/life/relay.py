@@ -26,7 +26,7 @@ from gateway.life.fleet import Fleet
 from gateway.life.job import Job, Listener, Timeline
 from gateway.life.leg import Leg, LegFailed
 from gateway.life.line import Line, Run
-from gateway.life.placement import Placement, Unplaceable, Wish, place
+from gateway.placement import Placement, Unplaceable, Wish, place
 from gateway.life.states import Life, State
 from gateway.life.worker import Worker
 

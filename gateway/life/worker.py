@@ -25,7 +25,7 @@ from backends.protocol import (
     Welcome,
 )
 from gateway.admission.registry import WorkerRecord
-from gateway.life.placement import WorkerView
+from gateway.placement import WorkerView
 
 CONNECT_SECONDS = 5.0
 MAX_PORT = 65535
