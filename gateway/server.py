@@ -23,9 +23,9 @@ from gateway.api.app import build_app
 from gateway.api.service import Service
 from gateway.config import Config
 from gateway.life.fleet import Fleet
-from gateway.placement import Placement, Wish, place
 from gateway.life.relay import Relay
 from gateway.metrics import Metrics
+from gateway.placement import Placement, Wish, place
 from gateway.settings import api_keys
 from gateway.text import Vocabulary, load_text
 

@@ -29,8 +29,8 @@ from backends.protocol import (
 )
 from gateway.admission.registry import WorkerRecord
 from gateway.life.pairs import Pairs
-from gateway.placement import Snapshot
 from gateway.life.worker import Worker, connect
+from gateway.placement import Snapshot
 
 log = structlog.get_logger()
 

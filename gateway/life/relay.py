@@ -26,9 +26,9 @@ from gateway.life.fleet import Fleet
 from gateway.life.job import Job, Listener, Timeline
 from gateway.life.leg import Leg, LegFailed
 from gateway.life.line import Line, Run
-from gateway.placement import Placement, Unplaceable, Wish, place
 from gateway.life.states import Life, State
 from gateway.life.worker import Worker
+from gateway.placement import Placement, Unplaceable, Wish, place
 
 log = structlog.get_logger()
 
