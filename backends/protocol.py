@@ -18,6 +18,8 @@ import msgspec
 from backends.api import BackendInfo as BackendInfo
 from backends.api import Logprob as Logprob
 from backends.api import Sampling as Sampling
+from backends.chain import chain as chain
+from backends.chain import mark as mark
 from backends.errors import ProtocolError
 from transfer.layout import Endpoint, KVLayout
 from transfer.layout import Landing as Landing
@@ -51,6 +53,9 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     the prompt and of all generated tokens but the last, which the next decode step computes.
     Sequences of one spec have equally many generated tokens; with more than one, only one
     sequence may be in the spec. `max_tokens` counts generated tokens, earlier ones included.
+
+    KV of full blocks is kept for, and taken from, requests with the same `salt` (see `chain.py`);
+    without one it is neither.
     """
 
     handle: int
@@ -61,6 +66,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     max_tokens: int
     deadline_seconds: float
     prompt_logprobs: int | None = None
+    salt: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
     @property
     def prefix(self) -> list[int]:

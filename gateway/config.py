@@ -89,6 +89,13 @@ class GatewaySection(Section, frozen=True):
             ge=1,
         ),
     ] = 256
+    share_prefixes: Annotated[
+        bool,
+        about(
+            "Whether KV that was computed for one tenant is reused for others with the same prompt;"
+            " they could tell by the time it takes."
+        ),
+    ] = False
     request_timeout_seconds: Annotated[
         float, about("A request's time, from its arrival to its last token.", unit="s", gt=0)
     ] = 600.0

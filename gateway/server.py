@@ -101,6 +101,7 @@ def _service(
         max_n=config.gateway.max_n,
         max_choices=config.gateway.max_choices,
         expected_output_tokens=config.gateway.expected_output_tokens,
+        share_prefixes=config.gateway.share_prefixes,
         ready=lambda: not_ready(relay, admission, fleet),
         ledger=lambda: ledgers(fleet),
         workers=lambda: workers(fleet),

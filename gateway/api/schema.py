@@ -86,6 +86,7 @@ class Generation(Body, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     add_special_tokens: bool | None = None
     priority: int | None = None
+    cache_salt: Short | None = None
 
     # no effect on the answer
     user: str | None = None

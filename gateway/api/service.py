@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from gateway.life.job import Carrier, Timeline
 from gateway.text import Vocabulary
 
 ANYONE = "default"
+SALT_BYTES = 16
 
 
 class Observe(Protocol):
@@ -47,6 +49,7 @@ class Service:
     `keep_alive_seconds` is how long a stream waits for its first token before its headers go
     out all the same, and how often it shows a sign of life from then on: before, a failure is a
     plain status; afterwards it is an event in the stream.
+    `share_prefixes`: KV that was computed for one tenant serves others as well.
     """
 
     carrier: Carrier
@@ -68,6 +71,7 @@ class Service:
     max_n: int = 16
     max_choices: int = 128
     expected_output_tokens: int = 256
+    share_prefixes: bool = False
     version: str = ""
     started_at: int = field(default_factory=lambda: int(time.time()))
 
@@ -117,6 +121,12 @@ class Service:
         if _digest(key) not in self._admins:
             self.tenant(authorization)
             raise Forbidden("this page needs a key of `gateway.admin_keys`")
+
+    def salt(self, tenant: str, cache_salt: str) -> bytes:
+        """What keeps the KV of this tenant, or of this salt of its own, apart from others'."""
+        whose = b"" if self.share_prefixes else tenant.encode(errors="surrogateescape")
+        parts = struct.pack(">I", len(whose)) + whose + cache_salt.encode(errors="surrogatepass")
+        return hashlib.blake2b(parts, digest_size=SALT_BYTES, person=b"baton salt").digest()
 
     def check_model(self, model: str | None) -> None:
         """Refuse a model that is not served here; none at all means the one that is.

@@ -170,6 +170,7 @@ def _wish(
     seed = secrets.randbits(63) if request.seed is None else request.seed
     seeds = tuple(derive_seed(seed, index) for index in range(n))
     style = _style(request, sampling)
+    salt = service.salt(caller.tenant, request.cache_salt or "")
     jobs = []
     for number, prompt in enumerate(prompts):
         tokens = _max_tokens(service, request, prompt, limit)
@@ -188,6 +189,7 @@ def _wish(
                 else min(tokens, service.expected_output_tokens),
                 priority=request.priority or 0,
                 prompt_logprobs=sampling.logprobs if style.echo else None,
+                salt=salt,
             )
         )
     return Wish(

@@ -15,6 +15,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     `id` is for logs and may be the client's choice: two jobs can bear the same one.
 
+    `salt` names whose KV may be reused for it (see `backends.chain`); empty: nobody's.
+
     `deadline` is a time of this process's event-loop clock. `decode_estimate` is how many tokens
     the answer will probably have, per sequence; the queue books it.
     """
@@ -30,6 +32,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     decode_estimate: int
     priority: int = 0
     prompt_logprobs: int | None = None
+    salt: bytes = b""
 
     @property
     def n(self) -> int:

@@ -146,6 +146,7 @@ class Leg:
             max_tokens=job.max_tokens,
             deadline_seconds=max(0.0, job.deadline - asyncio.get_running_loop().time()),
             prompt_logprobs=wants,
+            salt=job.salt,
         )
 
     async def _reserve(self) -> Landing | None:

@@ -1,5 +1,6 @@
 """Answers in one piece, and the jobs that are made for them."""
 
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -140,6 +141,20 @@ async def test_a_completion_has_sixteen_tokens_unless_told(
 ):
     await ask(http, TEXTS, model=MODEL, prompt="x")
     assert served.carrier.jobs[0].max_tokens == 16
+
+
+async def test_kv_is_reused_for_the_same_tenant_and_salt_alone(
+    served: Served, http: aiohttp.ClientSession
+):
+    for salt in ({}, {}, {"cache_salt": "a"}, {"cache_salt": "b"}):
+        await ask(http, CHATS, **CHAT, **salt)
+    none, again, one, other = (job.salt for job in served.carrier.jobs)
+    assert none == again
+    service = served.service
+    assert len({none, one, other, service.salt("x", ""), service.salt("y", "")}) == 5
+    shared = replace(service, share_prefixes=True)
+    assert shared.salt("x", "") == shared.salt("y", "") != b""
+    assert shared.salt("x", "a") != shared.salt("y", "b")
 
 
 async def test_parts_of_a_content_are_one_text(served: Served, http: aiohttp.ClientSession):

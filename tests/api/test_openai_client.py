@@ -217,6 +217,7 @@ async def test_extras_of_serving_engines_reach_the_workers(
             "stop_token_ids": [999],
             "return_token_ids": True,
             "priority": 1,
+            "cache_salt": "mine",
         },
     )
     (job,) = served.carrier.jobs
@@ -228,6 +229,7 @@ async def test_extras_of_serving_engines_reach_the_workers(
     assert (sampling.ignore_eos, sampling.min_tokens) == (True, 2)
     assert sampling.stop_token_ids == (999,)
     assert (job.max_tokens, job.priority) == (9, 1)
+    assert job.salt == served.service.salt(job.tenant, "mine")
     tokens = served.carrier.tokens
     assert answer.choices[0].token_ids == (tokens * 2)[:9]  # type: ignore[attr-defined]
     assert answer.prompt_token_ids == job.prompt  # type: ignore[attr-defined]
