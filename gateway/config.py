@@ -178,13 +178,14 @@ class SecuritySection(Section, frozen=True):
     tls_certificate: Annotated[
         str,
         about(
-            "This worker's certificate (PEM): with it, KV travels between workers over mutual TLS."
-            " Needs `tls_key` and `tls_authority`."
+            "This process's certificate (PEM): with it, KV between workers and messages between"
+            " gateways and workers travel over mutual TLS wherever they travel over TCP. All have"
+            " one, or none. Needs `tls_key` and `tls_authority`."
         ),
     ] = ""
     tls_key: Annotated[str, about("The certificate's private key (PEM file).")] = ""
     tls_authority: Annotated[
-        str, about("The authority whose certificates the workers trust (PEM file).")
+        str, about("The authority whose certificates gateways and workers trust (PEM file).")
     ] = ""
 
 

@@ -22,6 +22,7 @@ from gateway.admission import Admission, Limits, Registry, WorkerRecord, open_re
 from gateway.api.app import build_app
 from gateway.api.service import Service
 from gateway.config import Config
+from gateway.credentials import credentials_of
 from gateway.life.fleet import Fleet
 from gateway.life.relay import Relay
 from gateway.metrics import Metrics
@@ -38,7 +39,7 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
     `ready` is called with the address once connections are accepted.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the address cannot be listened on, or a certificate not be read.
     """
     text = await asyncio.to_thread(load_text, Path(config.model.source))
     gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
@@ -51,7 +52,9 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
             lease_seconds=config.queue.lease_seconds,
             timeout_seconds=config.redis.timeout_seconds,
         )
-        fleet = Fleet(gateway_id, config.security.secret)
+        credentials = credentials_of(config)
+        tls = credentials.client() if credentials is not None else None
+        fleet = Fleet(gateway_id, config.security.secret, tls=tls)
         relay = Relay(
             admission,
             fleet,

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from backends.protocol import split_address
 from gateway.config import Config, Section, WorkerSection, default_workers
 
 ENV_PREFIX = "BATON__"
@@ -116,21 +117,6 @@ def is_loopback(host: str) -> bool:
 def is_wildcard(host: str) -> bool:
     """Whether `host` means every address of this machine, and so leads nobody to it."""
     return host.strip("[]") in ("0.0.0.0", "::")  # noqa: S104 - recognised, not listened on
-
-
-def split_address(listen: str) -> tuple[str, str, int]:
-    """`("unix", path, 0)` or `("tcp", host, port)`.
-
-    Raises:
-        ValueError: it is neither `unix:/path` nor `tcp:host:port`.
-    """
-    kind, _, rest = listen.partition(":")
-    if kind == "unix" and rest.startswith("/"):
-        return "unix", rest, 0
-    host, colon, port = rest.rpartition(":")
-    if kind == "tcp" and colon and host and port.isdecimal() and int(port) < 65536:
-        return "tcp", host.strip("[]"), int(port)
-    raise ValueError(f"expected unix:/path or tcp:host:port, got {listen!r}")
 
 
 def _read_file(path: Path, origins: dict[str, str]) -> Tree:

@@ -1,7 +1,7 @@
-"""TLS between workers: each side shows a certificate that their own authority has signed.
+"""TLS between our processes: each side shows a certificate that their own authority has signed.
 
-Host names are not compared: whoever holds a certificate of that authority is a worker, and which
-one it is, the landing's secret says.
+Host names are not compared: whoever holds a certificate of that authority is one of us. Which
+worker it is, the landing's secret says, or on a control connection its greeting.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import msgspec
 
 
 class Credentials(msgspec.Struct, frozen=True):
-    """Files in PEM form: our certificate, its key, and the authority that signs workers."""
+    """Files in PEM form: our certificate, its key, and the authority that signs ours."""
 
     certificate: Path
     key: Path
     authority: Path
 
     def server(self) -> ssl.SSLContext:
-        """For receivers. Senders must show a certificate.
+        """For whoever listens. Whoever connects must show a certificate.
 
         Raises:
             OSError: a file cannot be read, or does not hold what it should.
@@ -28,7 +28,7 @@ class Credentials(msgspec.Struct, frozen=True):
         return self._loaded(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     def client(self) -> ssl.SSLContext:
-        """For senders; raises as `server`."""
+        """For whoever connects; raises as `server`."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         return self._loaded(context)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from backends.protocol import Role
+from backends.protocol import VERSION, Role
 from transfer.tls import Credentials
 
 Transport = Literal["auto", "shm", "nixl", "tcp"]
@@ -16,15 +16,15 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's settings.
 
     `listen` is the control address, `unix:/path` or `tcp:host:port`; `data_host` the address on
-    which KV arrives, over TLS where `tls` is given. `step_tokens` bounds the prompt tokens of
-    one step; `max_waiting` the prefills that wait for memory or their turn. A landing is freed
-    `lease_seconds` after it was granted or last written to. A step that lasts
-    `step_timeout_seconds` ends the process. `landing_share` is the part of the pool that may
-    wait in landings, `quarantine_share` the part that withdrawn landings of one prefill worker
-    may hold before it gets no more of them. `transports` are offered and used, `auto` standing
-    for all that are there; `socket_dir` is a folder of this user alone for their sockets
-    (empty: one is made). `faults` damages handoffs on purpose, for drills (see
-    `transfer.faults`).
+    which KV arrives; both are over TLS where `tls` is given. `protocol` is the newest version that
+    it speaks with gateways. `step_tokens` bounds the prompt tokens of one step; `max_waiting` the
+    prefills that wait for memory or their turn. A landing is freed `lease_seconds` after it was
+    granted or last written to. A step that lasts `step_timeout_seconds` ends the process.
+    `landing_share` is the part of the pool that may wait in landings, `quarantine_share` the part
+    that withdrawn landings of one prefill worker may hold before it gets no more of them.
+    `transports` are offered and used, `auto` standing for all that are there; `socket_dir` is a
+    folder of this user alone for their sockets (empty: one is made). `faults` damages handoffs on
+    purpose, for drills (see `transfer.faults`).
     """
 
     id: str
@@ -33,6 +33,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     data_host: str = "127.0.0.1"
     secret: str = ""
     tls: Credentials | None = None
+    protocol: int = VERSION
     lease_seconds: float = 60.0
     step_tokens: int = 2048
     max_waiting: int = 1024

@@ -5,36 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+from backends.protocol import join_address, split_address
+
 
 async def listen(
-    address: str, protocol: Callable[[], asyncio.Protocol]
+    address: str, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None = None
 ) -> tuple[asyncio.Server, str]:
     """Listen on `unix:/path` or `tcp:host:port`; the server, and the address with its true port.
 
-    A socket file that nobody answers on is left from a process that died, and is replaced.
+    A socket file that nobody answers on is left from a process that died, and is replaced. `tls`
+    is for TCP: a Unix socket is open to this user alone.
 
     Raises:
         ValueError: `address` has neither form.
         OSError: it cannot be listened on.
     """
     loop = asyncio.get_running_loop()
-    kind, _, rest = address.partition(":")
-    if kind == "unix" and rest:
-        path = Path(rest)
-        await _clear(path)
-        old_mask = os.umask(0o177)
-        try:
-            return await loop.create_unix_server(protocol, str(path)), address
-        finally:
-            os.umask(old_mask)
-    host, colon, port = rest.rpartition(":")
-    if kind == "tcp" and colon and port.isdecimal():
-        server = await loop.create_server(protocol, host.strip("[]"), int(port))
-        return server, f"tcp:{host}:{server.sockets[0].getsockname()[1]}"
-    raise ValueError(f"address {address!r} is neither unix:/path nor tcp:host:port")
+    kind, where, port = split_address(address)
+    if kind == "tcp":
+        server = await loop.create_server(protocol, where, port, ssl=tls)
+        return server, join_address(where, server.sockets[0].getsockname()[1])
+    path = Path(where)
+    await _clear(path)
+    old_mask = os.umask(0o177)
+    try:
+        return await loop.create_unix_server(protocol, where), address
+    finally:
+        os.umask(old_mask)
 
 
 async def _clear(path: Path) -> None:

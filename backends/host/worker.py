@@ -7,16 +7,17 @@ with its connection.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from backends.api import SteppedBackend
+from backends.errors import ProtocolError
 from backends.host.config import HostConfig
 from backends.host.janitor import Janitor
 from backends.host.ledger import Ledger
@@ -25,8 +26,8 @@ from backends.host.peers import Peers
 from backends.host.requests import Requests
 from backends.host.steps import DeviceHangs
 from backends.protocol import (
-    VERSION,
     Cancel,
+    Door,
     Flow,
     Hello,
     Inspect,
@@ -35,6 +36,7 @@ from backends.protocol import (
     Meet,
     Message,
     Prefill,
+    Proof,
     Refused,
     Rejected,
     Reserve,
@@ -50,6 +52,15 @@ HELLO_SECONDS = 5.0
 LOAD_SECONDS = 1.0
 STEPS_AHEAD = 8  # more prompts than that wait in the queue, where they hold no memory
 POLL_SECONDS = 0.05
+
+
+@dataclass(slots=True)
+class Stranger:
+    """A connection that has not proven itself, and until when it may."""
+
+    timer: asyncio.TimerHandle
+    door: Door | None = None
+    gateway: str = ""
 
 
 class WorkerHost:
@@ -76,7 +87,7 @@ class WorkerHost:
             lambda: self._broadcast(self._load()),
         )
         self._links: set[Link] = set()
-        self._strangers: dict[Link, asyncio.TimerHandle] = {}
+        self._strangers: dict[Link, Stranger] = {}
         self._meeting: set[tuple[Link, str]] = set()
         self._draining = False
 
@@ -88,7 +99,8 @@ class WorkerHost:
         sys.setswitchinterval(0.0005)  # the step thread's Python must not delay tokens by 5 ms
         if self.config.role != "prefill":
             self._requests.landings.receivers = [*await self._peers.listen()]
-        server, self.address = await listen(self.config.listen, self._new_link)
+        tls = self.config.tls.server() if self.config.tls is not None else None
+        server, self.address = await listen(self.config.listen, self._new_link, tls)
         try:
             async with self._tasks as tasks:
                 parts = [
@@ -168,37 +180,48 @@ class WorkerHost:
     def _new_link(self) -> Link:
         link = Link(ToWorker, self._on_message, self._on_lost)
         timer = asyncio.get_running_loop().call_later(
-            HELLO_SECONDS, self._reject, link, f"no Hello within {HELLO_SECONDS} s"
+            HELLO_SECONDS, self._reject, link, f"no greeting within {HELLO_SECONDS} s"
         )
-        self._strangers[link] = timer
+        self._strangers[link] = Stranger(timer)
         return link
 
     def _on_lost(self, link: Link, reason: str) -> None:
-        timer = self._strangers.pop(link, None)
-        if timer is not None:
-            timer.cancel()
+        stranger = self._strangers.pop(link, None)
+        if stranger is not None:
+            stranger.timer.cancel()
         if link in self._links:
             self._links.discard(link)
             self._requests.cancel_all(link)
             log.info("gateway.lost", reason=reason)
 
     def _greet(self, link: Link, message: Message) -> None:
-        if not isinstance(message, Hello):
-            self._reject(link, "the first message must be Hello")
-        elif message.version != VERSION:
-            self._reject(link, f"protocol version {message.version}; this worker speaks {VERSION}")
-        elif not hmac.compare_digest(message.secret.encode(), self.config.secret.encode()):
-            self._reject(link, "wrong secret")
-        else:
-            self._strangers.pop(link).cancel()
-            self._links.add(link)
-            link.send(self._welcome())
-            link.send(self._load())
-            log.info("gateway.connected", gateway=message.gateway)
+        """Let a gateway in that says `Hello`, and proves itself after our challenge."""
+        stranger = self._strangers[link]
+        try:
+            match message:
+                case Hello() if stranger.door is None:
+                    stranger.gateway = message.gateway
+                    stranger.door = Door(message, self.config.secret, version=self.config.protocol)
+                    link.send(stranger.door.challenge)
+                case Proof() if stranger.door is not None:
+                    stranger.door.admit(message)
+                    self._let_in(link, stranger.door, stranger.gateway)
+                case _:
+                    raise ProtocolError("the first message must be Hello, the second Proof")
+        except ProtocolError as error:
+            self._reject(link, str(error))
 
-    def _welcome(self) -> Welcome:
+    def _let_in(self, link: Link, door: Door, gateway: str) -> None:
+        self._strangers.pop(link).timer.cancel()
+        self._links.add(link)
+        link.trust()
+        link.send(door.seal(self._welcome(door.version)))
+        link.send(self._load())
+        log.info("gateway.connected", gateway=gateway, version=door.version)
+
+    def _welcome(self, version: int) -> Welcome:
         return Welcome(
-            version=VERSION,
+            version=version,
             worker=self.config.id,
             incarnation=self.incarnation,
             role=self.config.role,

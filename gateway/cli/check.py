@@ -16,9 +16,9 @@ from redis.exceptions import RedisError
 
 from gateway.admission import RedisUnsuitable, open_redis
 from gateway.admission.client import check_server
-from gateway.cli.credentials import credentials_of
 from gateway.cli.model import find_model
 from gateway.config import Config
+from gateway.credentials import credentials_of
 from gateway.redis_server import RedisNotFound, find_server
 from gateway.settings import TLS_FILES, Problem
 

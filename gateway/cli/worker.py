@@ -11,13 +11,14 @@ from typing import Any
 import structlog
 import uvloop
 
+from backends.protocol import join_address, split_address
 from gateway.admission import Registration, WorkerRecord, open_redis
-from gateway.cli.credentials import credentials_of
 from gateway.cli.model import find_model
 from gateway.cli.status import Reporter
 from gateway.config import Config, WorkerSection
+from gateway.credentials import credentials_of
 from gateway.redis_server import run_dir
-from gateway.settings import ConfigError, Problem, is_wildcard, split_address
+from gateway.settings import ConfigError, Problem, is_wildcard
 
 log = structlog.get_logger()
 
@@ -61,7 +62,7 @@ def _options(config: Config, worker: WorkerSection) -> dict[str, Any]:
 def _reachable(address: str, data_host: str) -> str:
     """The control address as gateways on other machines must write it."""
     kind, host, port = split_address(address)
-    return f"tcp:{data_host}:{port}" if kind == "tcp" and is_wildcard(host) else address
+    return join_address(data_host, port) if kind == "tcp" and is_wildcard(host) else address
 
 
 async def _serve(

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 from collections.abc import Mapping
 
 import structlog
 
 from backends.protocol import (
     VERSION,
+    Caller,
     Failed,
     FirstToken,
     Granted,
     HandedOver,
-    Hello,
     Inspect,
     Landed,
     Ledger,
@@ -45,13 +46,22 @@ class Fleet:
     """All workers of one gateway. Works while `run` does.
 
     A worker says every second how full it is: one that says nothing for `silence_seconds` (its
-    machine is gone, or it hangs) is lost.
+    machine is gone, or it hangs) is lost. With `tls`, connections over TCP use it.
     """
 
     def __init__(
-        self, gateway_id: str, secret: str, *, silence_seconds: float = SILENCE_SECONDS
+        self,
+        gateway_id: str,
+        secret: str,
+        *,
+        tls: ssl.SSLContext | None = None,
+        version: int = VERSION,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
-        self._hello = Hello(version=VERSION, gateway=gateway_id, secret=secret)
+        self._gateway_id = gateway_id
+        self._secret = secret
+        self._tls = tls
+        self._version = version
         self._silence_seconds = silence_seconds
         self._records: dict[str, WorkerRecord] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -148,9 +158,7 @@ class Fleet:
         failures = 0
         while (record := self._records.get(worker_id)) is not None:
             try:
-                ended = await connect(
-                    record, self._hello, self._on_message, self._take_in, self._lose
-                )
+                ended = await self._connect(record)
             except (OSError, TimeoutError, ConnectionError, ValueError) as error:
                 if not failures:
                     log.warning("worker.unreachable", worker=worker_id, cause=str(error))
@@ -159,6 +167,10 @@ class Fleet:
                 failures = 0
                 await ended
             await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)])
+
+    async def _connect(self, record: WorkerRecord) -> asyncio.Future[None]:
+        caller = Caller(self._gateway_id, self._secret, version=self._version)
+        return await connect(record, caller, self._tls, self._on_message, self._take_in, self._lose)
 
     def _take_in(self, worker: Worker) -> None:
         self._workers[worker.id] = worker

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Protocol
 
+from backends.errors import ProtocolError
 from backends.protocol import (
-    VERSION,
+    Caller,
+    Challenge,
     Failed,
     FirstToken,
     Granted,
     HandedOver,
-    Hello,
     Landed,
     Link,
     Load,
@@ -23,12 +25,12 @@ from backends.protocol import (
     Token,
     Tokens,
     Welcome,
+    split_address,
 )
 from gateway.admission.registry import WorkerRecord
 from gateway.placement import WorkerView
 
 CONNECT_SECONDS = 5.0
-MAX_PORT = 65535
 
 LegMessage = Granted | Refused | FirstToken | HandedOver | Landed | Failed
 
@@ -114,7 +116,8 @@ class Worker:
 
 async def connect(
     record: WorkerRecord,
-    hello: Hello,
+    caller: Caller,
+    tls: ssl.SSLContext | None,
     heard: Callable[[Worker, Message], None],
     taken: Callable[[Worker], None],
     lost: Callable[[Worker, str], None],
@@ -122,10 +125,10 @@ async def connect(
     """Greet the worker that `record` names; the future is done when its connection is lost.
 
     `taken` is called once it has answered, before any message of it goes to `heard`; `lost`
-    once, with the reason, when it had been taken.
+    once, with the reason, when it had been taken. `tls` is for TCP.
 
     Raises:
-        OSError: nobody answers there.
+        OSError: nobody answers there, or not over TLS.
         TimeoutError: whoever is there does not answer in time.
         ConnectionError: it refused us, or is not that worker.
         ValueError: the record's address is no address.
@@ -138,10 +141,14 @@ async def connect(
     def greeted(link: Link, message: Message) -> None:
         if greeting.done():
             return
-        fault = _fault(record, message)
+        if isinstance(message, Challenge):
+            link.send(caller.prove(message))
+            return
+        fault = _fault(record, caller, message)
         if isinstance(message, Welcome) and not fault:
             worker = Worker(record, link, message, heard)
             link.message = worker.hear
+            link.trust()
             workers.append(worker)
             taken(worker)
             greeting.set_result(None)
@@ -158,8 +165,8 @@ async def connect(
 
     link = Link(ToGateway, greeted, gone)
     async with asyncio.timeout(CONNECT_SECONDS):
-        await _dial(record.address, link)
-        link.send(hello)
+        await _dial(record.address, link, tls)
+        link.send(caller.hello)
         try:
             await greeting
         except BaseException:
@@ -168,24 +175,27 @@ async def connect(
     return ended
 
 
-def _fault(record: WorkerRecord, greeting: Message) -> str:
+def _fault(record: WorkerRecord, caller: Caller, greeting: Message) -> str:
     """Why whoever greets so is not the worker that `record` names; empty when it is."""
     if isinstance(greeting, Rejected):
         return f"it refused us: {greeting.reason}"
-    if not isinstance(greeting, Welcome) or greeting.version != VERSION:
+    if not isinstance(greeting, Welcome):
         return f"it said {greeting!r:.200}"
+    try:
+        caller.check(greeting)
+    except ProtocolError as error:
+        return str(error)
     if greeting.worker != record.id:
         return f"{greeting.worker} answers at its address"
     return ""
 
 
-async def _dial(address: str, link: Link) -> None:
+async def _dial(address: str, link: Link, tls: ssl.SSLContext | None) -> None:
     loop = asyncio.get_running_loop()
-    kind, _, rest = address.partition(":")
+    kind, where, port = split_address(address)
     if kind == "unix":
-        await loop.create_unix_connection(lambda: link, rest)
-        return
-    host, _, port = rest.rpartition(":")
-    if kind != "tcp" or not port.isdecimal() or int(port) > MAX_PORT:
-        raise ValueError(f"address {address!r} is neither unix:/path nor tcp:host:port")
-    await loop.create_connection(lambda: link, host.strip("[]"), int(port))
+        await loop.create_unix_connection(lambda: link, where)
+    else:
+        # The name is for TLS alone; it is not compared (see `transfer.tls`).
+        name = where if tls is not None else None
+        await loop.create_connection(lambda: link, where, port, ssl=tls, server_hostname=name)

@@ -21,9 +21,9 @@ import uvloop
 from redis.asyncio import Redis
 
 from backends.protocol import (
-    VERSION,
     BackendInfo,
     Cancel,
+    Door,
     FinishReason,
     First,
     FirstToken,
@@ -40,6 +40,7 @@ from backends.protocol import (
     Message,
     Met,
     Prefill,
+    Proof,
     RequestSpec,
     Reserve,
     Role,
@@ -92,6 +93,7 @@ class StandIn:
         self.incarnation = time.time_ns()
         self.interval = interval
         self._links: set[Link] = set()
+        self._doors: dict[Link, Door] = {}
 
     def connection(self) -> Link:
         """One gateway's connection."""
@@ -116,7 +118,11 @@ class StandIn:
     def _heard(self, link: Link, message: Message) -> None:
         match message:
             case Hello():
-                self._welcome(link)
+                door = self._doors[link] = Door(message, secret="")
+                link.send(door.challenge)
+            case Proof():
+                link.trust()
+                self._welcome(link, self._doors.pop(link))
             case Inspect():
                 link.send(self._ledger(message.ticket))
             case _:
@@ -125,18 +131,17 @@ class StandIn:
     def do(self, link: Link, message: Message) -> None:
         """Answer anything else."""
 
-    def _welcome(self, link: Link) -> None:
+    def _welcome(self, link: Link, door: Door) -> None:
         self._links.add(link)
-        link.send(
-            Welcome(
-                version=VERSION,
-                worker=self.name,
-                incarnation=self.incarnation,
-                role=self.role,
-                info=INFO,
-                endpoints=(Endpoint("none", self.name),),
-            )
+        welcome = Welcome(
+            version=door.version,
+            worker=self.name,
+            incarnation=self.incarnation,
+            role=self.role,
+            info=INFO,
+            endpoints=(Endpoint("none", self.name),),
         )
+        link.send(door.seal(welcome))
         link.send(self._load())
 
     def _ledger(self, ticket: int) -> Ledger:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from backends.protocol import join_address, split_address
 from gateway.cli.table import BEGIN, END, settings_table
-from gateway.settings import ConfigError, api_keys, is_loopback, load, split_address
+from gateway.settings import ConfigError, api_keys, is_loopback, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,6 +141,8 @@ def test_addresses_are_told_apart() -> None:
     for wrong in ("unix:relative", "tcp:host", "tcp::1", "host:1", "tcp:h:99999", "tcp:h:x", ""):
         with pytest.raises(ValueError, match="expected unix:"):
             split_address(wrong)
+    assert join_address("::1", 70) == join_address("[::1]", 70) == "tcp:[::1]:70"
+    assert join_address("h", 70) == "tcp:h:70"
     assert is_loopback("127.0.0.5")
     assert is_loopback("::1")
     assert not is_loopback("example.org")

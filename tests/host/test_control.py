@@ -16,17 +16,16 @@ from backends.host import HostConfig, WorkerHost
 from backends.protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
-    VERSION,
+    Caller,
     Cancel,
+    Challenge,
     Failed,
     Granted,
-    Hello,
     Inspect,
     Ledger,
     Message,
     Prefill,
     Refused,
-    Rejected,
     RequestSpec,
     Reserve,
     SequenceSpec,
@@ -59,8 +58,10 @@ class Peer:
                     return message
 
     async def greet(self, secret: str = "") -> "Peer":
-        self.send(Hello(version=VERSION, gateway="g", secret=secret))
-        await self.hear(Welcome)
+        caller = Caller("g", secret)
+        self.send(caller.hello)
+        self.send(caller.prove(await self.hear(Challenge)))
+        caller.check(await self.hear(Welcome))
         return self
 
     async def free(self) -> int:
@@ -113,26 +114,6 @@ async def site(backend: Any = None, **config: Any) -> AsyncIterator[Site]:
 async def worker() -> AsyncIterator[Site]:
     async for it in site(secret="sesame", lease_seconds=0.2):
         yield it
-
-
-async def test_a_wrong_secret_is_refused_with_the_reason(worker: Site) -> None:
-    peer = await worker.peer()
-    peer.send(Hello(version=VERSION, gateway="g", secret="guess"))
-    assert (await peer.hear(Rejected)).reason == "wrong secret"
-    assert await peer.ended()
-
-
-async def test_another_version_is_refused_with_the_reason(worker: Site) -> None:
-    peer = await worker.peer()
-    peer.send(Hello(version=99, gateway="g", secret="sesame"))
-    assert "99" in (await peer.hear(Rejected)).reason
-    assert await peer.ended()
-
-
-async def test_whoever_does_not_greet_first_is_refused(worker: Site) -> None:
-    peer = await worker.peer()
-    peer.send(Inspect(ticket=1))
-    assert "Hello" in (await peer.hear(Rejected)).reason
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from backends.errors import ProtocolError
 from backends.host.handoff import decode_note, encode_note
 from backends.protocol import (
     VERSION,
+    Caller,
     Cancel,
     First,
     Flow,
@@ -24,6 +25,7 @@ from backends.protocol import (
     Meet,
     Message,
     Prefill,
+    Proof,
     RequestSpec,
     Reserve,
     SequenceSpec,
@@ -46,7 +48,8 @@ SPEC = RequestSpec(
     deadline_seconds=1.0,
 )
 MESSAGES: list[Message] = [
-    Hello(version=VERSION, gateway="g"),
+    Caller("g", "").hello,
+    Proof(mac=b"m" * 32),
     Meet(worker="w", incarnation=1, layout=TARGET, endpoints=(Endpoint("tcp", "127.0.0.1:1"),)),
     Reserve(spec=SPEC),
     Prefill(spec=SPEC, decode_here=True),

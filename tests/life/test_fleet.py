@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import structlog
 
 from backends.emulation.synthetic import SyntheticBackend
-from backends.protocol import VERSION, Load, Welcome, frame
+from backends.protocol import LENGTH, VERSION, Door, Load, Message, ToWorker, Welcome, frame
 from gateway.admission import WorkerRecord
 from gateway.life.fleet import Fleet
 from tests.life.cluster import SHAPE
@@ -19,8 +21,8 @@ INFO = SyntheticBackend(**SHAPE).info
 LOAD = Load(free_blocks=1, pool_blocks=2, running=0, waiting=0, waiting_tokens=0, draining=True)
 
 
-def welcome(worker: str = "w") -> bytes:
-    return frame(Welcome(version=VERSION, worker=worker, incarnation=1, role="both", info=INFO))
+def welcome(worker: str = "w") -> Welcome:
+    return Welcome(version=VERSION, worker=worker, incarnation=1, role="both", info=INFO)
 
 
 def record(address: str) -> WorkerRecord:
@@ -35,18 +37,21 @@ def record(address: str) -> WorkerRecord:
     )
 
 
-Answer = Callable[[asyncio.StreamWriter], None]
-
-
 @asynccontextmanager
-async def impostor(answer: Answer) -> AsyncIterator[str]:
-    """A listener that greets back with whatever `answer` writes, and then says nothing."""
+async def impostor(said: Welcome, *more: Message, secret: str = "") -> AsyncIterator[str]:
+    """A listener that greets back so, and then says nothing."""
     writers: list[asyncio.StreamWriter] = []
+
+    async def hear(reader: asyncio.StreamReader) -> Any:
+        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+        return msgspec.msgpack.decode(await reader.readexactly(length), type=ToWorker)
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
-        await reader.read(1024)
-        answer(writer)
+        door = Door(await hear(reader), secret)
+        writer.write(frame(door.challenge))
+        await hear(reader)
+        writer.write(b"".join(map(frame, (door.seal(said), *more))))
 
     with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
         path = str(Path(folder) / "w.sock")
@@ -77,32 +82,35 @@ async def until(true: Callable[[], Any]) -> None:
 
 
 async def test_what_comes_with_the_greeting_is_heard() -> None:
-    said = welcome() + frame(LOAD)
-    async with impostor(lambda writer: writer.write(said)) as address, fleet(address) as made:
+    async with impostor(welcome(), LOAD) as address, fleet(address) as made:
         await until(lambda: made.workers)
         assert made.snapshot().workers[0].draining
 
 
 async def test_a_worker_that_falls_silent_is_lost() -> None:
     async with (
-        impostor(lambda writer: writer.write(welcome())) as address,
+        impostor(welcome()) as address,
         fleet(address, silence_seconds=0.2) as made,
     ):
         await until(lambda: made.workers)
         await until(lambda: not made.workers)
 
 
+async def refused(said: Welcome, **options: Any) -> str:
+    """Why whoever greets so is not taken."""
+    with structlog.testing.capture_logs() as logs:
+        async with impostor(said, **options) as address, fleet(address) as made:
+            await until(lambda: any(it["event"] == "worker.unreachable" for it in logs))
+            assert made.workers == ()
+    return next(it["cause"] for it in logs if it["event"] == "worker.unreachable")
+
+
 async def test_another_worker_behind_a_stale_address_is_not_taken_for_this_one() -> None:
-    greeted = asyncio.Event()
+    assert await refused(welcome("other")) == "w is not taken: other answers at its address"
 
-    def answer(writer: asyncio.StreamWriter) -> None:
-        writer.write(welcome("other"))
-        greeted.set()
 
-    async with impostor(answer) as address, fleet(address) as made:
-        await greeted.wait()
-        await asyncio.sleep(0.05)
-        assert made.workers == ()
+async def test_whoever_does_not_know_the_secret_is_not_taken() -> None:
+    assert await refused(welcome(), secret="guess") == "w is not taken: it does not know our secret"
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ import asyncio
 from contextlib import asynccontextmanager
 
 from backends.protocol import (
-    VERSION,
+    Caller,
     Cancel,
     FirstToken,
-    Hello,
     Link,
     Prefill,
     RequestSpec,
@@ -15,7 +14,6 @@ from backends.protocol import (
     SequenceSpec,
     ToGateway,
     Tokens,
-    Welcome,
 )
 from loadtest.bench.worker import Paced
 
@@ -42,8 +40,10 @@ async def gateway_of(worker, path):
     async with await loop.create_unix_server(worker.connection, path), asyncio.timeout(10):
         link = Link(ToGateway, lambda _, message: heard.put_nowait(message), lambda *_: None)
         await loop.create_unix_connection(lambda: link, path)
-        link.send(Hello(version=VERSION, gateway="g"))
-        assert isinstance(await heard.get(), Welcome)
+        caller = Caller("g", "")
+        link.send(caller.hello)
+        link.send(caller.prove(await heard.get()))
+        caller.check(await heard.get())
         yield link, heard
         link.close()
 

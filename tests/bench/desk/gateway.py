@@ -15,12 +15,12 @@ import msgspec
 
 from backends.api import Sampling
 from backends.protocol import (
-    VERSION,
+    Caller,
+    Challenge,
     Failed,
     FirstToken,
     Granted,
     HandedOver,
-    Hello,
     Landed,
     Link,
     Meet,
@@ -94,8 +94,12 @@ class Desk:
             link = Link(ToGateway, self._hear, self._lost)
             await loop.create_unix_connection(lambda link=link: link, path)  # type: ignore[misc]
             self._links[role] = link
-            link.send(Hello(version=VERSION, gateway="bench"))
+            caller = Caller("bench", "")
+            link.send(caller.hello)
+            _, challenge = await self._wait(Challenge)
+            link.send(caller.prove(challenge))
             _, welcomes[role] = await self._wait(Welcome)
+            link.trust()
         decode = welcomes["decode"]
         self._links["prefill"].send(
             Meet(

@@ -1,37 +1,32 @@
-"""The messages between a gateway and a worker: MessagePack in length-prefixed frames.
+"""What a gateway and a worker say to each other.
 
-A frame is a 4-byte big-endian length, then one message. Unknown fields are ignored, so that
-neighbouring versions understand each other; a field is added, never changed. The gateway
-chooses `handle`, a number that names one request on this connection; a sequence is
-`(handle, index)`. Times are durations in seconds: no two clocks are compared.
+Unknown fields are ignored, so that neighbouring versions understand each other; a field is added
+with a default, never changed. A new message goes only to a peer that speaks the version which
+brought it (`greeting.py`). The gateway chooses `handle`, a number that names one request on this
+connection; a sequence is `(handle, index)`. Times are durations in seconds: no two clocks are
+compared.
 """
 
 from __future__ import annotations
 
-import asyncio
-import struct
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from backends.api import BackendInfo as BackendInfo
 from backends.api import Logprob as Logprob
 from backends.api import Sampling as Sampling
-from backends.chain import chain as chain
-from backends.chain import mark as mark
-from backends.errors import ProtocolError
 from transfer.layout import Endpoint, KVLayout
 from transfer.layout import Landing as Landing
-
-VERSION = 1
-MAX_FRAME_BYTES = 16 * 1024 * 1024
-LENGTH = struct.Struct(">I")
 
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 20)]
 Role = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length"]
 Phase = Literal["reserve", "prefill", "handoff", "decode"]
+
+NONCE_BYTES = 32
+Nonce = Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
+Mac = Annotated[bytes, msgspec.Meta(max_length=64)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -79,11 +74,18 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Hello(Message, frozen=True):
-    """First on the connection, with the shared secret (empty when none is set)."""
+    """First on the connection: the newest and the oldest version that the gateway speaks."""
 
     version: int
-    gateway: str
-    secret: str = ""
+    gateway: Annotated[str, msgspec.Meta(max_length=128)]
+    lowest: int = 1
+    nonce: Nonce = b""
+
+
+class Proof(Message, frozen=True):
+    """Answer to `Challenge`: that the gateway knows the shared secret."""
+
+    mac: Mac
 
 
 class Meet(Message, frozen=True):
@@ -142,8 +144,17 @@ class Inspect(Message, frozen=True):
 # ---- worker to gateway ---------------------------------------------------------------------
 
 
+class Challenge(Message, frozen=True):
+    """Answer to `Hello`."""
+
+    nonce: Nonce
+
+
 class Welcome(Message, frozen=True):
-    """First from the worker: who it is and what its backend states."""
+    """Answer to `Proof`: who the worker is, what its backend states, the version to speak.
+
+    `mac` proves that it knows the shared secret too.
+    """
 
     version: int
     worker: str
@@ -151,6 +162,7 @@ class Welcome(Message, frozen=True):
     role: Role
     info: BackendInfo
     endpoints: tuple[Endpoint, ...] = ()
+    mac: Mac = b""
 
 
 class Rejected(Message, frozen=True):
@@ -291,9 +303,10 @@ class Ledger(Message, frozen=True):
     note: str = ""
 
 
-ToWorker = Hello | Meet | Reserve | Prefill | Cancel | Flow | Inspect
+ToWorker = Hello | Proof | Meet | Reserve | Prefill | Cancel | Flow | Inspect
 ToGateway = (
-    Welcome
+    Challenge
+    | Welcome
     | Rejected
     | Met
     | Granted
@@ -306,92 +319,3 @@ ToGateway = (
     | Load
     | Ledger
 )
-
-
-# ---- framing -------------------------------------------------------------------------------
-
-_encoder = msgspec.msgpack.Encoder()
-
-UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What a decoder raises: for text that is no UTF-8 and for deep nesting, Python's own errors."""
-
-
-def frame(message: Message) -> bytes:
-    """`message` as it travels."""
-    body = _encoder.encode(message)
-    return LENGTH.pack(len(body)) + body
-
-
-class Link(asyncio.Protocol):
-    """One control connection: messages in by callback, in order; messages out by `send`.
-
-    `lost` is called once, with the reason, when the connection has ended for whatever cause; no
-    message is delivered after it. A peer that sends garbage is disconnected, and so is one that
-    lets `MAX_UNSENT_BYTES` pile up. `message` may be replaced: the next one goes elsewhere.
-    """
-
-    MAX_UNSENT_BYTES = 64 * 1024 * 1024
-
-    def __init__(
-        self,
-        accepts: Any,
-        message: Callable[[Link, Any], None],
-        lost: Callable[[Link, str], None],
-    ) -> None:
-        self._decoder = msgspec.msgpack.Decoder(accepts)
-        self._lost = lost
-        self._rest = b""
-        self.message = message
-        self._transport: asyncio.Transport | None = None
-        self._reason = "the peer closed the connection"
-        self._ended = False
-
-    def send(self, message: Message) -> None:
-        """Queue `message`; dropped in silence once the connection is lost (`lost` has told)."""
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            return
-        if transport.get_write_buffer_size() > self.MAX_UNSENT_BYTES:
-            self.abort("the peer does not read")
-            return
-        transport.write(frame(message))
-
-    def close(self) -> None:
-        """Send what is queued, then end the connection."""
-        self._ended = True
-        if self._transport is not None:
-            self._reason = "we closed the connection"
-            self._transport.close()
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport  # uvloop's class is no asyncio.Transport, it only behaves so
-
-    def data_received(self, data: bytes) -> None:
-        data = self._rest + data
-        decode, until, start = self._decoder.decode, len(data), LENGTH.size
-        # One loop and no helpers: most frames are one token, and this is what each of them costs.
-        try:
-            while start <= until and not self._ended:
-                (length,) = LENGTH.unpack_from(data, start - LENGTH.size)
-                if length > MAX_FRAME_BYTES:
-                    raise ProtocolError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
-                end = start + length
-                if end > until:
-                    break
-                self.message(self, decode(data[start:end]))
-                start = end + LENGTH.size
-        except (ProtocolError, *UNREADABLE) as error:
-            self.abort(f"the peer sent what it must not: {error}")
-        self._rest = data[start - LENGTH.size :]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._ended = True
-        self._transport = None
-        self._lost(self, str(exc) if exc else self._reason)
-
-    def abort(self, reason: str) -> None:
-        """End the connection at once, whatever is still unsent."""
-        self._ended = True
-        self._reason = reason
-        if self._transport is not None:
-            self._transport.abort()

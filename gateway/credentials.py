@@ -1,4 +1,4 @@
-"""The files by which workers know each other, as the configuration names them."""
+"""The files by which gateways and workers know each other, as the configuration names them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transfer.tls import Credentials
 
 
 def credentials_of(config: Config) -> Credentials | None:
-    """None where KV travels in the clear."""
+    """None where nothing is encrypted."""
     security = config.security
     if not security.tls_certificate:
         return None
