@@ -77,9 +77,8 @@ class Cluster:
         **options: Any,
     ) -> None:
         backend = backend or SyntheticBackend(**{**SHAPE, **options})
-        config = HostConfig(
-            id=name, role=role, listen=f"unix:{self.folder}/{name}.sock", **(host or {})
-        )
+        settings = {"listen": f"unix:{self.folder}/{name}.sock", **(host or {})}
+        config = HostConfig(id=name, role=role, **settings)
         worker = self.hosts[name] = WorkerHost(config, backend)
         ready = asyncio.Event()
         self._running[name] = self._tasks.create_task(worker.run(ready.set))
@@ -140,18 +139,21 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(redis_url: str, **relay: Any) -> AsyncIterator[Cluster]:
+async def cluster(
+    redis_url: str, *, fleet: dict[str, Any] | None = None, **relay: Any
+) -> AsyncIterator[Cluster]:
     section = RedisSection(url=redis_url)
     name = f"test-{time.time_ns()}"
     with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
         async with open_redis(section) as redis, asyncio.TaskGroup() as tasks:
             admission = Admission(redis, name, name, Limits())
-            fleet = Fleet(name, "")
+            options = {"secret": "", **(fleet or {})}
+            workers = Fleet(name, **options)
             settings = {"max_retries": 3, "worker_wait_seconds": 5.0, **relay}
-            parts = [tasks.create_task(admission.run()), tasks.create_task(fleet.run())]
+            parts = [tasks.create_task(admission.run()), tasks.create_task(workers.run())]
             await admission.until_available()
             await _say_there_are_workers(admission, redis, name)
-            made = Cluster(Path(folder), fleet, Relay(admission, fleet, **settings), tasks)
+            made = Cluster(Path(folder), workers, Relay(admission, workers, **settings), tasks)
             try:
                 yield made
             finally:

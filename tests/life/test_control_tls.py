@@ -1,0 +1,43 @@
+"""Control connections over TCP with certificates: all show one, or are not let in."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import structlog
+
+from tests.life.cluster import DECODE, PREFILL, Heard, cluster
+from tests.support.certificates import authority
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+ANYWHERE = "tcp:127.0.0.1:0"
+
+
+async def test_gateway_and_workers_speak_tls(redis_url: str, tmp_path: Path) -> None:
+    ours = authority(tmp_path)
+    async with cluster(redis_url, fleet={"tls": ours.client()}) as made:
+        host = {"listen": ANYWHERE, "tls": ours}
+        await made.start("p", "prefill", host=host, **PREFILL)
+        await made.start("d", "decode", host=host, **DECODE)
+        await made.paired()
+        heard = Heard()
+        await made.carry(made.job([1, 2, 3], max_tokens=5), heard)
+        assert len(heard.tokens[0]) == 5
+        await made.balanced()
+
+
+async def test_without_a_certificate_neither_side_is_spoken_to(
+    redis_url: str, tmp_path: Path
+) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    ours.mkdir()
+    other.mkdir()
+    trusted, stranger = authority(ours), authority(other)
+    for gateway, worker in ((None, trusted), (trusted, None), (stranger, trusted)):
+        tls = gateway.client() if gateway is not None else None
+        async with cluster(redis_url, fleet={"tls": tls}) as made:
+            with structlog.testing.capture_logs() as logs:
+                await made.start("b", "both", host={"listen": ANYWHERE, "tls": worker}, **DECODE)
+                await made.until(lambda: "worker.unreachable" in {it["event"] for it in logs}, 10)
+            assert made.fleet.workers == ()
+            assert not made.hosts["b"]._links
