@@ -64,9 +64,11 @@ class Stranger:
 
 
 class WorkerHost:
-    """Hosts `backend` until drained or cancelled."""
+    """Hosts `backend` until drained or cancelled. `peers` makes its side of the data plane."""
 
-    def __init__(self, config: HostConfig, backend: SteppedBackend) -> None:
+    def __init__(
+        self, config: HostConfig, backend: SteppedBackend, *, peers: type[Peers] = Peers
+    ) -> None:
         self.config = config
         self.incarnation = time.time_ns()
         self.address = ""
@@ -75,7 +77,7 @@ class WorkerHost:
         self._ledger = Ledger(backend.info.pool_blocks)
         self._janitor = Janitor()
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(config, backend.info, backend.pool, self._broadcast)
+        self._peers = peers(config, backend.info, backend.pool, self._broadcast)
         self._requests = Requests(
             config,
             backend,

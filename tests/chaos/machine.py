@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from tests.chaos.clock import Stuck, play
+from tests.chaos.clock import Stuck
 from tests.chaos.coverage import Coverage
 from tests.chaos.schedule import Dice, Fault, Schedule, shrink
 
@@ -22,11 +22,12 @@ class Game(Protocol):
 
     story: list[str]
 
-    async def play(self) -> None:
+    def play(self) -> None:
         """Play to the end and check everything.
 
         Raises:
             Violation: the first promise that was broken.
+            Stuck: it waits for what will never come.
         """
 
 
@@ -110,7 +111,7 @@ def played(
     """Play one schedule. Returns which promise it broke, if it did, and what happened."""
     game = scenario.game(schedule, Faults(schedule, coverage))
     try:
-        play(game.play())
+        game.play()
     except (Violation, Stuck) as error:
         return str(error) or type(error).__name__, game.story
     except Exception as error:  # what production code must not raise is a finding like others

@@ -15,6 +15,7 @@ from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
 from backends.host.ledger import Ledger
 from backends.host.work import Prefilling
+from tests.chaos.clock import play
 from tests.chaos.coverage import Coverage
 from tests.chaos.handoffs import plot, truth
 from tests.chaos.handoffs.checks import Checks
@@ -94,8 +95,11 @@ class Game:
         """Virtual seconds."""
         return asyncio.get_running_loop().time()
 
-    async def play(self) -> None:
+    def play(self) -> None:
         """As `machine.Game.play`."""
+        play(self._play())
+
+    async def _play(self) -> None:
         self._wrong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.prefills = [self._start(Prefill, f"p{n}") for n in range(WORKERS)]
         self.decodes = [self._start(Decode, f"d{n}") for n in range(WORKERS)]
