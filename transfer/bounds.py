@@ -13,8 +13,8 @@ class Bounds:
     """The blocks of a landing as sorted intervals, to look up many runs at once."""
 
     def __init__(self, landing: Landing) -> None:
-        """Take note of the landing's blocks, in each array of its pool."""
-        blocks = np.unique(np.asarray(landing.blocks, dtype=np.int64))
+        """Take note of the blocks that are awaited, in each array of the landing's pool."""
+        blocks = np.unique(np.asarray(landing.awaited, dtype=np.int64))
         heads = np.flatnonzero(np.diff(blocks, prepend=blocks[0] - 2) != 1)
         self._first: I64 = blocks[heads]
         self._end: I64 = blocks[np.append(heads[1:], len(blocks)) - 1] + 1

@@ -51,9 +51,9 @@ class Writer(Protocol):
     async def write(self, part: KVSlice) -> None:
         """Put `part` where the landing wants it, in the landing's layout.
 
-        When this raises, cancellation included, the landing holds some, all or none of the data
-        and writes may still be arriving. Its blocks must not be reused until the receiver's
-        `quiesce` returns.
+        What of it is `Landing.present` is left out. When this raises, cancellation included, the
+        landing holds some, all or none of the data and writes may still be arriving. Its blocks
+        must not be reused until the receiver's `quiesce` returns.
 
         Raises:
             LandingGone: the landing expired, was cancelled, or its worker restarted.
@@ -63,7 +63,7 @@ class Writer(Protocol):
     async def commit(self, note: bytes, seconds: float) -> Receipt:
         """Prove that all of the prefix arrived and hand it over, once.
 
-        Sends the digest of the source and `note` (opaque to this package). Returns when the
+        Sends the digest of what was written and `note` (opaque to this package). Returns when the
         receiver has verified its pool and its owner has taken the landing with `note`;
         `Receipt.answer` is what that owner answered.
 
@@ -138,14 +138,26 @@ def nobody_cares(endpoint: Endpoint, reason: PeerLost) -> None:
     """What a sender's `lost` is until somebody sets it."""
 
 
+class Proof(msgspec.Struct, frozen=True):
+    """What one full block of a prefix held, at its place there: its digest under `key`."""
+
+    key: bytes
+    digest: bytes
+
+
 class Arrival(msgspec.Struct, frozen=True):
-    """A verified prefix, offered to the owner of its landing."""
+    """A verified prefix, offered to the owner of its landing.
+
+    `proofs` say what each of the full blocks that were written holds; none of a landing for some
+    heads, and where nothing was verified. `bytes` were written.
+    """
 
     landing: str
     epoch: Epoch
     note: bytes
     verify_seconds: float
     bytes: int
+    proofs: tuple[Proof, ...] = ()
 
 
 class Receiver(Protocol):
@@ -164,6 +176,7 @@ class Receiver(Protocol):
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
         claimed: Callable[[], None] = nobody_minds,
+        proofs: Sequence[Proof] = (),
     ) -> None:
         """Accept writes for `landing` into `pool` from now on.
 
@@ -175,6 +188,11 @@ class Receiver(Protocol):
         sender. At a commit whose digest disagrees, at an abort, or when the sender's connection
         is lost before the commit, `failed` is called once instead, with the reason. All run
         on the event loop. None is called after `withdraw`.
+
+        `proofs` are those of the blocks that hold `Landing.present`, which are looked at again at
+        the commit, just before they are used: damage done to them since they were kept fails the
+        landing with `KeptChanged`. That costs what verifying them would have cost had they been
+        sent.
         """
 
     def withdraw(self, landing_id: str) -> None:

@@ -257,6 +257,13 @@ def _sides_of(landing: Landing, tokens: int, first_head: int) -> tuple[Side, ...
         raise PeerMisbehaved(f"landing {landing.id}: {error}") from error
 
 
+def rest_of(part: KVSlice, present: int) -> KVSlice | None:
+    """What of a slice is beyond the first `present` tokens."""
+    if part.start >= present:
+        return part
+    return KVSlice(part.layer, present, part.end) if part.end > present else None
+
+
 def check_part(part: KVSlice, layers: int, tokens: int) -> None:
     """Refuse a slice that is not a part of the prefix.
 

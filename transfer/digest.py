@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import msgspec
 import numpy as np
 
-from transfer.contract import Buffer, KVSlice
+from transfer.contract import Buffer, KVSlice, Proof
 from transfer.convert import check_part
-from transfer.kernels import CHUNK_KEYS, U64, Form, Table, add_tiles, scratch_bytes
-from transfer.layout import ITEM_BYTES, DType, Landing
-from transfer.plan import Plan
+from transfer.kernels import CHUNK_KEYS, TOKEN_BITS, U64, Form, Table, add_tiles, scratch_bytes
+from transfer.layout import ITEM_BYTES, DType, KVLayout, Landing
+from transfer.plan import Plan, plan
 from transfer.pool import Pool
 from transfer.raw import CHUNK_BYTES
 from transfer.rows import Kind, Side, Walks, sides
@@ -34,9 +35,6 @@ from transfer.scaling import Scaling, canonical, scale_counts, scale_form, table
 
 DIGEST_BYTES = 16
 SEAL_BYTES = 16
-TOKEN_BITS = 32
-"""Places of neighbouring heads are so many bits apart."""
-
 SCALES = 1 << 62
 """Where the places of scales begin."""
 
@@ -52,8 +50,11 @@ class PrefixDigest:
         blocks: tuple[int, ...],
         tokens: int,
         key: bytes,
+        apart: int = 1 << TOKEN_BITS,
     ) -> None:
         """Look at a prefix in a pool of `plan.source`; its digest is that of `plan.target`.
+
+        Every `apart` tokens, which must not cut a block of the source, are summed up apart.
 
         Raises:
             ValueError: pool, blocks and tokens contradict each other.
@@ -68,7 +69,8 @@ class PrefixDigest:
         self._parts = [self._numbers(), *self._scales()]
         self._keys = _keys(key, plan.target.head_dim * plan.target.item_bytes)
         self._scratch = np.empty(scratch_bytes(plan.source.head_dim), np.uint8)
-        self._sums: U64 = np.zeros(2, np.uint64)
+        self._apart = apart
+        self._sums: U64 = np.zeros((-(-tokens // apart), 2), np.uint64)
 
     def add(self, part: KVSlice) -> None:
         """Add one slice.
@@ -79,18 +81,22 @@ class PrefixDigest:
         check_part(part, self._plan.target.layers, self._tokens)
         self._add(part.layer, part.layer + 1, part.start, part.end)
 
-    def add_all(self) -> None:
-        """Add the whole prefix."""
-        layers = self._plan.target.layers
+    def add_all(self, start: int = 0, end: int | None = None) -> None:
+        """Add the whole prefix, or tokens `start` to `end` (exclusive) of all layers."""
+        layers, end = self._plan.target.layers, self._tokens if end is None else end
         if self._scaling is None and not self._plan.target.windows:
-            self._add(0, layers, 0, self._tokens)
+            self._add(0, layers, start, end)
             return
         for layer in range(layers):
-            self._add(layer, layer + 1, 0, self._tokens)
+            self._add(layer, layer + 1, start, end)
 
     def result(self) -> bytes:
         """The sum so far."""
-        return struct.pack(">QQ", *self._sums.tolist())
+        return add_up([self.parts()])
+
+    def parts(self) -> bytes:
+        """The sums so far of each `apart` tokens, one after the other."""
+        return self._sums.astype(">u8").tobytes()
 
     def _add(self, first: int, last: int, start: int, end: int) -> None:
         """Add tokens `start` to `end` of layers `first` to `last`, all ends exclusive."""
@@ -114,6 +120,7 @@ class PrefixDigest:
                 self._keys,
                 self._keys.ctypes.data,
                 self._scratch.ctypes.data,
+                self._apart,
                 self._sums,
             )
 
@@ -143,6 +150,51 @@ class PrefixDigest:
             table = table_of(self._pool, self._where, 1)
         walks = Walks(places, memory, Kind(counts, (), (1, ITEM_BYTES[form])))
         yield _Part(walks, table, places.along("layer"), scale_form(form, theirs.dtype))
+
+
+def prove(
+    layout: KVLayout,
+    pool: Buffer,
+    pool_blocks: int,
+    blocks: tuple[int, ...],
+    start: int,
+    key: bytes,
+) -> list[Proof]:
+    """Look at full blocks of a prefix, from number `start` of `blocks` on. Slow; any thread."""
+    tokens = len(blocks) * layout.block_tokens
+    size = layout.block_tokens
+    digest = PrefixDigest(plan(layout, layout), pool, pool_blocks, blocks, tokens, key, size)
+    digest.add_all(start * size)
+    return [Proof(key, it) for it in apart(digest.parts())[start:]]
+
+
+def changed(
+    layout: KVLayout,
+    pool: Buffer,
+    pool_blocks: int,
+    blocks: tuple[int, ...],
+    proofs: Sequence[Proof],
+) -> int | None:
+    """Which is the first of `blocks`, the beginning of a prefix, that is not what was proven."""
+    found: list[Proof] = []
+    for key, some in groupby(proofs, key=lambda it: it.key):
+        end = len(found) + len(list(some))
+        found += prove(layout, pool, pool_blocks, blocks[:end], len(found), key)
+    return next((it for it, proof in enumerate(proofs) if found[it] != proof), None)
+
+
+def apart(digests: bytes) -> list[bytes]:
+    """One digest after the other."""
+    return [digests[it : it + DIGEST_BYTES] for it in range(0, len(digests), DIGEST_BYTES)]
+
+
+def add_up(digests: Iterable[bytes]) -> bytes:
+    """The digest of a whole, from those of its parts, or of several each."""
+    lanes = np.zeros((1, 2), np.uint64)
+    for digest in digests:
+        some = np.frombuffer(digest, ">u8").astype(np.uint64).reshape(-1, 2)
+        lanes += some.sum(axis=0, dtype=np.uint64)
+    return lanes.astype(">u8").tobytes()
 
 
 class _Part(msgspec.Struct, frozen=True, eq=False):

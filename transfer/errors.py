@@ -17,6 +17,17 @@ class DigestMismatch(TransferError):
     """What lies in the target pool is not what was sent. The landing is freed; prefill again."""
 
 
+class KeptChanged(DigestMismatch):
+    """What the target had already is not what it was; `block`, by its place there, is the first.
+
+    Not the sender's fault: whoever kept it must forget it.
+    """
+
+    def __init__(self, message: str, block: int = 0) -> None:
+        super().__init__(message)
+        self.block = block
+
+
 class PeerLost(TransferError):
     """The connection to the other worker broke, or was never there."""
 

@@ -64,6 +64,10 @@ WORD_BYTES = 8
 CHUNK_KEYS = 32
 """Words of the key for each chunk of a tile."""
 
+TOKEN_BITS = 32
+"""Places of neighbouring heads are so many bits apart; below them is the token."""
+
+TOKENS = (1 << TOKEN_BITS) - 1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
@@ -298,12 +302,14 @@ def _hash(address: int, size: int, keys: int, scratch: int) -> tuple[Any, Any]:
 @compiled
 def add_tiles(
     strips: I64, steps: Step, first: int, last: int, source: Table, layer_places: int,
-    source_scales: Table, scales: int, form: Form, keys: U64, key: int, scratch: int, sums: U64,
+    source_scales: Table, scales: int, form: Form, keys: U64, key: int, scratch: int, apart: int,
+    sums: U64,
 ) -> None:  # fmt: skip
     """Add the hashes of all tiles of a walk to `sums`, for layers `first` to `last` (exclusive).
 
     The walk leads from places to memory: SOURCE is the place of a strip's first tile, TARGET its
-    offset. `key` is the address of `keys`, the last of which is the seed.
+    offset. `key` is the address of `keys`, the last of which is the seed. `sums` has a line for
+    each `apart` tokens; the tokens of a strip all belong to the same.
     """
     how, kind, to_kind, dim, _, _, scale_kind, to_scaled = form
     plain = kind == to_kind and scale_kind == UNSCALED and not to_scaled
@@ -314,12 +320,13 @@ def add_tiles(
     converted = scratch + 8 * dim
     room = scratch + 12 * dim
     scale, to_scale = np.float32(0), np.float32(0)
-    x, y = sums[0], sums[1]
     for layer in range(first, last):
         for i in range(len(strips)):
             begin = _at(source, strips[i, TARGET], layer)
             place = strips[i, SOURCE] + layer * layer_places
             paired = how != SAME and strips[i, PLANE] == 0
+            line_of = (strips[i, SOURCE] & TOKENS) // apart
+            x, y = sums[line_of, 0], sums[line_of, 1]
             for c in range(strips[i, COUNT]):
                 tile = begin + c * step
                 for line in range(0, tile_bytes, CHUNK_BYTES):
@@ -337,7 +344,7 @@ def add_tiles(
                 one = _mix(one + np.uint64(place + c * steps[SOURCE]) * GOLDEN + seed)
                 x += one
                 y += _mix(other + one)
-    sums[0], sums[1] = x, y
+            sums[line_of, 0], sums[line_of, 1] = x, y
 
 
 def warm_up() -> None:
@@ -347,12 +354,12 @@ def warm_up() -> None:
     copy_runs(*(np.zeros(0, np.int64) for _ in range(3)))
     table = (1024, 0, np.array([at], np.int64))
     strips = np.array([[0, 128, 0, 0, 1, 0]], np.int64)
-    keys, sums = np.zeros(CHUNK_KEYS + 1, np.uint64), np.zeros(2, np.uint64)
+    keys, sums = np.zeros(CHUNK_KEYS + 1, np.uint64), np.zeros((1, 2), np.uint64)
     form = (TO_HALF, FLOAT32, FLOAT16, 2, 0, 2, UNSCALED, 0)
     steps = (8, 8, 0, 0)
     move(strips, steps, (8, 4), 0, table, table, table, at, form, at + 512)
     find_scales(strips, steps, 0, table, table, at, form, at + 512)
     settle_scales(at, 1, INT8, FLOAT32, at + 512)
     add_tiles(
-        strips, steps, 0, 1, table, 0, table, at, form, keys, keys.ctypes.data, at + 512, sums
-    )
+        strips, steps, 0, 1, table, 0, table, at, form, keys, keys.ctypes.data, at + 512, 1, sums
+    )  # fmt: skip

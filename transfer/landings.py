@@ -8,16 +8,17 @@ makes sure that a landing has one writer, ends once, and is deaf afterwards. Eve
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfer.bounds import Bounds
-from transfer.contract import Arrival, Buffer, KVSlice, nobody_minds
-from transfer.digest import DIGEST_BYTES, PrefixDigest, landing_key, seal
-from transfer.errors import DigestMismatch, LandingGone, PeerMisbehaved
+from transfer.contract import Arrival, Buffer, KVSlice, Proof, nobody_minds
+from transfer.digest import PrefixDigest, add_up, apart, landing_key, seal
+from transfer.errors import DigestMismatch, KeptChanged, LandingGone, PeerMisbehaved
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import plan
 from transfer.pool import Pool
@@ -37,8 +38,12 @@ class Expected:
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
         claimed: Callable[[], None] = nobody_minds,
+        proofs: Sequence[Proof] = (),
     ) -> None:
         """Take note of the landing; `Landings.expect` is the way in."""
+        kept = len(proofs) * landing.layout.block_tokens
+        if not kept == landing.present < landing.tokens:
+            raise ValueError(f"present: {landing.present} tokens, with {len(proofs)} proofs")
         self.landing = landing
         self._buffer = pool
         self.pool = Pool.of(landing.layout, landing.pool_blocks, pool)
@@ -50,6 +55,7 @@ class Expected:
         self.writer: object | None = None
         self._arrived = arrived
         self._failed = failed
+        self._proofs = tuple(proofs)
         self._bounds = Bounds(landing)
 
     def check(self, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
@@ -69,11 +75,30 @@ class Expected:
         """Copy `data`, which is checked runs one after the other, to where they belong."""
         scatter(data, self.pool.addresses(offsets), lengths)
 
-    def digest(self, number: int = 0, of: int = 1) -> bytes:
-        """Compute the digest of what lies in the pool. Slow; any thread.
+    @property
+    def moved_bytes(self) -> int:
+        """What was to be written, in bytes."""
+        landing = self.landing
+        here = landing.layout.heads.count
+        moved = landing.heads.count if landing.heads is not None else here
+        tokens = landing.tokens - landing.present
+        return tokens * landing.layout.token_bytes * moved // here
 
-        Or share `number` of so many, which make up the whole (`total`).
+    def digest(self, number: int = 0, of: int = 1) -> bytes:
+        """Compute the digest of each block that lies in the pool. Slow; any thread.
+
+        Or share `number` of so many, which make up the whole (`total`). What is present is
+        digested under the keys that it was proven with.
         """
+        landing, start, shares = self.landing, 0, []
+        for key, some in groupby(self._proofs, key=lambda it: it.key):
+            end = start + len(list(some)) * landing.layout.block_tokens
+            shares.append(self._digest(key, start, end, number, of))
+            start = end
+        shares.append(self._digest(landing_key(landing), start, landing.tokens, number, of))
+        return total(shares)
+
+    def _digest(self, key: bytes, start: int, end: int, number: int, of: int) -> bytes:
         landing = self.landing
         digest = PrefixDigest(
             plan(landing.layout, landing.layout, heads=landing.heads),
@@ -81,14 +106,15 @@ class Expected:
             landing.pool_blocks,
             landing.blocks,
             landing.tokens,
-            landing_key(landing),
+            key,
+            landing.layout.block_tokens,
         )
         if of == 1:
-            digest.add_all()
+            digest.add_all(start, end)
         else:
             for layer in range(number, landing.layout.layers, of):
-                digest.add(KVSlice(layer, 0, landing.tokens))
-        return digest.result()
+                digest.add(KVSlice(layer, start, end))
+        return digest.parts()
 
     def begin_verifying(self) -> None:
         """Accept no more writes: from now on the digest is being computed."""
@@ -103,26 +129,43 @@ class Expected:
         came with the digest that was sent and the note.
 
         Raises:
-            DigestMismatch: the owner has been told.
+            DigestMismatch: the owner has been told; `KeptChanged` where it is the owner's fault.
             LandingGone: withdrawn meanwhile, or the owner does not want it any more.
         """
         if self.state != "verifying":
             raise LandingGone(f"landing {self.landing.id} was withdrawn")
         self.state = "over"
-        wrong = ""
-        if not hmac.compare_digest(sealed, seal(self.landing, sent, note)):
-            wrong = "its note or digest was changed on the way"
-        elif found is not None and not hmac.compare_digest(found, sent):
-            wrong = "the pool holds something else"
-        if wrong:
-            mismatch = DigestMismatch(f"landing {self.landing.id}: {wrong}")
+        landing = self.landing
+        mismatch: DigestMismatch | None = None
+        blocks = apart(found) if found is not None else []
+        if not hmac.compare_digest(sealed, seal(landing, sent, note)):
+            mismatch = DigestMismatch(
+                f"landing {landing.id}: its note or digest was changed on the way"
+            )
+        elif found is not None:
+            mismatch = self._mismatch(blocks, sent)
+        if mismatch is not None:
             self._failed(mismatch)
             raise mismatch
-        landing = self.landing
-        here = landing.layout.heads.count
-        moved = landing.heads.count if landing.heads is not None else here
-        size = landing.tokens * landing.layout.token_bytes * moved // here
-        return self._arrived(Arrival(landing.id, landing.epoch, note, seconds, size))
+        whole = landing.tokens // landing.layout.block_tokens if landing.heads is None else 0
+        key = landing_key(landing)
+        proofs = tuple(Proof(key, it) for it in blocks[len(self._proofs) : whole])
+        return self._arrived(
+            Arrival(landing.id, landing.epoch, note, seconds, self.moved_bytes, proofs)
+        )
+
+    def agrees(self, found: bytes, sent: bytes) -> bool:
+        """Whether what was written is what was sent."""
+        return hmac.compare_digest(found, sent)
+
+    def _mismatch(self, blocks: list[bytes], sent: bytes) -> DigestMismatch | None:
+        for block, (proof, found) in enumerate(zip(self._proofs, blocks, strict=False)):
+            if found != proof.digest:
+                message = f"landing {self.landing.id}: block {block} of what was kept has changed"
+                return KeptChanged(message, block)
+        if self.agrees(add_up(blocks[len(self._proofs) :]), sent):
+            return None
+        return DigestMismatch(f"landing {self.landing.id}: the pool holds something else")
 
     def fail(self, reason: BaseException) -> None:
         """End the landing badly and tell its owner, unless it has ended already."""
@@ -150,18 +193,20 @@ class Landings:
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
         claimed: Callable[[], None] = nobody_minds,
+        proofs: Sequence[Proof] = (),
     ) -> None:
         """Enter a landing.
 
         Raises:
-            ValueError: it is expected already, or contradicts the pool or this receiver's layout.
+            ValueError: it is expected already, or contradicts the pool, its proofs or this
+                receiver's layout.
         """
         entry = self._book.get(landing.id)
         if entry is not None and entry.state != "over":
             raise ValueError(f"landing {landing.id} is expected already")
         if landing.layout != self._layout:
             raise ValueError(f"landing {landing.id}: its layout is not this receiver's")
-        self._book[landing.id] = Expected(landing, pool, touched, arrived, failed, claimed)
+        self._book[landing.id] = Expected(landing, pool, touched, arrived, failed, claimed, proofs)
 
     def withdraw(self, landing_id: str) -> Expected | None:
         """Forget a landing; its owner is not called any more. Returns it if this ended it.
@@ -210,9 +255,10 @@ class Landings:
             del self._book[entry.landing.id]
 
 
-def total(digests: Iterable[bytes]) -> bytes:
-    """The digest of a whole, from those of its shares."""
-    lanes = np.zeros(DIGEST_BYTES // 8, np.uint64)
-    for digest in digests:
-        lanes += np.frombuffer(digest, ">u8").astype(np.uint64)
-    return lanes.astype(">u8").tobytes()
+def total(shares: Iterable[bytes]) -> bytes:
+    """The digests of blocks as a whole, from those of their shares."""
+    lanes: NDArray[np.uint64] | None = None
+    for share in shares:
+        some = np.frombuffer(share, ">u8").astype(np.uint64)
+        lanes = some if lanes is None else lanes + some
+    return lanes.astype(">u8").tobytes() if lanes is not None else b""

@@ -277,7 +277,8 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
     `blocks` hold `tokens` tokens in their order. `secret` is random, known only to those who
     were given the landing, and shown with every write. `lease_seconds` counts from the moment
     the landing was granted or last written to. `heads` are the only ones that it is for, where the
-    others of its pool come through landings of their own (see `sharded.py`).
+    others of its pool come through landings of their own (see `sharded.py`). The KV of the first
+    `present` tokens, whole blocks and not all there are, lies there already: it is not written.
     """
 
     id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -291,9 +292,16 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Positive
     lease_seconds: float
     heads: Shard | None = None
+    present: Natural = 0
+
+    @property
+    def awaited(self) -> tuple[int, ...]:
+        """The blocks that are to be written to."""
+        return self.blocks[self.present // self.layout.block_tokens :]
 
     @property
     def place(self) -> bytes:
         """Sixteen bytes that are equal exactly when two landings are for the same memory."""
-        where = (self.layout.fingerprint, self.pool_blocks, self.blocks, self.tokens, self.heads)
+        layout = self.layout.fingerprint
+        where = (layout, self.pool_blocks, self.blocks, self.tokens, self.heads, self.present)
         return hashlib.sha256(msgspec.msgpack.encode(where)).digest()[:16]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Self
 
@@ -22,12 +22,13 @@ from transfer.contract import (
     Buffer,
     KVSlice,
     Probe,
+    Proof,
     Receipt,
     Source,
     nobody_cares,
     nobody_minds,
 )
-from transfer.convert import Conversion, Frame, Tamper, TamperNote, check_part
+from transfer.convert import Conversion, Frame, Tamper, TamperNote, check_part, rest_of
 from transfer.digest import PrefixDigest, landing_key, seal
 from transfer.errors import LandingGone, PeerLost
 from transfer.landings import Expected, Landings
@@ -116,13 +117,14 @@ class MemoryReceiver:
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
         claimed: Callable[[], None] = nobody_minds,
+        proofs: Sequence[Proof] = (),
     ) -> None:
         """As `Receiver.expect`.
 
         Raises:
             ValueError: it is expected already, or contradicts the pool or this layout.
         """
-        self.landings.expect(landing, pool, touched, arrived, failed, claimed)
+        self.landings.expect(landing, pool, touched, arrived, failed, claimed, proofs)
 
     def withdraw(self, landing_id: str) -> None:
         """As `Receiver.withdraw`; the writer is told. What was posted before still lands."""
@@ -287,8 +289,11 @@ class MemoryWriter:
         """As `Writer.write`; returns when all of `part` has landed. Each slice is written once."""
         check_part(part, self._layers, self._conversion.tokens)
         entry = self._live()
-        self._digest.add(part)
-        posted = [self._receiver.post(entry, frame) for frame in self._frames(part)]
+        rest = rest_of(part, self._landing.present)
+        if rest is None:
+            return
+        self._digest.add(rest)
+        posted = [self._receiver.post(entry, frame) for frame in self._frames(rest)]
         if posted:
             await asyncio.wait(posted)  # which leaves them alone when it is cancelled
 
@@ -312,7 +317,7 @@ class MemoryWriter:
         finally:
             self._receiver.landings.forget(entry)
             self.let_go()
-        return Receipt(took, answer, self._landing.tokens * self._landing.layout.token_bytes)
+        return Receipt(took, answer, entry.moved_bytes)
 
     async def abort(self) -> None:
         """As `Writer.abort`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -16,7 +16,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer.contract import Arrival, KVSlice, Receipt, Receiver, Sender, Source, Writer, whole
+from transfer.contract import (
+    Arrival,
+    KVSlice,
+    Proof,
+    Receipt,
+    Receiver,
+    Sender,
+    Source,
+    Writer,
+    whole,
+)
 from transfer.convert import Conversion, Frame, TamperNote
 from transfer.errors import TransferError
 from transfer.layout import Epoch, KVLayout, Landing
@@ -151,7 +161,7 @@ class Stage:
         self.told = asyncio.Event()
         self.expect()
 
-    def expect(self) -> None:
+    def expect(self, proofs: Sequence[Proof] = ()) -> None:
         """Accept writes for the landing."""
         self.receiver.expect(
             self.landing,
@@ -160,6 +170,7 @@ class Stage:
             arrived=self._arrived,
             failed=self._failed,
             claimed=self._claimed,
+            proofs=proofs,
         )
 
     def _claimed(self) -> None:

@@ -19,6 +19,11 @@ import numpy as np
 from transfer.contract import TOUCH_SECONDS, Arrival, KVSlice, Writer
 from transfer.errors import DigestMismatch, LandingGone, PeerLost
 from transfer.layout import Endpoint, Epoch, Landing
+from transfer.reuse import (
+    a_writer_that_sends_all_is_refused,
+    damage_to_what_is_present_is_caught,
+    what_is_present_is_not_sent,
+)
 from transfer.stage import (
     PATIENCE_SECONDS,
     SOURCE,
@@ -376,6 +381,9 @@ PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     an_id_may_be_expected_again,
     an_owner_may_decline,
     the_loss_of_a_peer_is_told_once,
+    what_is_present_is_not_sent,
+    damage_to_what_is_present_is_caught,
+    a_writer_that_sends_all_is_refused,
 )
 
 

@@ -11,7 +11,7 @@ from naive import SIZE, Naive, convert
 from transfer.bounds import Bounds
 from transfer.contract import KVSlice, Source
 from transfer.convert import Conversion
-from transfer.digest import PrefixDigest
+from transfer.digest import PrefixDigest, apart
 from transfer.errors import LayoutMismatch
 from transfer.kernels import copy_runs
 from transfer.layout import Epoch, KVLayout, Landing, Scales, Shard
@@ -189,6 +189,13 @@ def test_every_conversion_agrees_with_the_naive_one(drawn, with_nan):
         assert (np.concatenate(moved) == wanted).all()
 
     received = plan(theirs, theirs, heads=agreed.heads)
-    found = PrefixDigest(received, wanted, to_blocks, there, tokens, b"key")
+    size = theirs.block_tokens
+    found = PrefixDigest(received, wanted, to_blocks, there, tokens, b"key", size)
     found.add_all()
     assert sent.result() == found.result()
+
+    block = seed % theirs.blocks_for(tokens)
+    alone = PrefixDigest(agreed, pool, from_blocks, here, tokens, b"key")
+    for layer in range(theirs.layers):
+        alone.add(KVSlice(layer, block * size, min(tokens, block * size + size)))
+    assert apart(found.parts())[block] == alone.result()

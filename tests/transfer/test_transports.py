@@ -6,6 +6,7 @@ import pytest
 import uvloop
 
 from transfer.digest import seal
+from transfer.errors import KeptChanged
 from transfer.landings import Landings
 from transfer.layout import Epoch
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
@@ -104,12 +105,26 @@ class TakesAnyNote(MemoryReceiver):
         )
 
 
+class TrustsWhatItKept(MemoryReceiver):
+    def expect(self, landing, pool, **told):
+        super().expect(landing, pool, **told)
+        entry = self.landings._book[landing.id]
+        true = entry._mismatch
+
+        def trusting(blocks, sent):
+            found = true(blocks, sent)
+            return None if isinstance(found, KeptChanged) else found
+
+        entry._mismatch = trusting
+
+
 @pytest.mark.parametrize(
     ("receiver", "promise"),
     [
         (ForgetsWhatIsUnderWay, "no_write_lands_after_quiesce"),
         (ForgetsWhatIsUnderWay, "no_write_of_a_stalled_sender_lands_after_quiesce"),
         (CallsTwice, "a_handoff_arrives_bit_for_bit"),
+        (TrustsWhatItKept, "damage_to_what_is_present_is_caught"),
         (TakesAnyNote, "a_damaged_note_is_refused"),
         (AnyEpochWillDo, "wrong_epoch_is_refused"),
     ],

@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -21,7 +21,7 @@ from typing import Self
 
 import structlog
 
-from transfer.contract import Arrival, Buffer, nobody_minds
+from transfer.contract import Arrival, Buffer, Proof, nobody_minds
 from transfer.errors import (
     DigestMismatch,
     LandingGone,
@@ -127,13 +127,14 @@ class SessionReceiver:
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
         claimed: Callable[[], None] = nobody_minds,
+        proofs: Sequence[Proof] = (),
     ) -> None:
         """As `Receiver.expect`.
 
         Raises:
             ValueError: it is expected already, or contradicts the pool or this layout.
         """
-        self.landings.expect(landing, pool, touched, arrived, failed, claimed)
+        self.landings.expect(landing, pool, touched, arrived, failed, claimed, proofs)
 
     def withdraw(self, landing_id: str) -> None:
         """As `Receiver.withdraw`; the sender is told."""
@@ -324,8 +325,8 @@ class SessionReceiver:
         except LandingGone as error:
             handoff.end("gone", str(error))
         else:
-            size = entry.landing.tokens * self.layout.token_bytes
-            handoff.end("landed", verify_seconds=seconds, size=size, answer=answer)
+            moved = entry.moved_bytes
+            handoff.end("landed", verify_seconds=seconds, size=moved, answer=answer)
         finally:
             handoff.released()  # whatever was written had landed before it was verified
             self.landings.forget(entry)

@@ -8,7 +8,7 @@ from collections import deque
 from functools import partial
 
 from transfer.contract import TOUCH_SECONDS, KVSlice, Receipt, Source
-from transfer.convert import Tamper, TamperNote, check_part
+from transfer.convert import Tamper, TamperNote, check_part, rest_of
 from transfer.digest import PrefixDigest, landing_key, seal
 from transfer.errors import DigestMismatch, LandingGone, PeerLost, PeerMisbehaved, TransferError
 from transfer.layout import Landing
@@ -69,6 +69,10 @@ class SessionWriter:
         check_part(part, self._plan.target.layers, self._tokens)
         self._raise_if_over()
         await self._permission()
+        rest = rest_of(part, self._landing.present)
+        if rest is None:
+            return
+        part = rest
         target = self._plan.target
         size = (part.end - part.start) * target.token_bytes // target.layers
         await self._session.backlog.take(size)

@@ -12,12 +12,12 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from transfer.contract import Arrival, Buffer, nobody_minds
+from transfer.contract import Arrival, Buffer, Proof, nobody_minds
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Endpoint, KVLayout, Landing
 from transfer.pool import Pool
@@ -74,6 +74,7 @@ class ShmReceiver(SessionReceiver):
         arrived: Callable[[Arrival], bytes],
         failed: Callable[[BaseException], None],
         claimed: Callable[[], None] = nobody_minds,
+        proofs: Sequence[Proof] = (),
     ) -> None:
         """As `Receiver.expect`.
 
@@ -84,7 +85,13 @@ class ShmReceiver(SessionReceiver):
         if mine.bases.tolist() != self._pool.bases.tolist() or mine.nbytes != self._pool.nbytes:
             raise ValueError(f"landing {landing.id}: it is in another pool than is handed out")
         super().expect(
-            landing, pool, touched=touched, arrived=arrived, failed=failed, claimed=claimed
+            landing,
+            pool,
+            touched=touched,
+            arrived=arrived,
+            failed=failed,
+            claimed=claimed,
+            proofs=proofs,
         )
 
 

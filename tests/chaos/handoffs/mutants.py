@@ -179,8 +179,8 @@ def _without_key(new: PrefixDigest, *arguments: Any, **others: Any) -> None:
     _digest_init(new, *arguments[:-1], b"", **others)
 
 
-def _by_its_beginning(entry: Expected, found: bytes, sent: bytes, *rest: Any) -> bytes:
-    return _settle(entry, sent if found.startswith(sent) else found, sent, *rest)
+def _by_its_beginning(entry: Expected, found: bytes, sent: bytes) -> bool:
+    return found.startswith(sent)
 
 
 def _though_withdrawn(entry: Expected, *arguments: Any) -> bytes:
@@ -270,7 +270,7 @@ MUTANTS = {
     "forgets to clean": Mutant({"janitor": ForgetsErrands}),
     "digests without place": Mutant(method=(digest, "_places", _without_place)),
     "digests without the landing's key": Mutant(method=(PrefixDigest, "__init__", _without_key)),
-    "compares the beginning of a digest": Mutant(method=(Expected, "settle", _by_its_beginning)),
+    "compares the beginning of a digest": Mutant(method=(Expected, "agrees", _by_its_beginning)),
     "admits what was withdrawn": Mutant(method=(Expected, "settle", _though_withdrawn)),
     "lets a writer leave its landing": Mutant(method=(Expected, "check", _anywhere_in_the_pool)),
 }
