@@ -13,13 +13,22 @@ class Bounds:
     """The blocks of a landing as sorted intervals, to look up many runs at once."""
 
     def __init__(self, landing: Landing) -> None:
-        """Take note of the blocks that are awaited, in each array of the landing's pool."""
+        """Take note of the blocks that are awaited and of its heads, in each array of its pool.
+
+        Raises:
+            ValueError: it is for heads that do not live in its pool.
+        """
         blocks = np.unique(np.asarray(landing.awaited, dtype=np.int64))
         heads = np.flatnonzero(np.diff(blocks, prepend=blocks[0] - 2) != 1)
         self._first: I64 = blocks[heads]
         self._end: I64 = blocks[np.append(heads[1:], len(blocks)) - 1] + 1
         self._pool_blocks = landing.pool_blocks
         self._arrays = landing.layout.tables(landing.pool_blocks)
+        here, wanted = landing.layout.heads, landing.heads or landing.layout.heads
+        self._heads = range(wanted.first - here.first, wanted.end - here.first)
+        if not 0 <= self._heads.start < self._heads.stop <= here.count:
+            raise ValueError(f"heads: {wanted} are not among {here}")
+        self._shared = len(self._heads) < here.count
 
     def first_outside(self, offsets: I64, lengths: I64) -> int | None:
         """Index of the first run that leaves the landing or a region, if there is one."""
@@ -42,4 +51,14 @@ class Bounds:
         count = (ends - 1) // step - first + 1
         number = first % self._pool_blocks
         interval = np.searchsorted(self._first, number, side="right") - 1
-        return inside & (interval >= 0) & (number + count <= self._end[interval])
+        inside &= (interval >= 0) & (number + count <= self._end[interval])
+        return inside & self._of_its_heads(array, offsets, ends) if self._shared else inside
+
+    def _of_its_heads(self, array: Array, offsets: I64, ends: I64) -> NDArray[np.bool_]:
+        """Which runs touch no head but the landing's. What has no heads is everybody's."""
+        if "head" not in array.sizes:
+            return np.zeros(len(offsets), np.bool_)
+        step = array.strides["head"]
+        first, last = offsets // step, (ends - 1) // step
+        head = first % array.sizes["head"]
+        return (head >= self._heads.start) & (head + last - first < self._heads.stop)

@@ -32,7 +32,7 @@ WIDE = KVLayout(
 class Owner:
     """Expects a landing in WIDE and remembers what it is told."""
 
-    def __init__(self, receiver, blocks=(3, 1, 0), tokens=24):
+    def __init__(self, receiver, blocks=(3, 1, 0), tokens=24, heads=None):
         self.pool = np.zeros(4 * WIDE.block_bytes, np.uint8)
         self.touches, self.arrivals, self.failures = 0, [], []
         self.landing = Landing(
@@ -46,6 +46,7 @@ class Owner:
             blocks=blocks,
             tokens=tokens,
             lease_seconds=60.0,
+            heads=heads,
         )
         receiver.expect(
             self.landing,

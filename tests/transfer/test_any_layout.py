@@ -124,10 +124,10 @@ def pool_full(layout, pool_blocks, seed, special):
     return np.concatenate(parts)
 
 
-def landing_of(layout, pool_blocks, blocks, tokens):
+def landing_of(layout, pool_blocks, blocks, tokens, heads):
     return Landing(
         id="l", epoch=Epoch(1, 1), secret=b"", worker="w", endpoints=(), layout=layout,
-        pool_blocks=pool_blocks, blocks=blocks, tokens=tokens, lease_seconds=1.0,
+        pool_blocks=pool_blocks, blocks=blocks, tokens=tokens, lease_seconds=1.0, heads=heads,
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def test_every_conversion_agrees_with_the_naive_one(drawn, with_nan):
 
     pool = regions_of(ours, from_blocks, memory)
     source = Source(ours, pool, from_blocks, here, tokens)
-    landing = landing_of(theirs, to_blocks, there, tokens)
+    landing = landing_of(theirs, to_blocks, there, tokens, agreed.heads)
     conversion = Conversion(agreed, source, landing)
     bounds = Bounds(landing)
 
