@@ -28,7 +28,7 @@ demo: $(VENV)/.runtime ## Run everything on this machine, with the bundled model
 	@exec $(BIN)/baton serve
 
 test: check ## Run everything that CI runs
-	@$(BIN)/python -m pytest -q -m "not exhausting"
+	@$(BIN)/python -m pytest -q
 
 check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 	@echo "== ruff"
@@ -48,7 +48,6 @@ test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (
 	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation tests/life/test_real_model.py
 
 soak: $(VENV)/.dev ## Play 100,000 schedules of faults against the handoff (25 minutes)
-	@$(BIN)/python -m pytest -q -m exhausting
 	@exec $(BIN)/python -m tests.chaos --count 100000
 
 test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 minutes; root and Debian)

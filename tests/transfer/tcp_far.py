@@ -28,6 +28,7 @@ import numpy as np
 import structlog
 
 from transfer.contract import Source, whole
+from transfer.kernels import warm_up
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.tcp import TcpReceiver, TcpSender
 
@@ -133,6 +134,7 @@ async def told(work):
 
 
 async def main(role, stall_seconds):
+    warm_up()  # as a worker does: what is compiled or loaded while memory is short ends the process
     receiver = TcpReceiver(LAYOUT, stall_seconds=stall_seconds)
     sender = TcpSender(stall_seconds=stall_seconds)
     data, half, given = source(), asyncio.Event(), 0

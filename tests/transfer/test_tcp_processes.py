@@ -251,7 +251,6 @@ async def test_a_sender_without_memory_fails_its_handoff_and_no_later_one(owner)
         assert arrived(owner)
 
 
-@pytest.mark.exhausting
 async def test_a_receiver_without_memory_loses_newcomers_and_serves_whom_it_knows(near):
     async with contextlib.AsyncExitStack() as stack:
         receiver = await stack.enter_async_context(far("receive"))
