@@ -257,12 +257,13 @@ class WorkerSection(Section, frozen=True):
     quarantine_share: Annotated[
         float,
         about(
-            "Part of its pool that may wait for one prefill worker to say that it writes no more;"
-            " beyond that it gives it no landings.",
+            "Part of its pool that one prefill worker may be able to write to: its landings, and"
+            " withdrawn ones of which it has not yet said that it writes no more. Beyond that it"
+            " is given none.",
             gt=0,
             le=1,
         ),
-    ] = 0.1
+    ] = 0.5
     faults: Annotated[str, about("Faults to inject, for tests of recovery. Empty: none.")] = ""
     options: Annotated[
         dict[str, Any], about("Options of the backend, passed to it as keyword arguments.")

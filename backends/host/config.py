@@ -21,7 +21,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefills that wait for memory or their turn. A landing is freed `lease_seconds` after it was
     granted or last written to. A step that lasts `step_timeout_seconds` ends the process.
     `landing_share` is the part of the pool that may wait in landings, `quarantine_share` the part
-    that withdrawn landings of one prefill worker may hold before it gets no more of them.
+    that landings of one prefill worker may hold, withdrawn ones included, before it gets no more.
     `transports` are offered and used, `auto` standing for all that are there; `socket_dir` is a
     folder of this user alone for their sockets (empty: one is made). `faults` damages handoffs on
     purpose, for drills (see `transfer.faults`).
@@ -40,7 +40,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_timeout_seconds: float = 120.0
     commit_timeout_seconds: float = 30.0
     landing_share: float = 0.8
-    quarantine_share: float = 0.1
+    quarantine_share: float = 0.5
     transports: tuple[Transport, ...] = ("auto",)
     socket_dir: str = ""
     faults: str = ""

@@ -1,7 +1,9 @@
 """The receiving end of handoffs: landings granted, renewed, expired, quarantined.
 
 A landing ends once: its prefix arrives, or it is withdrawn. A withdrawn one keeps its blocks in
-quarantine until its transport says that no late write can reach them.
+quarantine until its transport says that no late write can reach them. As every landing that is open
+may end so, what one prefill worker may hold in both is bounded, and not quarantine alone: a worker
+that stops while it has many landings must not take them all with it.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ class Landings:
         self._tell_shunned = shunned
         self._count = 0
         self._open: dict[str, Reserved] = {}
-        self._quarantined: Counter[str] = Counter()  # blocks by prefill worker
+        self._exposed: Counter[str] = Counter()  # blocks in both, by prefill worker
+        self._quarantined: Counter[str] = Counter()
         self._quiescing = 0
         self.receivers: list[Receiver] = []
 
@@ -89,9 +92,12 @@ class Landings:
 
     @property
     def shunned(self) -> tuple[str, ...]:
-        """Prefill workers that hold too many blocks in quarantine to be given more."""
-        most = self._config.quarantine_share * self._info.pool_blocks
-        return tuple(sorted(who for who, held in self._quarantined.items() if who and held > most))
+        """Prefill workers that have blocks in quarantine, and may hold no more than they do."""
+        return tuple(sorted(it for it in self._quarantined if self._exposed[it] >= self._most))
+
+    @property
+    def _most(self) -> float:
+        return self._config.quarantine_share * self._info.pool_blocks
 
     def reserve(
         self, link: Link, spec: RequestSpec, *, prefill: str = "", transport: str = ""
@@ -103,15 +109,15 @@ class Landings:
         Raises:
             PoolExhausted: not now.
         """
-        if prefill in self.shunned:
-            held = self._quarantined[prefill]
-            raise PoolExhausted(f"{prefill} keeps {held} blocks in quarantine")
         receivers = tuple(it for it in self.receivers if transport in ("", it.endpoint.transport))
         if transport and not receivers:
             raise PoolExhausted(f"nothing is received over {transport}")
         tokens = len(spec.prefix)
         wanted = self._info.layout.blocks_for(tokens)
         headroom = len(spec.sequences)
+        exposed = self._exposed[prefill]
+        if exposed and exposed + wanted > self._most:  # a first one may be as long as it is
+            raise PoolExhausted(f"{prefill} may write to {exposed} blocks already")
         waiting = self._ledger.held_for("landing", "headroom", "quarantine")
         if waiting and waiting + wanted > self._config.landing_share * self._info.pool_blocks:
             raise PoolExhausted(f"{waiting} blocks wait in landings already")
@@ -133,6 +139,7 @@ class Landings:
             receivers,
         )
         self._expect(reserved)
+        self._tally(self._exposed, reserved, 1)
         return reserved
 
     def withdraw(self, landing_id: str) -> None:
@@ -147,7 +154,8 @@ class Landings:
         who = f"{landing_id} from {reserved.prefill}" if reserved.prefill else landing_id
         quarantine = Holder("quarantine", who)
         self._ledger.move(reserved.holder, quarantine)
-        self._count_quarantined(reserved, 1)
+        self._quiescing += 1
+        self._tally(self._quarantined, reserved, 1)
         self._janitor.hand(lambda: self._quiesce(reserved, quarantine))
 
     async def reap(self) -> None:
@@ -194,6 +202,7 @@ class Landings:
                 failed(error)
                 raise
             del self._open[landing_id]
+            self._tally(self._exposed, reserved, -1)
             return b""
 
         def failed(error: BaseException) -> None:
@@ -214,17 +223,24 @@ class Landings:
         landing_id = reserved.landing.id
         for receiver in reserved.receivers:
             await receiver.quiesce(landing_id)
-        self._ledger.release(quarantine)
-        self._count_quarantined(reserved, -1)
-        self._freed()
+        self._release(reserved, quarantine)
         log.debug("landing.quiesced", landing=landing_id)
 
-    def _count_quarantined(self, reserved: Reserved, sign: int) -> None:
-        before = self.shunned
-        self._quiescing += sign
-        self._quarantined[reserved.prefill] += sign * len(reserved.landing.blocks)
-        if not self._quarantined[reserved.prefill]:
-            del self._quarantined[reserved.prefill]
+    def _release(self, reserved: Reserved, quarantine: Holder) -> None:
+        """Nothing can be written to a withdrawn landing any more."""
+        self._ledger.release(quarantine)
+        self._quiescing -= 1
+        self._tally(self._quarantined, reserved, -1)
+        self._tally(self._exposed, reserved, -1)
+        self._freed()
+
+    def _tally(self, what: Counter[str], reserved: Reserved, sign: int) -> None:
+        who, before = reserved.prefill, self.shunned
+        if not who:
+            return
+        what[who] += sign * len(reserved.landing.blocks)
+        if not what[who]:
+            del what[who]
         if self.shunned != before:
             self._tell_shunned()
 

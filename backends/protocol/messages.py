@@ -277,7 +277,7 @@ class Failed(Message, frozen=True):
 class Load(Message, frozen=True):
     """How full the worker is; sent once a second and when it changes much.
 
-    `shunned` are prefill workers that hold too much of its pool in quarantine to be given more;
+    `shunned` are prefill workers that hold as much of its pool as they may, some in quarantine;
     `quarantined` counts blocks, for whomever.
     """
 

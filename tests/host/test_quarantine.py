@@ -16,6 +16,7 @@ from backends.host.janitor import Janitor
 from backends.host.landings import Landings
 from backends.host.ledger import Ledger
 from backends.protocol import Link, RequestSpec, SequenceSpec, ToWorker
+from transfer.contract import Arrival
 from transfer.layout import Endpoint
 
 BLOCKS = 32
@@ -29,9 +30,14 @@ class Deaf:
         self.quiet = asyncio.Event()
         self.expected: list[str] = []
         self.withdrawn: list[str] = []
+        self._arrived: dict[str, Any] = {}
 
-    def expect(self, landing: Any, pool: Any, **_: Any) -> None:
+    def expect(self, landing: Any, pool: Any, *, arrived: Any, **_: Any) -> None:
         self.expected.append(landing.id)
+        self._arrived[landing.id] = arrived
+
+    def arrive(self, landing: Any) -> None:
+        self._arrived[landing.id](Arrival(landing.id, landing.epoch, b"", 0.0, 0))
 
     def withdraw(self, landing_id: str) -> None:
         self.withdrawn.append(landing_id)
@@ -104,16 +110,17 @@ async def test_a_landing_is_expected_over_what_the_pair_agreed_on_and_nothing_el
 
 
 async def test_too_much_in_quarantine_shuts_out_its_cause_and_nobody_else(desk: Desk) -> None:
-    first, second = desk.reserve(6, transport="shm"), desk.reserve(4, transport="shm")
+    first, second = desk.reserve(5, transport="shm"), desk.reserve(3, transport="shm")
+    assert (desk.landings.shunned, desk.news) == ((), 0)  # a healthy one may use all it may
     desk.withdraw(first)
-    assert (desk.landings.shunned, desk.news) == ((), 0)
+    assert (desk.landings.shunned, desk.news) == (("p",), 1)
     desk.withdraw(second)
     assert (desk.landings.shunned, desk.news) == (("p",), 1)
-    with pytest.raises(PoolExhausted, match="p keeps 10 blocks in quarantine"):
+    with pytest.raises(PoolExhausted, match="p may write to 8 blocks"):
         desk.reserve(1)
     assert desk.reserve(1, prefill="another", transport="tcp")
     held = {who: count for why, who, count in desk.ledger.holders() if why == "quarantine"}
-    assert held == {f"{first.landing.id} from p": 6, f"{second.landing.id} from p": 4}
+    assert held == {f"{first.landing.id} from p": 5, f"{second.landing.id} from p": 3}
     assert not desk.ledger.audit()
 
     desk.shm.quiet.set()
@@ -123,6 +130,37 @@ async def test_too_much_in_quarantine_shuts_out_its_cause_and_nobody_else(desk: 
     assert desk.news == 2
     assert desk.reserve(1, transport="shm")
     assert not desk.ledger.audit()
+
+
+async def test_no_more_can_come_into_quarantine_than_may_be_there(desk: Desk) -> None:
+    """A worker that stops takes with it what it was given, not what was withdrawn before."""
+    given = [desk.reserve(4, transport="shm"), desk.reserve(3, transport="shm")]
+    with pytest.raises(PoolExhausted, match="p may write to 7 blocks"):
+        desk.reserve(2, transport="shm")
+    desk.reserve(2, prefill="another", transport="shm")
+    given.append(desk.reserve(1, transport="shm"))
+    for reserved in given:
+        desk.withdraw(reserved)
+    assert desk.ledger.held_for("quarantine") == 8
+    assert desk.landings.shunned == ("p",)
+
+
+async def test_what_has_arrived_can_be_written_to_no_more_and_counts_no_more(desk: Desk) -> None:
+    first = desk.reserve(8, transport="shm")
+    desk.shm.arrive(first.landing)
+    assert desk.reserve(8, transport="shm")
+    assert (desk.landings.shunned, desk.news) == ((), 0)
+
+
+async def test_a_prefix_that_is_longer_than_one_may_hold_comes_alone(desk: Desk) -> None:
+    desk.reserve(1, transport="shm", prefill="another")
+    long = desk.reserve(12, transport="shm")
+    with pytest.raises(PoolExhausted, match="p may write to 12 blocks"):
+        desk.reserve(1, transport="shm")
+    desk.shm.arrive(long.landing)
+    desk.reserve(1, transport="shm")
+    with pytest.raises(PoolExhausted, match="p may write to 1 blocks"):
+        desk.reserve(12, transport="shm")
 
 
 async def test_whoever_waits_for_memory_hears_of_the_headroom_at_once(desk: Desk) -> None:

@@ -59,9 +59,7 @@ class SkipsQuarantine(HostLandings):
 
 class FreesAtAbort(HostLandings):
     async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
-        self._ledger.release(quarantine)
-        self._count_quarantined(reserved, -1)
-        self._freed()
+        self._release(reserved, quarantine)
 
 
 class TellsOneReceiver(HostLandings):
@@ -78,9 +76,7 @@ class TellsOneReceiver(HostLandings):
 class WaitsForOneReceiver(HostLandings):
     async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
         await self.receivers[0].quiesce(reserved.landing.id)
-        self._ledger.release(quarantine)
-        self._count_quarantined(reserved, -1)
-        self._freed()
+        self._release(reserved, quarantine)
 
 
 class NeverExpires(HostLandings):
