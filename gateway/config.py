@@ -107,7 +107,12 @@ class GatewaySection(Section, frozen=True):
     ] = 75.0
     drain_seconds: Annotated[
         float,
-        about("Time for running requests to finish when the gateway stops.", unit="s", ge=0),
+        about(
+            "Time for running requests to finish when the gateway stops; those that still run then"
+            " end with an error.",
+            unit="s",
+            ge=0,
+        ),
     ] = 10.0
     slow_client_seconds: Annotated[
         float,
@@ -228,6 +233,16 @@ class WorkerSection(Section, frozen=True):
             gt=0,
         ),
     ] = 60.0
+    drain_seconds: Annotated[
+        float,
+        about(
+            "Time for running requests to finish when the worker stops or is drained; those that"
+            " still run then go on elsewhere.",
+            unit="s",
+            ge=0,
+            le=86400,
+        ),
+    ] = 10.0
     step_tokens: Annotated[
         int,
         about(

@@ -27,6 +27,10 @@ class ModelNotFound(BadRequest):
     """No such model is served here. The client's fault."""
 
 
+class NoSuchWorker(BadRequest):
+    """No worker of that name is connected. The administrator's mistake."""
+
+
 class BodyTooLarge(BadRequest):
     """The body exceeds the limit. The client's fault."""
 

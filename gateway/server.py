@@ -32,6 +32,8 @@ from gateway.text import Vocabulary, load_text
 
 log = structlog.get_logger()
 
+GIVE_UP_SECONDS = 1.0
+
 
 async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None:
     """Serve HTTP until cancelled, then let running requests end for `gateway.drain_seconds`.
@@ -108,6 +110,7 @@ def _service(
         ready=lambda: not_ready(relay, admission, fleet),
         ledger=lambda: ledgers(fleet),
         workers=lambda: workers(fleet),
+        drain=fleet.drain,
         registry=metrics.registry,
         observe=metrics.observe,
     )
@@ -217,7 +220,7 @@ async def _serve_http(
             await asyncio.Event().wait()
         finally:
             await site.stop()
-            await _drain(relay, config.gateway.drain_seconds)
+            await _drain(runner, relay, config.gateway.drain_seconds)
 
 
 def _spare_the_collector() -> None:
@@ -231,8 +234,23 @@ def _spare_the_collector() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
-async def _drain(relay: Relay, seconds: float) -> None:
+async def _drain(runner: web.AppRunner, relay: Relay, seconds: float) -> None:
+    """Let what is under way end; what has not ended after `seconds` ends with an error."""
     relay.drain()
-    deadline = asyncio.get_running_loop().time() + seconds
-    while relay.running and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
+    await asyncio.sleep(0)  # requests that have come in time begin to be answered
+    server = runner.server
+    assert server is not None
+    server.pre_shutdown()  # each connection is closed after its request
+    if not await _closed(server, seconds):
+        relay.give_up()
+        await _closed(server, GIVE_UP_SECONDS)
+
+
+async def _closed(server: web.Server, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            while server.connections:  # noqa: ASYNC110 -- aiohttp does not tell when
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        return False
+    return True

@@ -19,12 +19,13 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     which KV arrives; both are over TLS where `tls` is given. `protocol` is the newest version that
     it speaks with gateways. `step_tokens` bounds the prompt tokens of one step; `max_waiting` the
     prefills that wait for memory or their turn. A landing is freed `lease_seconds` after it was
-    granted or last written to. A step that lasts `step_timeout_seconds` ends the process.
-    `landing_share` is the part of the pool that may wait in landings, `quarantine_share` the part
-    that landings of one prefill worker may hold, withdrawn ones included, before it gets no more.
-    `transports` are offered and used, `auto` standing for all that are there; `socket_dir` is a
-    folder of this user alone for their sockets (empty: one is made). `faults` damages handoffs on
-    purpose, for drills (see `transfer.faults`).
+    granted or last written to. What is not done `drain_seconds` after the order to drain is given
+    back. A step that lasts `step_timeout_seconds` ends the process. `landing_share` is the part of
+    the pool that may wait in landings, `quarantine_share` the part that landings of one prefill
+    worker may hold, withdrawn ones included, before it gets no more. `transports` are offered and
+    used, `auto` standing for all that are there; `socket_dir` is a folder of this user alone for
+    their sockets (empty: one is made). `faults` damages handoffs on purpose, for drills (see
+    `transfer.faults`).
     """
 
     id: str
@@ -35,6 +36,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     tls: Credentials | None = None
     protocol: int = VERSION
     lease_seconds: float = 60.0
+    drain_seconds: float = 10.0
     step_tokens: int = 2048
     max_waiting: int = 1024
     step_timeout_seconds: float = 120.0

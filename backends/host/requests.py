@@ -211,6 +211,16 @@ class Requests:
                 phase: Phase = "prefill" if held.prefilling is not None else "decode"
                 self._fail(link, handle, phase, "deadline", "its deadline passed", retry=False)
 
+    def give_back(self, code: str, detail: str) -> None:
+        """End everything here, so that it goes on elsewhere from the tokens that were sent."""
+        for (link, handle), held in list(self._held.items()):
+            if held.prefilling is not None:
+                self._fail(link, handle, "prefill", code, detail)
+            elif held.landing is not None:
+                self._fail(link, handle, "handoff", code, detail)
+            for running in list(held.running.values()):
+                self.lost(running, code, detail)
+
     # ---- what a step gave (`steps.Outcome`)
 
     def layer_ready(self, work: Prefilling, layer: int, start: int, end: int) -> None:

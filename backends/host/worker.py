@@ -28,6 +28,7 @@ from backends.host.steps import DeviceHangs
 from backends.protocol import (
     Cancel,
     Door,
+    Drain,
     Flow,
     Hello,
     Inspect,
@@ -52,6 +53,7 @@ HELLO_SECONDS = 5.0
 LOAD_SECONDS = 1.0
 STEPS_AHEAD = 8  # more prompts than that wait in the queue, where they hold no memory
 POLL_SECONDS = 0.05
+GIVE_BACK_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class WorkerHost:
         self._links: set[Link] = set()
         self._strangers: dict[Link, Stranger] = {}
         self._meeting: set[tuple[Link, str]] = set()
-        self._draining = False
+        self.draining = asyncio.Event()
 
     # ---- life of the worker
 
@@ -116,8 +118,8 @@ class WorkerHost:
                 ]
                 log.info("worker.started", worker=self.config.id, address=self.address)
                 ready()
-                while not self._done:  # noqa: ASYNC110 -- three parts must be idle at once
-                    await asyncio.sleep(POLL_SECONDS)
+                await self.draining.wait()
+                await self._wind_down()
                 for part in parts:
                     part.cancel()
         finally:
@@ -130,9 +132,11 @@ class WorkerHost:
             log.info("worker.stopped", worker=self.config.id)
 
     def drain(self) -> None:
-        """Take no new work; `run` returns when the rest is done."""
-        self._draining = True
-        self._broadcast(self._load())
+        """Take no new work; `run` returns when the rest is done or given back."""
+        if not self.draining.is_set():
+            self.draining.set()
+            self._broadcast(self._load())
+            log.info("worker.draining", worker=self.config.id, seconds=self.config.drain_seconds)
 
     def record_load(self) -> tuple[int, int]:
         """The budgets to publish: tokens whose prefill may be under way, tokens of decode KV."""
@@ -141,11 +145,25 @@ class WorkerHost:
         role = self.config.role
         return (0 if role == "decode" else under_way, 0 if role == "prefill" else capacity)
 
+    async def _wind_down(self) -> None:
+        if not await self._done_within(self.config.drain_seconds):
+            self._requests.give_back("draining", "this worker drains")
+            await self._done_within(GIVE_BACK_SECONDS)
+
+    async def _done_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._done:  # noqa: ASYNC110 -- three parts must be idle at once
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
     @property
     def _done(self) -> bool:
         # Not waiting for senders that stand still: with this process, its pool is nobody's.
         left = self._janitor.errands - self._requests.landings.quiescing
-        return self._draining and self._requests.idle and not left
+        return self._requests.idle and not left
 
     async def _step(self) -> None:
         try:
@@ -168,7 +186,7 @@ class WorkerHost:
             running=steps.running,
             waiting=steps.waiting,
             waiting_tokens=steps.waiting_tokens,
-            draining=self._draining,
+            draining=self.draining.is_set(),
             quarantined=self._ledger.held_for("quarantine"),
             shunned=self._requests.landings.shunned,
         )
@@ -243,7 +261,7 @@ class WorkerHost:
             self._greet(link, message)
             return
         match message:
-            case Reserve() | Prefill() if self._draining:
+            case Reserve() | Prefill() if self.draining.is_set():
                 handle = message.spec.handle
                 link.send(Refused(handle=handle, kind="draining", detail="this worker drains"))
             case Reserve():
@@ -259,6 +277,8 @@ class WorkerHost:
             case Meet():
                 self._meeting.add((link, message.worker))
                 self._tasks.create_task(self._meet(link, message))
+            case Drain():
+                self.drain()
             case Inspect():
                 link.send(self._inspect(message.ticket))
             case _:

@@ -13,6 +13,9 @@ from backends.protocol.address import (
     split_address as split_address,
 )
 from backends.protocol.greeting import (
+    DRAINS as DRAINS,
+)
+from backends.protocol.greeting import (
     LOWEST as LOWEST,
 )
 from backends.protocol.greeting import (
@@ -50,6 +53,9 @@ from backends.protocol.messages import (
 )
 from backends.protocol.messages import (
     Challenge as Challenge,
+)
+from backends.protocol.messages import (
+    Drain as Drain,
 )
 from backends.protocol.messages import (
     Failed as Failed,

@@ -23,7 +23,10 @@ from backends.errors import ProtocolError
 from backends.protocol.messages import NONCE_BYTES, Challenge, Hello, Proof, Welcome
 
 VERSION = 3
-"""The newest version. 2 had no `Drain`; 1 showed the secret, and is spoken no more."""
+"""The newest version. 1 showed the secret, and is spoken no more."""
+
+DRAINS = 3
+"""The version from which on a worker understands `Drain`."""
 
 LOWEST = 2
 """The oldest version that is spoken too: the one before, so that a rolling upgrade works."""

@@ -135,6 +135,10 @@ class Flow(Message, frozen=True):
     paused: bool
 
 
+class Drain(Message, frozen=True):
+    """Take no new work, finish or give back the rest, and leave. `Load` says that it has begun."""
+
+
 class Inspect(Message, frozen=True):
     """Ask for the ledger."""
 
@@ -303,7 +307,7 @@ class Ledger(Message, frozen=True):
     note: str = ""
 
 
-ToWorker = Hello | Proof | Meet | Reserve | Prefill | Cancel | Flow | Inspect
+ToWorker = Hello | Proof | Meet | Reserve | Prefill | Cancel | Flow | Drain | Inspect
 ToGateway = (
     Challenge
     | Welcome

@@ -39,6 +39,7 @@ def build_app(service: Service) -> web.Application:
     app.router.add_post("/v1/completions", endpoints.completion)
     app.router.add_post("/tokenize", endpoints.tokenize)
     app.router.add_post("/detokenize", endpoints.detokenize)
+    app.router.add_post("/admin/workers/{id}/drain", pages.drain)
     for path, page in (
         ("/v1/models", pages.models),
         ("/v1/models/{name:.+}", pages.model),

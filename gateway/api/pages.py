@@ -63,6 +63,13 @@ class Pages:
         self._service.check_admin(request.headers.get("Authorization", ""))
         return _json(self._service.workers())
 
+    async def drain(self, request: web.Request) -> web.Response:
+        """POST /admin/workers/{id}/drain: answered once the worker has begun to drain."""
+        self._service.check_admin(request.headers.get("Authorization", ""))
+        worker = request.match_info["id"]
+        await self._service.drain(worker)
+        return _json({"worker": worker, "draining": True}, status=202)
+
     async def version(self, _: web.Request) -> web.Response:
         """GET /version."""
         return _json({"version": self._service.version})

@@ -58,6 +58,7 @@ class Service:
     ready: Callable[[], str | None]
     ledger: Callable[[], Awaitable[Any]]
     workers: Callable[[], Any]
+    drain: Callable[[str], Awaitable[None]]
     registry: CollectorRegistry
     observe: Observe
     api_keys: frozenset[str] = field(default=frozenset(), repr=False)

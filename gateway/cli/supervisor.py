@@ -31,7 +31,7 @@ log = structlog.get_logger()
 START_SECONDS = 600.0  # a large model from a slow disk
 REDIS_START_SECONDS = 60.0
 ANSWER_SECONDS = 60.0
-WORKER_STOP_SECONDS = 5.0
+WORKER_STOP_SECONDS = 7.0  # beyond its drain: it gives back what is left, and closes
 REDIS_STOP_SECONDS = 3.0
 TRIM_EVERY_SECONDS = 5.0
 READY_REQUEST = "GET /health/ready HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
@@ -204,9 +204,9 @@ class Supervisor:
 
     def _own_child(self, name: str, role: str) -> Child:
         words = [*self._program, role, "--config", str(self._sockets / "config.json")]
-        stop_seconds = WORKER_STOP_SECONDS
         if role == "worker":
             words += ["--name", name]
+            stop_seconds = self._config.workers[name].drain_seconds + WORKER_STOP_SECONDS
         else:
             stop_seconds = self._config.gateway.drain_seconds + 2.0
         return self._child(name, words, stop_seconds)

@@ -78,6 +78,7 @@ async def _serve(
         secret=config.security.secret,
         tls=credentials_of(config),
         lease_seconds=worker.lease_seconds,
+        drain_seconds=worker.drain_seconds,
         step_tokens=worker.step_tokens,
         max_waiting=worker.max_waiting,
         transports=worker.transports,
@@ -86,20 +87,15 @@ async def _serve(
         faults=worker.faults,
     )
     host = WorkerHost(host_config, backend)
-    listening, stop = asyncio.Event(), asyncio.Event()
-
-    def wind_down() -> None:
-        stop.set()
-        host.drain()
-
+    listening = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, wind_down)
+        loop.add_signal_handler(number, host.drain)
     async with (
         open_redis(config.redis) as redis,
         asyncio.TaskGroup() as tasks,
     ):
-        serving = tasks.create_task(host.run(listening.set))
+        tasks.create_task(host.run(listening.set))
         await listening.wait()
         prefill_tokens, decode_tokens = host.record_load()
         record = WorkerRecord(
@@ -118,7 +114,5 @@ async def _serve(
             lease_seconds=config.queue.lease_seconds,
             timeout_seconds=config.redis.timeout_seconds,
         )
-        tasks.create_task(registration.run(stop))
+        tasks.create_task(registration.run(host.draining))
         reporter.ready(host.address)
-        await asyncio.wait([serving])
-        stop.set()

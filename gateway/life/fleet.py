@@ -14,8 +14,10 @@ from collections.abc import Mapping
 import structlog
 
 from backends.protocol import (
+    DRAINS,
     VERSION,
     Caller,
+    Drain,
     Failed,
     FirstToken,
     Granted,
@@ -29,6 +31,7 @@ from backends.protocol import (
     Refused,
 )
 from gateway.admission.registry import WorkerRecord
+from gateway.errors import BadRequest, DeadlineExceeded, NoSuchWorker
 from gateway.life.pairs import Pairs
 from gateway.life.worker import Worker, connect
 from gateway.placement import Snapshot
@@ -144,6 +147,29 @@ class Fleet:
                 del self._tickets[ticket]
         return sorted((future.result() for future in done), key=lambda ledger: ledger.worker)
 
+    async def drain(self, worker_id: str) -> None:
+        """Have a worker take no new work, finish or give back the rest, and leave.
+
+        Raises:
+            NoSuchWorker: it is not connected here.
+            BadRequest: its version of the protocol has no such order.
+            DeadlineExceeded: it did not say in time that it has begun.
+        """
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            known = ", ".join(sorted(self._workers)) or "none"
+            raise NoSuchWorker(f"no worker `{worker_id[:128]}` is connected; there are: {known}")
+        if worker.welcome.version < DRAINS:
+            message = f"{worker_id} is too old to be told so: send its process SIGTERM"
+            raise BadRequest(message, code="worker_too_old")
+        worker.send(Drain())
+        try:
+            async with asyncio.timeout(INSPECT_SECONDS):
+                while not worker.draining and self._workers.get(worker_id) is worker:
+                    await self.changed()
+        except TimeoutError:
+            raise DeadlineExceeded(f"asking {worker_id} to drain") from None
+
     # ---- connections
 
     def _follow(self) -> None:
@@ -184,7 +210,10 @@ class Fleet:
         self._notify()
 
     def _lose(self, worker: Worker, reason: str) -> None:
-        log.warning("worker.lost", worker=worker.id, reason=reason, legs=len(worker.legs))
+        if worker.draining and not worker.legs:
+            log.info("worker.left", worker=worker.id)
+        else:
+            log.warning("worker.lost", worker=worker.id, reason=reason, legs=len(worker.legs))
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
         self._pairs.forget(worker)

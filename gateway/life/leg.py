@@ -38,15 +38,33 @@ log = structlog.get_logger()
 
 
 class LegFailed(Exception):
-    """The leg cannot go on. `full`: a worker had no room, and nothing is wrong with it."""
+    """The leg cannot go on.
 
-    def __init__(self, phase: str, worker: str, cause: str, *, retry: bool, full: bool) -> None:
+    `full`: a worker had no room, and nothing is wrong with it; `draining`: it is about to leave.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        worker: str,
+        cause: str,
+        *,
+        retry: bool,
+        full: bool = False,
+        draining: bool = False,
+    ) -> None:
         super().__init__(f"{phase} on {worker}: {cause}")
         self.phase = phase
         self.worker = worker
         self.cause = cause
         self.retry = retry
         self.full = full
+        self.draining = draining
+
+    @property
+    def counts(self) -> bool:
+        """Whether something went wrong that may go wrong again elsewhere."""
+        return not (self.full or self.draining)
 
 
 class Leg:
@@ -306,4 +324,7 @@ class Leg:
         self, phase: str, worker: Worker, cause: str, *, retry: bool, full: bool = False
     ) -> None:
         if not self._over.done():
-            self._over.set_exception(LegFailed(phase, worker.id, cause, retry=retry, full=full))
+            failure = LegFailed(
+                phase, worker.id, cause, retry=retry, full=full, draining=worker.draining
+            )
+            self._over.set_exception(failure)

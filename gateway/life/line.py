@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class Run:
     first_token: float | None = None
     has_prompt_logprobs: bool = False
     grant: Grant | None = None
+    timer: asyncio.Timeout | None = None
     lives: list[Life] = field(default_factory=list)
 
     @classmethod

@@ -7,6 +7,7 @@ another one elsewhere, from exactly the tokens they have; once they have diverge
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from gateway.placement import Placement, Unplaceable, Wish, place
 log = structlog.get_logger()
 
 ROOM_POLL_SECONDS = 0.05
+GONE = "this gateway is shutting down"
 
 
 class Relay:
@@ -51,6 +53,7 @@ class Relay:
         self._max_retries = max_retries
         self._worker_wait = worker_wait_seconds
         self.draining = False
+        self._gone = asyncio.Event()
         self._runs: dict[Job, Run] = {}
 
     @property
@@ -59,25 +62,36 @@ class Relay:
         return len(self._runs)
 
     def drain(self) -> None:
-        """Refuse new jobs from now on; those under way go on."""
+        """Say that this gateway is about to leave; jobs that come all the same are carried."""
         self.draining = True
+
+    def give_up(self) -> None:
+        """Fail every job that has not ended, and all that come, so that their clients are told."""
+        self._gone.set()
+        now = asyncio.get_running_loop().time()
+        for run in self._runs.values():
+            if run.timer is not None:
+                run.timer.reschedule(now)
 
     async def carry(self, job: Job, listener: Listener) -> Timeline:
         """See `job.Carrier.carry`."""
-        if self.draining:
-            raise Draining("this gateway is shutting down")
+        if self._gone.is_set():
+            raise Draining(GONE)
         run = self._runs[job] = Run.of(job, listener)
         life = run.begin()
         began = time.monotonic()
         try:
             async with (
-                asyncio.timeout_at(job.deadline),
+                asyncio.timeout_at(job.deadline) as run.timer,
                 self._admission.turn(_ticket(job)) as grant,
             ):
                 run.timeline.queue = time.monotonic() - began
                 run.grant = grant
                 await self._travel(run, life)
         except TimeoutError:
+            if self._gone.is_set():
+                run.end(State.FAILED)
+                raise Draining(GONE) from None
             phase = run.end(State.EXPIRED)
             raise DeadlineExceeded(phase.replace("_", " ")) from None
         except Exception:
@@ -144,10 +158,10 @@ class Relay:
             try:
                 await leg.go()
             except LegFailed as failure:
-                failures += not failure.full
+                failures += failure.counts
                 await self._after_failure(run, failure, failures)
                 avoid = set() if failure.full else {failure.worker}
-                run.timeline.retries += not failure.full
+                run.timeline.retries += failure.counts
                 life.become(State.PLACED)
             lines = [line for line in lines if not line.ended and line.leg is leg]
             if len(lines) > 1 and any(len(line.generated) > 1 for line in lines):
@@ -158,7 +172,8 @@ class Relay:
 
     async def _after_failure(self, run: Run, failure: LegFailed, failures: int) -> None:
         if not failure.full:
-            log.warning(
+            log.log(
+                logging.WARNING if failure.counts else logging.INFO,
                 "leg.failed",
                 request=run.job.id,
                 phase=failure.phase,

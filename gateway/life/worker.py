@@ -86,6 +86,11 @@ class Worker:
                 leg.token(row)
 
     @property
+    def draining(self) -> bool:
+        """Whether it takes no new work, and will leave."""
+        return self.load is not None and self.load.draining
+
+    @property
     def shunned(self) -> tuple[str, ...]:
         """Prefill workers that it gives no landings for the time being."""
         return self.load.shunned if self.load is not None else ()
@@ -110,7 +115,7 @@ class Worker:
             ),
             running=load.running if load is not None else 0,
             free_blocks=load.free_blocks if load is not None else info.pool_blocks,
-            draining=load.draining if load is not None else False,
+            draining=self.draining,
         )
 
 

@@ -10,12 +10,14 @@ from prometheus_client import CollectorRegistry
 
 from backends.protocol import FinishReason, Logprob
 from gateway.api import Service, build_app
+from gateway.errors import NoSuchWorker
 from gateway.life.job import Job, Listener, Timeline
 from gateway.text import Vocabulary
 
 MODEL = "smollm2"
 SAID = "Hello there, 🙃 friend."
 END = 2
+DRAINABLE = "d0"
 
 
 class ScriptedCarrier:
@@ -106,6 +108,10 @@ async def serving(
     async def ledger() -> dict[str, Any]:
         return {"balanced": True, "workers": []}
 
+    async def drain(worker: str) -> None:
+        if worker != DRAINABLE:
+            raise NoSuchWorker(f"no worker `{worker}` is connected")
+
     names = ("route", "status", "timeline", "prompt_tokens", "completion_tokens",
              "seconds_to_first_token", "total_seconds")  # fmt: skip
 
@@ -120,6 +126,7 @@ async def serving(
             "ready": lambda: None,
             "ledger": ledger,
             "workers": lambda: {"workers": [], "pairs": []},
+            "drain": drain,
             "registry": CollectorRegistry(),
             "observe": observe,
             **settings,

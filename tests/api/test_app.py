@@ -96,10 +96,25 @@ async def test_what_is_not_public_asks_for_a_key(vocabulary, path: str):
                 assert answer.status == 200
 
 
-ADMIN_PAGES = ["/debug/ledger", "/admin/workers"]
+async def test_a_worker_is_drained_by_its_name(http: aiohttp.ClientSession):
+    async with http.post("/admin/workers/d0/drain") as answer:
+        assert answer.status == 202
+        assert await answer.json() == {"worker": "d0", "draining": True}
+    async with http.post("/admin/workers/x/drain") as answer:
+        assert answer.status == 404
+        assert (await answer.json())["error"]["code"] == "worker_not_found"
+    async with http.get("/admin/workers/d0/drain") as answer:
+        assert answer.status == 405
 
 
-@pytest.mark.parametrize("path", ADMIN_PAGES)
+ADMIN_PAGES = [
+    ("GET", "/debug/ledger", 200),
+    ("GET", "/admin/workers", 200),
+    ("POST", "/admin/workers/d0/drain", 202),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "well"), ADMIN_PAGES)
 @pytest.mark.parametrize(
     ("api_keys", "admin_keys", "shown", "status"),
     [
@@ -115,7 +130,14 @@ ADMIN_PAGES = ["/debug/ledger", "/admin/workers"]
     ],
 )
 async def test_what_shows_all_tenants_needs_an_administrators_key(
-    vocabulary, path: str, api_keys: set[str], admin_keys: set[str], shown: str, status: int
+    vocabulary,
+    method: str,
+    path: str,
+    well: int,
+    api_keys: set[str],
+    admin_keys: set[str],
+    shown: str,
+    status: int,
 ):
     header = {"Authorization": f"Bearer {shown}"} if shown else {}
     async with (
@@ -123,9 +145,9 @@ async def test_what_shows_all_tenants_needs_an_administrators_key(
             vocabulary, api_keys=frozenset(api_keys), admin_keys=frozenset(admin_keys)
         ) as served,
         aiohttp.ClientSession(served.url) as http,
-        http.get(path, headers=header) as answer,
+        http.request(method, path, headers=header) as answer,
     ):
-        assert answer.status == status
+        assert answer.status == (well if status == 200 else status)
         if status == 403:
             assert "admin_keys" in (await answer.json())["error"]["message"]
 

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from backends.protocol import Sampling
-from gateway.errors import BadRequest, DeadlineExceeded, Draining, NoWorkers, WorkerFailed
+from gateway.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Draining,
+    NoSuchWorker,
+    NoWorkers,
+    WorkerFailed,
+)
 from tests.life.cluster import DECODE, PREFILL, Cluster, Heard, cluster
 
 SLOW = {"step_seconds": 0.005}
@@ -231,7 +238,7 @@ async def test_a_draining_worker_finishes_and_takes_no_more(redis_url: str) -> N
         heard = Heard()
         carrying = asyncio.ensure_future(made.carry(made.job([1, 2], max_tokens=50), heard))
         await heard.first.wait()
-        made.hosts["d"].drain()
+        await made.fleet.drain("d")
         await carrying
         assert len(heard.tokens[0]) == 50
         await made.until(lambda: made.fleet.worker("d") is None)
@@ -239,14 +246,91 @@ async def test_a_draining_worker_finishes_and_takes_no_more(redis_url: str) -> N
             await made.carry(made.job([1, 2]), Heard())
 
 
-async def test_a_draining_relay_finishes_what_runs_and_refuses_what_comes(redis_url: str) -> None:
+@pytest.mark.parametrize("n", [1, 3])
+async def test_what_a_drained_decode_worker_cannot_finish_goes_on_elsewhere(
+    redis_url: str, n: int
+) -> None:
+    async with cluster(redis_url, max_retries=0) as made:
+        await pair(made, decode={"drain_seconds": 0.1}, **SLOW)
+        heard = Heard()
+        job = made.job(list(range(50)), n=n, max_tokens=100)
+        carrying = asyncio.ensure_future(made.carry(job, heard))
+        await made.until(lambda: len(heard.tokens.get(n - 1, ())) > 5)
+        await made.start("d2", "decode", **DECODE, **SLOW)
+        await made.paired(2)
+        await made.fleet.drain("d")
+        await made.until(lambda: made.fleet.worker("d") is None)
+        assert not heard.finish
+        timeline = await carrying
+        assert timeline.retries == 0
+        await made.balanced()
+    assert heard.tokens == await alone(redis_url, list(range(50)), n=n, max_tokens=100)
+
+
+async def test_what_a_drained_prefill_worker_cannot_finish_goes_on_elsewhere(
+    redis_url: str,
+) -> None:
+    prompt = list(range(400))
+    slow = {"prefill_seconds_per_token": 0.002}
+    async with cluster(redis_url, max_retries=0) as made:
+        await pair(made, prefill={"drain_seconds": 0.1}, **slow)
+        heard = Heard()
+        carrying = asyncio.ensure_future(made.carry(made.job(prompt), heard))
+        await made.until(lambda: made.hosts["p"]._requests.steps.waiting)
+        await made.start("p2", "prefill", **PREFILL)
+        await made.paired(2)
+        await made.fleet.drain("p")
+        timeline = await carrying
+        assert (timeline.retries, timeline.prefill_worker) == (0, "p2")
+        await made.balanced()
+    assert heard.tokens == await alone(redis_url, prompt)
+
+
+async def test_a_landing_that_nothing_has_reached_is_given_back(redis_url: str) -> None:
+    prompt = list(range(400))
+    async with cluster(redis_url, max_retries=0) as made:
+        slow = {"prefill_seconds_per_token": 0.005}
+        await made.start("p", "prefill", **PREFILL, **slow)
+        await made.start("d", "decode", host={"drain_seconds": 0.1}, **DECODE)
+        await made.paired()
+        heard = Heard()
+        carrying = asyncio.ensure_future(made.carry(made.job(prompt), heard))
+        await made.until(lambda: made.hosts["d"]._requests.landings)
+        await made.start("d2", "decode", **DECODE)
+        await made.paired(2)
+        await made.fleet.drain("d")
+        timeline = await carrying
+        assert (timeline.retries, timeline.decode_worker) == (0, "d2")
+        await made.balanced()
+    assert heard.tokens == await alone(redis_url, prompt)
+
+
+async def test_a_worker_that_is_not_there_cannot_be_drained(redis_url: str) -> None:
+    async with cluster(redis_url) as made:
+        await made.start("b", "both", host={"protocol": 2}, **DECODE)
+        await made.until(lambda: made.fleet.workers)
+        with pytest.raises(NoSuchWorker, match="no worker `x` is connected; there are: b"):
+            await made.fleet.drain("x")
+        with pytest.raises(BadRequest, match="SIGTERM"):
+            await made.fleet.drain("b")
+        assert not made.hosts["b"].draining.is_set()
+        assert made.fleet.workers
+
+
+async def test_a_draining_relay_carries_what_runs_and_comes_until_it_gives_up(
+    redis_url: str,
+) -> None:
     async with cluster(redis_url) as made:
         await pair(made, **SLOW)
         heard = Heard()
-        carrying = asyncio.ensure_future(made.carry(made.job([1, 2], max_tokens=50), heard))
+        carrying = asyncio.ensure_future(made.carry(made.job([1, 2], max_tokens=5000), heard))
         await heard.first.wait()
         made.relay.drain()
+        await made.carry(made.job([3, 4]), Heard())
+        assert not carrying.done()
+        made.relay.give_up()
+        with pytest.raises(Draining):
+            await carrying
         with pytest.raises(Draining):
             await made.carry(made.job([3, 4]), Heard())
-        await carrying
-        assert len(heard.tokens[0]) == 50
+        await made.balanced(1.0)
