@@ -179,6 +179,30 @@ async def test_an_abort_waits_for_the_write_that_is_under_way(pair):
         await aborting
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(4.0, 0.2), (0.2, 4.0)], ids=["patient sender", "patient receiver"]
+)
+async def test_each_end_is_heard_from_as_often_as_it_wants_to_be(tmp_path, ours, theirs):
+    async with (
+        DirectReceiver(TARGET, tmp_path, stall_seconds=theirs) as receiver,
+        DirectSender(stall_seconds=ours) as sender,
+    ):
+        stage = Stage(Pair(sender, receiver))
+        writer = await sender.open(stage.landing, stage.source)
+        await asyncio.sleep(3 * min(ours, theirs))  # nobody has anything to say
+        await stage.write_all(writer)
+        await writer.commit(b"", 5.0)
+        await writer.abort()
+        assert not stage.failures
+
+
+@pytest.mark.parametrize("patience", [0.0, -1.0, float("nan"), float("inf"), 1e-9])
+def test_a_patience_that_would_keep_us_busy_or_silent_is_refused(patience):
+    for message in (wire.Hello(wire.VERSION, "f", b"n", patience), wire.Challenge(b"n", patience)):
+        with pytest.raises(PeerMisbehaved):
+            wire.greeting(wire.frame(message)[wire.PREFIX.size :])
+
+
 async def test_a_sender_that_closes_acknowledges_first(pair):
     with pair.stall() as gate:
         stage, _ = await stalled(pair, gate)

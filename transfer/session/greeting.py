@@ -111,25 +111,30 @@ class Talk:
         self._connection.settimeout(left)
 
 
-def greet(talk: Talk, secret: bytes, fingerprint: str, blob: bytes) -> wire.Welcome:
-    """The sender's part.
+def greet(
+    talk: Talk, secret: bytes, fingerprint: str, blob: bytes, patience_seconds: float
+) -> tuple[wire.Welcome, float]:
+    """The sender's part. Returns what it was welcomed with, and how long the receiver is patient.
 
     Raises:
         Denial: the receiver will not have us, or does not know the secret.
         PeerMisbehaved: it says something else.
         OSError: the connection broke, or the time is over.
     """
-    talk.say(wire.Hello(wire.VERSION, fingerprint, secrets.token_bytes(NONCE_BYTES)))
-    talk.hear(wire.Challenge)
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    talk.say(wire.Hello(wire.VERSION, fingerprint, nonce, patience_seconds))
+    theirs = talk.hear(wire.Challenge).patience_seconds
     talk.say(wire.Proof(_mac(secret, b"sender", talk.said(), blob), blob))
     said = talk.said()
     welcome = talk.hear(wire.Welcome, wire.MAX_HELLO_BYTES)
     if not hmac.compare_digest(welcome.mac, _seal(secret, said, welcome)):
         raise Denial("wrong shared secret: it does not know ours")
-    return welcome
+    return welcome, theirs or patience_seconds
 
 
-def challenge(talk: Talk, hello: wire.Hello, secret: bytes, fingerprint: str) -> bytes:
+def challenge(
+    talk: Talk, hello: wire.Hello, secret: bytes, fingerprint: str, patience_seconds: float
+) -> bytes:
     """The receiver's part, after `Hello`, up to the welcome. Returns the sender's blob.
 
     Raises:
@@ -139,7 +144,7 @@ def challenge(talk: Talk, hello: wire.Hello, secret: bytes, fingerprint: str) ->
     """
     if hello.version != wire.VERSION:
         raise Denial(f"version {hello.version} of the protocol, here it is {wire.VERSION}")
-    talk.say(wire.Challenge(secrets.token_bytes(NONCE_BYTES)))
+    talk.say(wire.Challenge(secrets.token_bytes(NONCE_BYTES), patience_seconds))
     said = talk.said()
     proof = talk.hear(wire.Proof, wire.MAX_HELLO_BYTES)
     if not hmac.compare_digest(proof.mac, _mac(secret, b"sender", said, proof.blob)):

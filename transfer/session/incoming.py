@@ -46,12 +46,17 @@ class Incoming:
         connection: socket.socket,
         loop: asyncio.AbstractEventLoop,
         token: bytes,
+        patience_seconds: float,
     ) -> None:
-        """Prepare, in any thread; `start` begins to listen."""
+        """Prepare, in any thread; `start` begins to listen.
+
+        The sender takes us for lost after `patience_seconds` of silence.
+        """
         self.loop = loop
         self.token = token
         self.connection = connection
         self._house = house
+        self._patience_seconds = patience_seconds
         self._stream: Stream | None = None
         self._ended: TransferError | None = None
         self._handoffs: dict[int, Handoff] = {}
@@ -66,6 +71,7 @@ class Incoming:
         self._stream = Stream(
             self.connection,
             stall_seconds=self._house.stall_seconds,
+            peer_stall_seconds=self._patience_seconds,
             hear=self._hear,
             lost=self._lost,
         )

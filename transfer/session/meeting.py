@@ -23,11 +23,15 @@ from transfer.session.mover import Carrier, Met, Mover
 
 
 class Acquaintance(msgspec.Struct, frozen=True):
-    """A receiver that has welcomed us. `digest` is whether it verifies commits."""
+    """A receiver that has welcomed us. `digest` is whether it verifies commits.
+
+    It takes us for lost after `patience_seconds` of silence.
+    """
 
     connection: socket.socket
     mover: Mover
     digest: bool
+    patience_seconds: float
 
     def drop(self) -> None:
         """Close it, where nobody wants it any more."""
@@ -37,12 +41,13 @@ class Acquaintance(msgspec.Struct, frozen=True):
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Whoever wants to meet receivers, and how long that may take."""
+    """Whoever wants to meet receivers, how long that may take, and how long they may be silent."""
 
     carrier: Carrier
     secret: bytes
     tls: ssl.SSLContext | None
     seconds: float
+    patience_seconds: float
 
     async def meet(self, endpoint: Endpoint, fingerprint: str) -> Acquaintance:
         """Meet the receiver at `endpoint` with a layout of `fingerprint`.
@@ -109,11 +114,12 @@ class Caller(msgspec.Struct, frozen=True):
         talk = Talk(connection, self.seconds)
         fds: list[int] = talk.fds
         try:
-            welcome = greet(talk, self.secret, fingerprint, self.carrier.hello(endpoint))
+            hello = self.carrier.hello(endpoint)
+            welcome, theirs = greet(talk, self.secret, fingerprint, hello, self.patience_seconds)
             join = partial(self._join, endpoint, welcome.token)
             met = Met(endpoint, connection, welcome.blob, tuple(fds), join)
             fds = []  # the carrier's from here on
-            return Acquaintance(connection, self.carrier.meet(met), welcome.digest)
+            return Acquaintance(connection, self.carrier.meet(met), welcome.digest, theirs)
         except Denial as denial:
             raise PeerLost(f"{endpoint.address} refused us: {denial}") from denial
         except TimeoutError as error:

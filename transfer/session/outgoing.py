@@ -78,6 +78,7 @@ class Session:
         self._stream = Stream(
             acquaintance.connection,
             stall_seconds=stall_seconds,
+            peer_stall_seconds=acquaintance.patience_seconds,
             hear=self._hear,
             lost=self._stream_lost,
         )

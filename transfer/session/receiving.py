@@ -245,9 +245,11 @@ class SessionReceiver:
         return False
 
     def _welcome(self, talk: Talk, hello: wire.Hello, connection: socket.socket) -> bool:
-        blob = greeting.challenge(talk, hello, self._secret, self.layout.fingerprint)
+        ours = self.stall_seconds
+        blob = greeting.challenge(talk, hello, self._secret, self.layout.fingerprint, ours)
         token = secrets.token_bytes(TOKEN_BYTES)
-        incoming = Incoming(self, connection, self._loop, token)
+        theirs = hello.patience_seconds or ours
+        incoming = Incoming(self, connection, self._loop, token, theirs)
         try:
             offer = self.intake.welcome(incoming, blob)
         except PeerMisbehaved as error:

@@ -126,7 +126,8 @@ class SessionSender:
         """Connect and be welcomed."""
         if endpoint.transport != self._carrier.transport:
             raise PeerLost(f"{endpoint.address} is an endpoint of {endpoint.transport}")
-        caller = Caller(self._carrier, self._secret, self._tls, self._connect_seconds)
+        times = self._connect_seconds, self._stall_seconds
+        caller = Caller(self._carrier, self._secret, self._tls, *times)
         acquaintance = await caller.meet(endpoint, target.fingerprint)
         if self._closed:
             acquaintance.drop()

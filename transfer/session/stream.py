@@ -20,7 +20,7 @@ from transfer.session import wire
 READ_BYTES = 256 << 10
 MAX_UNSENT_BYTES = 4 * wire.MAX_NOTE_BYTES
 BEATS = 4
-"""How often `Alive` is said in the time after which a silent peer counts as lost."""
+"""How often `Alive` is said in the time after which the more impatient end gives up."""
 
 _LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -33,18 +33,21 @@ class Stream:
         connection: socket.socket,
         *,
         stall_seconds: float,
+        peer_stall_seconds: float,
         hear: Callable[[bytes], None],
         lost: Callable[[TransferError], None],
     ) -> None:
         """Own `connection` from now on; `hear` gets the body of each message, `lost` the end.
 
         Both are called on the event loop, `lost` once; what `hear` raises of `PeerMisbehaved`
-        ends the connection. A peer that says nothing for `stall_seconds` is lost.
+        ends the connection. A peer that says nothing for `stall_seconds` is lost, and so are we
+        to it after `peer_stall_seconds`.
         """
         self.ended: TransferError | None = None
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._stall_seconds = stall_seconds
+        self._beat_seconds = min(stall_seconds, peer_stall_seconds) / BEATS
         self._hear, self._lost = hear, lost
         self._received = bytearray()
         self._lock = threading.Lock()
@@ -53,7 +56,7 @@ class Stream:
         self._heard_at = time.monotonic()
         connection.setblocking(False)
         self._loop.add_reader(connection.fileno(), self._readable)
-        self._beat = self._loop.call_later(stall_seconds / BEATS, self._tick)
+        self._beat = self._loop.call_later(self._beat_seconds, self._tick)
         # A TLS layer may hold bytes already that the kernel will not announce any more.
         self._loop.call_soon(self._readable)
 
@@ -168,7 +171,7 @@ class Stream:
             self.end(PeerLost(f"nothing was heard for {silent:.1f} s"))
             return
         self.send(wire.Alive())
-        self._beat = self._loop.call_later(self._stall_seconds / BEATS, self._tick)
+        self._beat = self._loop.call_later(self._beat_seconds, self._tick)
 
     def _soon(self, what: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and everything with it

@@ -13,7 +13,8 @@ there on. After the welcome, a `ticket` is the number by which the sender names 
     sender    Open -> Touch -> .. -> Commit ->                     Open -> .. -> Released
     receiver        (Granted)                 Answer: landed              Answer: gone ->  (unasked)
 
-Both ends say `Alive` when they have nothing else to say.
+Both ends say `Alive` when they have nothing else to say, as often as the other one wants to hear
+it: each states in its first message how long a silence it bears.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ MAX_STRANGER_BYTES = 4 << 10
 MAX_HELLO_BYTES = MAX_STRANGER_BYTES + MAX_BLOB_BYTES
 MAX_TICKETS = 4096
 MAX_DETAIL = 4096
+MIN_PATIENCE_SECONDS = 0.02
+"""Nobody may want to hear from us more often than this and `stream.BEATS` say."""
 
 LandingId = Annotated[str, msgspec.Meta(max_length=64)]
 Detail = Annotated[str, msgspec.Meta(max_length=MAX_DETAIL)]
 Short = Annotated[bytes, msgspec.Meta(max_length=64)]
 Note = Annotated[bytes, msgspec.Meta(max_length=MAX_NOTE_BYTES)]
 Blob = Annotated[bytes, msgspec.Meta(max_length=MAX_BLOB_BYTES)]
+Patience = Annotated[float, msgspec.Meta(ge=MIN_PATIENCE_SECONDS, le=86400)]
 Outcome = Literal["landed", "gone", "mismatch"]
 
 
@@ -50,17 +54,23 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Hello(Message, frozen=True):
-    """First from the sender: which protocol, the layout it expects, a random number."""
+    """First from the sender: which protocol, the layout it expects, a random number.
+
+    A receiver of which nothing is heard for `patience_seconds` is lost to it; None: as long as the
+    receiver bears it.
+    """
 
     version: int
     fingerprint: Annotated[str, msgspec.Meta(max_length=64)]
     nonce: Short
+    patience_seconds: Patience | None = None
 
 
 class Challenge(Message, frozen=True):
-    """Answer to `Hello`: another random number."""
+    """Answer to `Hello`: another random number, and how long the receiver bears silence."""
 
     nonce: Short
+    patience_seconds: Patience | None = None
 
 
 class Proof(Message, frozen=True):
