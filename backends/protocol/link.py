@@ -47,7 +47,8 @@ class Link(asyncio.Protocol):
     ) -> None:
         self._decoder = msgspec.msgpack.Decoder(accepts)
         self._lost = lost
-        self._rest = b""
+        self._held = bytearray()  # the beginning of a frame
+        self._enough = 0  # so many bytes of it, before it is looked at again
         self.message = message
         self._limit = MAX_STRANGER_BYTES
         self._transport: asyncio.Transport | None = None
@@ -79,7 +80,11 @@ class Link(asyncio.Protocol):
         self._transport = transport  # uvloop's class is no asyncio.Transport, it only behaves so
 
     def data_received(self, data: bytes) -> None:
-        data = self._rest + data
+        if self._held:  # a long frame in many pieces is put together once
+            self._held += data
+            if len(self._held) < self._enough:
+                return
+            data, self._held = bytes(self._held), bytearray()
         decode, until, start = self._decoder.decode, len(data), LENGTH.size
         # One loop and no helpers: most frames are one token, and this is what each of them costs.
         try:
@@ -94,7 +99,10 @@ class Link(asyncio.Protocol):
                 start = end + LENGTH.size
         except (ProtocolError, *UNREADABLE) as error:
             self.abort(f"the peer sent what it must not: {error}")
-        self._rest = data[start - LENGTH.size :]
+        begin = start - LENGTH.size
+        if begin < until and not self._ended:
+            self._held += data[begin:]
+            self._enough = LENGTH.size + (length if start <= until else 0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended = True

@@ -1,5 +1,6 @@
 """One end of a control connection: bytes in pieces, messages whole."""
 
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from backends.protocol import (
     Link,
     Load,
     Message,
+    Refused,
     ToGateway,
     Token,
     Tokens,
@@ -55,6 +57,19 @@ def test_messages_are_whole_however_the_bytes_are_cut(size: int) -> None:
     for at in range(0, len(STREAM), size):
         end.link.data_received(STREAM[at : at + size])
     assert end.heard == MESSAGES
+
+
+def test_a_long_frame_in_many_pieces_is_not_copied_again_with_each() -> None:
+    """Copying 16 MiB whenever another KiB has come takes most of a minute; once, a moment."""
+    end = End()
+    end.link.trust()
+    wanted = Refused(handle=1, kind="full", detail="x" * (MAX_FRAME_BYTES - 100))
+    stream = frame(wanted) + STREAM
+    begun = time.process_time()
+    for at in range(0, len(stream), 1024):
+        end.link.data_received(stream[at : at + 1024])
+    assert time.process_time() - begun < 5.0
+    assert end.heard == [wanted, *MESSAGES]
 
 
 @pytest.mark.parametrize("garbage", [TOO_LONG, frame(Inspect(ticket=1)), LENGTH.pack(1) + b"\xc1"])
