@@ -40,3 +40,14 @@ def chain(
 def mark(link: bytes) -> int:
     """The 64 bits of a link that workers publish: enough for advice, not for admission."""
     return int.from_bytes(link[:MARK_BYTES], "big")
+
+
+def pack(marks: Sequence[int]) -> bytes:
+    """Marks one after the other."""
+    return struct.pack(f">{len(marks)}Q", *marks)
+
+
+def unpack(packed: bytes) -> tuple[int, ...]:
+    """The reverse of `pack`; what is not whole at the end is left out."""
+    count = len(packed) // MARK_BYTES
+    return struct.unpack(f">{count}Q", packed[: count * MARK_BYTES])

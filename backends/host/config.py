@@ -25,7 +25,8 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     worker may hold, withdrawn ones included, before it gets no more. `transports` are offered and
     used, `auto` standing for all that are there; `socket_dir` is a folder of this user alone for
     their sockets (empty: one is made). `faults` damages handoffs on purpose, for drills (see
-    `transfer.faults`).
+    `transfer.faults`). `reuse` says whether KV is kept for later prefixes: `auto`, where that
+    changes no text (see `reuse.py`).
     """
 
     id: str
@@ -46,3 +47,4 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     transports: tuple[Transport, ...] = ("auto",)
     socket_dir: str = ""
     faults: str = ""
+    reuse: Literal["auto", "on", "off"] = "auto"

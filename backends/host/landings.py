@@ -9,11 +9,11 @@ that stops while it has many landings must not take them all with it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import structlog
 
@@ -22,10 +22,12 @@ from backends.errors import PoolExhausted
 from backends.host.config import HostConfig
 from backends.host.janitor import Janitor
 from backends.host.ledger import Holder, Ledger
+from backends.host.prefixes import Kept
+from backends.host.reuse import Reuse
 from backends.host.work import deadline_of, owner
 from backends.protocol import Link, RequestSpec
 from transfer.contract import Arrival, Buffer, Receiver
-from transfer.errors import LandingGone
+from transfer.errors import KeptChanged, LandingGone
 from transfer.layout import Epoch, Landing
 
 log = structlog.get_logger()
@@ -35,7 +37,10 @@ SWEEP_SECONDS = 0.25
 
 @dataclass(slots=True, eq=False)
 class Reserved:
-    """A landing that was granted and has not ended yet."""
+    """A landing that was granted and has not ended yet.
+
+    `kept` are the blocks that it has already, held by `reused` as long as it lasts.
+    """
 
     link: Link
     spec: RequestSpec
@@ -46,6 +51,9 @@ class Reserved:
     deadline: float
     prefill: str
     receivers: tuple[Receiver, ...]
+    reused: Holder
+    kept: list[Kept]
+    links: list[bytes]
 
 
 class Landings:
@@ -57,6 +65,7 @@ class Landings:
         info: BackendInfo,
         pool: Buffer,
         ledger: Ledger,
+        reuse: Reuse,
         janitor: Janitor,
         incarnation: int,
         *,
@@ -69,6 +78,7 @@ class Landings:
         self._info = info
         self._pool = pool
         self._ledger = ledger
+        self._reuse = reuse
         self._janitor = janitor
         self._incarnation = incarnation
         self._admit = admit
@@ -100,11 +110,18 @@ class Landings:
         return self._config.quarantine_share * self._info.pool_blocks
 
     def reserve(
-        self, link: Link, spec: RequestSpec, *, prefill: str = "", transport: str = ""
+        self,
+        link: Link,
+        spec: RequestSpec,
+        *,
+        prefill: str = "",
+        transport: str = "",
+        partial: bool = False,
     ) -> Reserved:
         """Set aside the prefix's blocks, and one more for each sequence to grow into.
 
-        `prefill` is the worker that will write there, over `transport`; empty: any.
+        `prefill` is the worker that will write there, over `transport`; empty: any. `partial`: it
+        may be told that a part of the prefix is here already.
 
         Raises:
             PoolExhausted: not now.
@@ -112,35 +129,49 @@ class Landings:
         receivers = tuple(it for it in self.receivers if transport in ("", it.endpoint.transport))
         if transport and not receivers:
             raise PoolExhausted(f"nothing is received over {transport}")
-        tokens = len(spec.prefix)
-        wanted = self._info.layout.blocks_for(tokens)
-        headroom = len(spec.sequences)
-        exposed = self._exposed[prefill]
-        if exposed and exposed + wanted > self._most:  # a first one may be as long as it is
-            raise PoolExhausted(f"{prefill} may write to {exposed} blocks already")
-        waiting = self._ledger.held_for("landing", "headroom", "quarantine")
-        if waiting and waiting + wanted > self._config.landing_share * self._info.pool_blocks:
-            raise PoolExhausted(f"{waiting} blocks wait in landings already")
-        if self._ledger.free < wanted + headroom:
-            raise PoolExhausted(f"{wanted + headroom} blocks wanted, {self._ledger.free} free")
         who = owner(link, spec)
+        reused = Holder("reused", who)
+        links = self._reuse.links(spec.salt, spec.prefix)
+        tokens, headroom = len(spec.prefix), len(spec.sequences)
+        most = (tokens - 1) // self._info.layout.block_tokens if partial else 0
+        kept = self._reuse.share(links, most, reused)
+        wanted = self._info.layout.blocks_for(tokens) - len(kept)
+        full = self._full(prefill, wanted, headroom)
+        if full:
+            self._ledger.release(reused)
+            raise PoolExhausted(full)
         holder, spare = Holder("landing", who), Holder("headroom", who)
-        blocks = self._ledger.take(wanted, holder)
+        blocks = [it.block for it in kept] + self._ledger.take(wanted, holder)
         self._ledger.take(headroom, spare)
         reserved = Reserved(
             link,
             spec,
-            self._mint(blocks, tokens, receivers),
+            self._mint(blocks, tokens, receivers, len(kept)),
             holder,
             spare,
             _now() + self._config.lease_seconds,
             deadline_of(spec),
             prefill,
             receivers,
+            reused,
+            kept,
+            links,
         )
         self._expect(reserved)
         self._tally(self._exposed, reserved, 1)
         return reserved
+
+    def _full(self, prefill: str, wanted: int, headroom: int) -> str:
+        """Why so many blocks cannot be set aside now; empty when they can."""
+        exposed = self._exposed[prefill]
+        if exposed and exposed + wanted > self._most:  # a first one may be as long as it is
+            return f"{prefill} may write to {exposed} blocks already"
+        waiting = self._ledger.held_for("landing", "headroom", "quarantine")
+        if waiting and waiting + wanted > self._config.landing_share * self._info.pool_blocks:
+            return f"{waiting} blocks wait in landings already"
+        if self._ledger.free < wanted + headroom:
+            return f"{wanted + headroom} blocks wanted, {self._ledger.free} free"
+        return ""
 
     def withdraw(self, landing_id: str) -> None:
         """End a landing; its blocks are quarantined until they are quiet. Safe to call twice."""
@@ -150,6 +181,7 @@ class Landings:
         for receiver in reserved.receivers:
             receiver.withdraw(landing_id)
         self._ledger.release(reserved.headroom)
+        self._ledger.release(reserved.reused)  # nobody writes there
         self._freed()
         who = f"{landing_id} from {reserved.prefill}" if reserved.prefill else landing_id
         quarantine = Holder("quarantine", who)
@@ -168,7 +200,9 @@ class Landings:
                     self.withdraw(landing_id)
                     self._failed(reserved, "landing_expired", "nobody wrote to the landing in time")
 
-    def _mint(self, blocks: list[int], tokens: int, receivers: tuple[Receiver, ...]) -> Landing:
+    def _mint(
+        self, blocks: list[int], tokens: int, receivers: tuple[Receiver, ...], kept: int
+    ) -> Landing:
         self._count += 1
         return Landing(
             id=f"{self._incarnation:x}-{self._count:x}",
@@ -181,6 +215,7 @@ class Landings:
             blocks=tuple(blocks),
             tokens=tokens,
             lease_seconds=self._config.lease_seconds,
+            present=kept * self._info.layout.block_tokens,
         )
 
     def _expect(self, reserved: Reserved) -> None:
@@ -206,6 +241,8 @@ class Landings:
             return b""
 
         def failed(error: BaseException) -> None:
+            if isinstance(error, KeptChanged):
+                self._reuse.forget(reserved.kept[error.block :])
             self.withdraw(landing_id)
             self._failed(reserved, type(error).__name__, str(error))
 
@@ -216,7 +253,8 @@ class Landings:
                 touched=touched,
                 arrived=arrived,
                 failed=failed,
-                claimed=partial(claimed, receiver),
+                claimed=functools.partial(claimed, receiver),
+                proofs=[it.proof for it in reserved.kept if it.proof is not None],
             )
 
     async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
@@ -238,7 +276,7 @@ class Landings:
         who, before = reserved.prefill, self.shunned
         if not who:
             return
-        what[who] += sign * len(reserved.landing.blocks)
+        what[who] += sign * len(reserved.landing.awaited)
         if not what[who]:
             del what[who]
         if self.shunned != before:

@@ -23,6 +23,7 @@ from backends.host.janitor import Janitor
 from backends.host.landings import Landings, Reserved
 from backends.host.ledger import Holder, Ledger
 from backends.host.objections import objection
+from backends.host.reuse import Reuse
 from backends.host.sharing import share_out
 from backends.host.steps import Item, StepLoop
 from backends.host.work import (
@@ -83,6 +84,7 @@ class Requests:
         incarnation: int,
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
         load_changed: Callable[[], None],
+        cache_changed: Callable[[], None],
     ) -> None:
         self._config = config
         self._backend = backend
@@ -90,6 +92,7 @@ class Requests:
         self._ends = frozenset(backend.info.end_tokens)
         self._ledger = ledger
         self._held: dict[tuple[Link, int], Held] = {}
+        self.reuse = Reuse(config.reuse, backend.info, backend.pool, ledger, cache_changed)
         self._pushes = Pushes(
             sender,
             backend.pool,
@@ -103,6 +106,7 @@ class Requests:
         self.steps = StepLoop(
             backend,
             ledger,
+            self.reuse,
             self,
             step_tokens=config.step_tokens,
             step_timeout=config.step_timeout_seconds,
@@ -112,6 +116,7 @@ class Requests:
             self._info,
             backend.pool,
             ledger,
+            self.reuse,
             janitor,
             incarnation,
             admit=self._admit_arrival,
@@ -136,7 +141,11 @@ class Requests:
             return
         try:
             reserved = self.landings.reserve(
-                link, spec, prefill=message.prefill, transport=message.transport
+                link,
+                spec,
+                prefill=message.prefill,
+                transport=message.transport,
+                partial=message.partial,
             )
         except PoolExhausted as error:
             link.send(Refused(handle=spec.handle, kind="full", detail=str(error)))
@@ -242,6 +251,7 @@ class Requests:
                 wait=work.started - work.arrived,
                 prefill=now - work.started,
                 prompt_logprobs=tuple(work.logprobs),
+                cached=work.reused,
             )
         )
         over = bool(firsts) and all(first.finish for first in firsts)
@@ -331,7 +341,9 @@ class Requests:
         self._ledger.release(reserved.headroom)
         blocks = list(reserved.landing.blocks)
         self._admit(reserved.link, spec, firsts, blocks, reserved.deadline, ingested=True)
+        self.reuse.keep(reserved.links, blocks, arrival.proofs)
         self._ledger.release(reserved.holder)
+        self._ledger.release(reserved.reused)
         reserved.link.send(Landed(handle=spec.handle, verify=arrival.verify_seconds))
         self._forget_if_empty(reserved.link, spec.handle)
 
@@ -391,6 +403,7 @@ class Requests:
         self.steps.end(running, partial(self._release_running, running))
 
     def _release_running(self, running: Running) -> None:
+        self.reuse.keep(self.reuse.links(running.salt, running.computed), running.blocks)
         self._ledger.release(running.holder)
         self.steps.resume()
 

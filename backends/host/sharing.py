@@ -51,6 +51,7 @@ def share_out(
                 holder=holder,
                 max_tokens=max_tokens,
                 deadline=deadline,
+                salt=spec.salt,
             )
         )
     return started, copies

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -18,6 +19,8 @@ import structlog
 from backends.api import Output, Row, Sampled, SteppedBackend
 from backends.errors import BackendError, PoolExhausted, StepFailed
 from backends.host.ledger import Ledger
+from backends.host.prefixes import Kept
+from backends.host.reuse import Reuse
 from backends.host.work import Prefilling, Running
 
 log = structlog.get_logger()
@@ -52,6 +55,7 @@ class StepLoop:
         self,
         backend: SteppedBackend,
         ledger: Ledger,
+        reuse: Reuse,
         outcome: Outcome,
         *,
         step_tokens: int,
@@ -60,6 +64,7 @@ class StepLoop:
         self._backend = backend
         self._info = backend.info
         self._ledger = ledger
+        self._reuse = reuse
         self._outcome = outcome
         self._step_tokens = step_tokens
         self._step_timeout = step_timeout
@@ -178,6 +183,7 @@ class StepLoop:
             self._deliver(items, rows, outputs)
             return
         for item in used:
+            self._reuse.forget_blocks(item.blocks)
             if not item.ended:
                 self._outcome.lost(item, "step_failed", cause)
 
@@ -246,6 +252,8 @@ class StepLoop:
             # A chunk of one token would be computed as a decode row, which may round otherwise.
             if budget < 2 or len(rows) >= self._info.max_batch or not self._seat(work):
                 break
+            if work.checking:
+                continue
             row = self._chunk(work, budget)
             budget -= len(row.tokens)
             items.append(work)
@@ -277,16 +285,47 @@ class StepLoop:
         return True
 
     def _seat(self, work: Prefilling) -> bool:
-        """Have blocks for the whole prefix, and for the sequences to grow when they stay here."""
+        """Have blocks for the whole prefix, and for the sequences to grow when they stay here.
+
+        Those that are kept of its beginning are shared. At least two tokens are computed: the last
+        one gives the logits, and one alone would look like a decode row.
+        """
         if work.blocks:
             return True
+        if work.links is None:
+            work.links = self._reuse.links(work.spec.salt, work.prefix)
+        layout = self._info.layout
+        most = (len(work.prefix) - 2) // layout.block_tokens
+        if work.spec.prompt_logprobs is not None:
+            most = 0  # they need every token's logits
+        kept = self._reuse.share(work.links, most, work.holder)
         spare = len(work.spec.sequences) if work.decode_here else 0
-        wanted = self._info.layout.blocks_for(len(work.prefix))
+        wanted = layout.blocks_for(len(work.prefix)) - len(kept)
         if self._ledger.free < wanted + spare:
+            self._ledger.release(work.holder)
             return False
-        work.blocks = self._ledger.take(wanted, work.holder)
+        work.blocks = [it.block for it in kept] + self._ledger.take(wanted, work.holder)
         self._ledger.take(spare, work.headroom)
+        if kept:
+            work.checking = True
+            self._reuse.check(kept, partial(self._begin_after, work, kept))
         return True
+
+    def _begin_after(self, work: Prefilling, kept: list[Kept], right: bool) -> None:
+        """Go on after what was kept, if it is as it was, else from the beginning."""
+        work.checking = False
+        if work.ended or self._closed:
+            return
+        if right:
+            work.done = work.reused = len(kept) * self._info.layout.block_tokens
+            if work.push is not None:
+                for layer in range(self._info.layout.layers):
+                    self._outcome.layer_ready(work, layer, 0, work.done)
+        else:
+            self._ledger.release(work.holder)
+            self._ledger.release(work.headroom)
+            work.blocks = []
+        self._wake.set()
 
     def _chunk(self, work: Prefilling, budget: int) -> Row:
         if work.started is None:
@@ -333,6 +372,8 @@ class StepLoop:
             work.reported.clear()
         work.logprobs += output.prompt_logprobs
         work.done = end
+        full = end // self._info.layout.block_tokens
+        self._reuse.keep((work.links or [])[:full], work.blocks)
         if end == len(work.prefix):
             self._prefills.remove(work)
             self._outcome.prefilled(work, output)

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Prefilling:
-    """A prefix whose KV is computed here, from its arrival until its blocks are given back."""
+    """A prefix whose KV is computed here, from its arrival until its blocks are given back.
+
+    `reused` tokens of it were here already; while they are looked at again it is `checking`.
+    """
 
     link: Link
     spec: RequestSpec
@@ -36,6 +39,9 @@ class Prefilling:
     logprobs: list[Logprob] = field(default_factory=list)
     done: int = 0
     started: float | None = None
+    links: list[bytes] | None = None
+    reused: int = 0
+    checking: bool = False
     reported: set[int] = field(default_factory=set)
     busy: bool = False
     ended: bool = False
@@ -58,6 +64,7 @@ class Running:
     holder: Holder
     max_tokens: int
     deadline: float
+    salt: bytes = b""
     paused: bool = False
     busy: bool = False
     ended: bool = False
@@ -66,6 +73,11 @@ class Running:
     def start(self) -> int:
         """The position that the next step computes."""
         return len(self.sequence.prompt) + len(self.sequence.generated) - 1
+
+    @property
+    def computed(self) -> list[int]:
+        """The tokens whose KV is final."""
+        return (self.sequence.prompt + self.sequence.generated)[: self.start]
 
 
 def owner(link: Link, spec: RequestSpec) -> str:

@@ -23,9 +23,11 @@ from backends.host.janitor import Janitor
 from backends.host.ledger import Ledger
 from backends.host.listening import listen
 from backends.host.peers import Peers
+from backends.host.publishing import Publisher
 from backends.host.requests import Requests
 from backends.host.steps import DeviceHangs
 from backends.protocol import (
+    CACHES,
     Cancel,
     Door,
     Drain,
@@ -80,6 +82,7 @@ class WorkerHost:
         self._janitor = Janitor()
         self._tasks = asyncio.TaskGroup()
         self._peers = peers(config, backend.info, backend.pool, self._broadcast)
+        self._publisher = Publisher()
         self._requests = Requests(
             config,
             backend,
@@ -89,7 +92,9 @@ class WorkerHost:
             self.incarnation,
             self._tasks.create_task,
             lambda: self._broadcast(self._load()),
+            self._publisher.changed,
         )
+        self._publisher.open(self._requests.reuse.prefixes)
         self._links: set[Link] = set()
         self._strangers: dict[Link, Stranger] = {}
         self._meeting: set[tuple[Link, str]] = set()
@@ -127,6 +132,8 @@ class WorkerHost:
             for link in [*self._links, *self._strangers]:
                 link.close()
             await self._peers.close()
+            self._publisher.close()
+            self._requests.reuse.close()
             await self._requests.steps.close()
             self._backend.close()
             log.info("worker.stopped", worker=self.config.id)
@@ -211,6 +218,7 @@ class WorkerHost:
             stranger.timer.cancel()
         if link in self._links:
             self._links.discard(link)
+            self._publisher.leave(link)
             self._requests.cancel_all(link)
             log.info("gateway.lost", reason=reason)
 
@@ -237,6 +245,8 @@ class WorkerHost:
         link.trust()
         link.send(door.seal(self._welcome(door.version)))
         link.send(self._load())
+        if door.version >= CACHES:
+            self._publisher.follow(link)
         log.info("gateway.connected", gateway=gateway, version=door.version)
 
     def _welcome(self, version: int) -> Welcome:

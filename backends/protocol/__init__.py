@@ -6,11 +6,15 @@
 
 from backends.chain import chain as chain
 from backends.chain import mark as mark
+from backends.chain import unpack as unpack
 from backends.protocol.address import (
     join_address as join_address,
 )
 from backends.protocol.address import (
     split_address as split_address,
+)
+from backends.protocol.greeting import (
+    CACHES as CACHES,
 )
 from backends.protocol.greeting import (
     DRAINS as DRAINS,
@@ -46,7 +50,13 @@ from backends.protocol.link import (
     frame as frame,
 )
 from backends.protocol.messages import (
+    MOST_MARKS as MOST_MARKS,
+)
+from backends.protocol.messages import (
     BackendInfo as BackendInfo,
+)
+from backends.protocol.messages import (
+    Cached as Cached,
 )
 from backends.protocol.messages import (
     Cancel as Cancel,

@@ -28,6 +28,10 @@ VERSION = 3
 DRAINS = 3
 """The version from which on a worker understands `Drain`."""
 
+CACHES = 3
+"""The version from which on a worker says what it keeps of prefixes (`Cached`), and hands over only
+the rest."""
+
 LOWEST = 2
 """The oldest version that is spoken too: the one before, so that a rolling upgrade works."""
 

@@ -16,6 +16,7 @@ import msgspec
 from backends.api import BackendInfo as BackendInfo
 from backends.api import Logprob as Logprob
 from backends.api import Sampling as Sampling
+from backends.chain import MARK_BYTES
 from transfer.layout import Endpoint, KVLayout
 from transfer.layout import Landing as Landing
 
@@ -23,6 +24,11 @@ TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 20)]
 Role = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length"]
 Phase = Literal["reserve", "prefill", "handoff", "decode"]
+
+MOST_MARKS = 8192
+"""In one message. More take several."""
+
+Marks = Annotated[bytes, msgspec.Meta(max_length=MOST_MARKS * MARK_BYTES)]
 
 NONCE_BYTES = 32
 Nonce = Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
@@ -100,12 +106,14 @@ class Meet(Message, frozen=True):
 class Reserve(Message, frozen=True):
     """To a decode worker: set blocks aside for this request's prefix and answer with a landing.
 
-    `prefill` is the worker that will write there, over `transport`; empty: any.
+    `prefill` is the worker that will write there, over `transport`; empty: any. `partial` says that
+    it understands a landing that has a part of the prefix already.
     """
 
     spec: RequestSpec
     prefill: str = ""
     transport: str = ""
+    partial: bool = False
 
 
 class Prefill(Message, frozen=True):
@@ -215,7 +223,8 @@ class First(msgspec.Struct, frozen=True, array_like=True):
 class FirstToken(Message, frozen=True):
     """From the prefill worker, before the commit; its durations in seconds.
 
-    `first` is empty when the sequences' next tokens were already bound.
+    `first` is empty when the sequences' next tokens were already bound. The KV of the first
+    `cached` tokens was there already.
     """
 
     handle: int
@@ -223,6 +232,7 @@ class FirstToken(Message, frozen=True):
     wait: float
     prefill: float
     prompt_logprobs: tuple[Logprob, ...] = ()
+    cached: int = 0
 
 
 class HandedOver(Message, frozen=True):
@@ -295,8 +305,24 @@ class Load(Message, frozen=True):
     shunned: tuple[str, ...] = ()
 
 
+class Cached(Message, frozen=True):
+    """Which blocks of prefixes are kept now, and which are not any more; for placement to know.
+
+    `added` and `removed` are marks (see `chain.py`), packed. Messages are numbered without a gap;
+    one that is `fresh` makes all void that was said before, and is the first on a connection.
+    """
+
+    number: int
+    added: Marks = b""
+    removed: Marks = b""
+    fresh: bool = False
+
+
 class Ledger(Message, frozen=True):
-    """Answer to `Inspect`: holders, their reasons and block counts, and whether it balances."""
+    """Answer to `Inspect`: holders, their reasons and block counts, and whether it balances.
+
+    Idle blocks, which are kept for later prefixes and would be given up, count as free.
+    """
 
     ticket: int
     worker: str
@@ -321,5 +347,6 @@ ToGateway = (
     | Tokens
     | Failed
     | Load
+    | Cached
     | Ledger
 )

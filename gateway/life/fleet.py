@@ -16,6 +16,7 @@ import structlog
 from backends.protocol import (
     DRAINS,
     VERSION,
+    Cached,
     Caller,
     Drain,
     Failed,
@@ -243,6 +244,8 @@ class Fleet:
             case Load():
                 worker.load = message
                 self._notify()
+            case Cached():
+                worker.cached.hear(message)
             case Met():
                 self._pairs.heard(worker, message)
             case Ledger():

@@ -80,7 +80,8 @@ class Timeline(msgspec.Struct, kw_only=True):
     Time to first token is the sum of `queue`, `place`, `reserve`, `prefill_wait`, `prefill`,
     and what the HTTP side adds before and after; `exposed_transfer` and `verify` belong to the
     first gap, as does `first_step` (from the admission to the second token here);
-    `overlapped_transfer` costs nothing and is shown apart. `unaccounted` is what of
+    `overlapped_transfer` costs nothing and is shown apart. The KV of the prompt's first
+    `cached_tokens` did not have to be computed. `unaccounted` is what of
     `first_token` the other durations do not explain.
     """
 
@@ -94,6 +95,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     verify: float | None = None
     first_step: float | None = None
     first_token: float | None = None
+    cached_tokens: int = 0
     retries: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""

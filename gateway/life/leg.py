@@ -14,6 +14,7 @@ from collections.abc import Callable
 import structlog
 
 from backends.protocol import (
+    CACHES,
     Cancel,
     Failed,
     FirstToken,
@@ -172,7 +173,14 @@ class Leg:
             return None
         began = time.monotonic()
         transport = self._fleet.transport(self._prefill, self._decode)
-        self._decode.send(Reserve(spec=self._spec(), prefill=self._prefill.id, transport=transport))
+        self._decode.send(
+            Reserve(
+                spec=self._spec(),
+                prefill=self._prefill.id,
+                transport=transport,
+                partial=self._prefill.welcome.version >= CACHES,
+            )
+        )
         done, _ = await asyncio.wait(
             (self._granted, self._over), return_when=asyncio.FIRST_COMPLETED
         )

@@ -72,6 +72,7 @@ class Run:
         if self.timeline.prefill is None:
             self.timeline.prefill_wait = message.wait
             self.timeline.prefill = message.prefill
+            self.timeline.cached_tokens = message.cached
         if message.prompt_logprobs and not self.has_prompt_logprobs:
             self.has_prompt_logprobs = True
             self.listener.prompt_logprobs(message.prompt_logprobs)

@@ -28,6 +28,7 @@ from backends.protocol import (
     split_address,
 )
 from gateway.admission.registry import WorkerRecord
+from gateway.life.cached import Known
 from gateway.placement import WorkerView
 
 CONNECT_SECONDS = 5.0
@@ -62,6 +63,7 @@ class Worker:
         self.record = record
         self.welcome = welcome
         self.load: Load | None = None
+        self.cached = Known(record.id, welcome.info.pool_blocks)
         self.legs: dict[int, LegPort] = {}
         self.prefilling: dict[int, int] = {}
         self.silent_ticks = 0

@@ -44,15 +44,37 @@ def test_a_free_block_cannot_be_shared() -> None:
         Ledger(2).share([0], holder("a"))
 
 
-@pytest.mark.parametrize("breakage", ["lost", "twice"])
+@pytest.mark.parametrize("breakage", ["lost", "twice", "idle", "kept"])
 def test_the_audit_sees_a_book_that_does_not_balance(breakage: str) -> None:
     book = Ledger(4)
     book.take(2, holder("a"))
     if breakage == "lost":
         book._held.clear()
-    else:
+    elif breakage == "twice":
         book._free.append(0)
+    elif breakage == "idle":
+        book._idle[0] = None
+    else:
+        book._cached.add(3)
     assert book.audit()
+
+
+def test_a_cached_block_is_shown_and_stays_when_its_last_holder_lets_go() -> None:
+    book, gone = Ledger(3), list[int]()
+    book.evicted = gone.append
+    book.take(2, holder("a"))
+    book.cache(0)
+    assert book.holders()[-1] == ("cached", "0 of them idle", 1)
+    assert book.release(holder("a")) == 2
+    assert book.holders() == (("cached", "1 of them idle", 1),)
+    assert book.free == 3
+    assert (book.take(2, holder("b")), gone) == ([1, 2], [])
+    book.share([0], holder("c"))
+    with pytest.raises(PoolExhausted):
+        book.take(1, holder("b"))
+    book.release(holder("c"))
+    assert (book.take(1, holder("b")), gone) == ([0], [0])
+    assert not book.audit()
 
 
 class Books(RuleBasedStateMachine):

@@ -15,6 +15,7 @@ from backends.host import HostConfig
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings
 from backends.host.ledger import Ledger
+from backends.host.reuse import Reuse
 from backends.protocol import Link, RequestSpec, SequenceSpec, ToWorker
 from transfer.contract import Arrival
 from transfer.layout import Endpoint
@@ -53,11 +54,12 @@ class Desk:
         info = SyntheticBackend(pool_tokens=16 * BLOCKS).info
         config = HostConfig(id="d", role="decode", listen="", quarantine_share=0.25)
         self.ledger = Ledger(BLOCKS)
+        reuse = Reuse("off", info, None, self.ledger, lambda: None)
         self.shm, self.tcp = Deaf("shm"), Deaf("tcp")
         self.news = self.freed = 0
         self._handle = 0
         self.landings = Landings(
-            config, info, None, self.ledger, janitor, time.time_ns(),
+            config, info, None, self.ledger, reuse, janitor, time.time_ns(),
             admit=lambda *_: None, failed=lambda *_: None, freed=self._room, shunned=self._told,
         )  # fmt: skip
         self.landings.receivers = [self.shm, self.tcp]  # type: ignore[list-item]

@@ -131,6 +131,7 @@ class Cluster:
             max_tokens=max_tokens,
             deadline=asyncio.get_running_loop().time() + more.pop("seconds", 20.0),
             decode_estimate=max_tokens,
+            salt=more.pop("salt", b"tenant"),
             **more,
         )
 

@@ -16,6 +16,7 @@ from backends.host.handoff import Pushes, decode_note
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings, Reserved
 from backends.host.ledger import Holder, Ledger
+from backends.host.reuse import Reuse
 from backends.host.sharing import share_out
 from backends.host.work import Prefilling, Running, deadline_of, owner, sequences_of
 from tests.chaos.handoffs import truth
@@ -223,6 +224,7 @@ class Decode(Worker):
             self.info,
             self.pool,
             self.ledger,
+            Reuse("off", self.info, self.pool, self.ledger, lambda: None),
             self.janitor,
             incarnation,
             admit=self._admit,
