@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from gateway.quota import Quota
+
 
 class GatewayError(Exception):
-    """A request could not be answered as asked."""
+    """A request could not be answered as asked.
+
+    `retry_after` says in seconds when trying again may help, where that is known better than from
+    the class; `quota` what is left to the tenant.
+    """
+
+    retry_after: float | None = None
+    quota: Quota | None = None
 
 
 class BadRequest(GatewayError):
@@ -45,6 +54,26 @@ class Forbidden(GatewayError):
 
 class QueueFull(GatewayError):
     """Too many requests are waiting. Trying later helps."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TenantOverLimit(GatewayError):
+    """The tenant has used up what it may. Trying after `retry_after` seconds helps."""
+
+    def __init__(self, tenant: str, retry_after: float, quota: Quota) -> None:
+        super().__init__(f"{tenant} has reached its limit; try again in {retry_after:.3g} s")
+        self.retry_after = retry_after
+        self.quota = quota
+
+
+class TakenOver(GatewayError):
+    """The request goes on elsewhere: somebody has asked for it again. Nothing is lost."""
+
+    def __init__(self, request: str) -> None:
+        super().__init__(f"{request} goes on on another connection")
 
 
 class QueueUnavailable(GatewayError):

@@ -39,8 +39,8 @@ def open_redis(section: RedisSection, url: str = "") -> Redis:
     )
 
 
-def check_server(info: bytes) -> None:
-    """Refuse what `INFO server` shows to be unsuitable.
+def check_server(info: bytes) -> str:
+    """Refuse what `INFO server` shows to be unsuitable; returns the name of this run of it.
 
     Raises:
         RedisUnsuitable: it is older than 6.2, or runs as a cluster.
@@ -53,6 +53,7 @@ def check_server(info: bytes) -> None:
         raise RedisUnsuitable(f"Redis 6.2 or later is needed; this server is {version or '?'}")
     if facts.get("redis_mode") == "cluster":
         raise RedisUnsuitable("this server is part of a Redis Cluster, which is not supported")
+    return facts.get("run_id", "")
 
 
 async def listen(

@@ -1,36 +1,77 @@
--- Stand in line, and be granted at once when there is room. Safe to repeat.
--- Returns {1 granted | 0 waiting | -1 refused, workers are there, ids granted to this gateway}.
+-- Stand in line, and be granted at once when there is room. Safe to repeat; from another gateway
+-- it takes the ticket over, at its place and with its lease.
+-- Returns {report, 1 granted | 0 waiting | -1 the line is full | -2 the tenant is over its limit,
+-- milliseconds after which to come again, what is left to the tenant}.
 
-local id, prefill, decode = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
-local patience, tenant = tonumber(ARGV[8]), ARGV[9]
-local band, max_waiting = tonumber(ARGV[10]), tonumber(ARGV[11])
+local GRANTED, WAITING, FULL, LIMITED = 1, 0, -1, -2
+local id, max_waiting = wish.id, wish.max_waiting
+
+local function retry_after()
+  return math.min(math.max(book.gap * redis.call('ZCARD', waiting) / 8, 1000), 30000)
+end
+
+local function take_over(ticket)
+  if redis.call('ZSCORE', leases, id) then
+    redis.call('ZADD', leases, now + lease, id)
+    if ticket.gateway ~= me then
+      ticket.gateway, ticket.epoch = me, next_epoch()
+      note(id, ticket)
+    end
+    granted[#granted + 1] = id
+    granted[#granted + 1] = ticket.epoch
+    return GRANTED
+  end
+  ticket.gateway, ticket.gives_up = me, now + wish.patience
+  note(id, ticket)
+  redis.call('ZADD', waiting, ticket.gives_up, id)
+  return WAITING
+end
+
+-- Those that nobody waits for any more must not keep the living out.
+local function still_full()
+  if redis.call('ZCARD', waiting) <= max_waiting then return false end
+  for _, other in ipairs(redis.call('ZRANGE', waiting, 0, AT_ONCE - 1)) do
+    local ticket = ticket_of(other)
+    if ticket and abandoned(ticket) then drop(other, ticket) end
+  end
+  return redis.call('ZCARD', waiting) > max_waiting
+end
+
+local function come_in(ticket)
+  book.arrivals = book.arrivals + 1
+  ticket.gateway, ticket.epoch = me, 0
+  ticket.gives_up = now + wish.patience
+  -- Tickets of one millisecond stay in the order in which they came.
+  ticket.deadline = now + wish.deadline + book.arrivals % 1024 / 1024
+  note(id, ticket)
+  line_up(id, ticket)
+  grant()
+  if redis.call('ZSCORE', leases, id) then return GRANTED end
+  if not wish.again and still_full() then
+    forget(id, ticket)
+    return FULL
+  end
+  return WAITING
+end
 
 reap()
-local state = 1
-if redis.call('ZSCORE', leases, id) then
-  redis.call('ZADD', leases, now + lease, id)
-else
-  redis.call('HSET', tickets, id, cmsgpack.pack({me, prefill, decode, now + patience, tenant}))
-  local fresh = not redis.call('ZSCORE', waiting, id)
-  if fresh then
-    book.arrivals = book.arrivals + 1
-    redis.call('ZADD', waiting, band * 2 ^ 48 + book.arrivals, id)
-  end
-  grant()
-  if not redis.call('ZSCORE', leases, id) then
-    state = 0
-    if fresh and redis.call('ZCARD', waiting) > max_waiting then
-      -- Those that nobody waits for any more must not keep the living out.
-      for _, other in ipairs(redis.call('ZRANGE', waiting, 0, AT_ONCE - 1)) do
-        local packed = redis.call('HGET', tickets, other)
-        if abandoned(packed and cmsgpack.unpack(packed)) then forget(other) end
-      end
-      if redis.call('ZCARD', waiting) > max_waiting then
-        forget(id)
-        state = -1
-      end
-    end
+local known, state, after = ticket_of(id), WAITING, 0
+local ticket = known or wish.ticket
+if known then
+  state = take_over(known)
+elseif not wish.again then
+  after = must_wait(ticket)
+end
+if after > 0 then
+  state = LIMITED
+elseif not known then
+  state = come_in(ticket)
+  if state == FULL then
+    after = retry_after()
+  else
+    count_in(id, ticket)
+    charge(ticket, price(ticket))
   end
 end
 save()
-return {state, staffed() and 1 or 0, granted}
+return {report(), state, after, allowance(ticket)}

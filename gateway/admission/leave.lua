@@ -1,21 +1,27 @@
 -- Tickets that are over (served, failed or given up), and tickets whose prefill is done; then
--- grant what now has room. Safe to repeat. Returns ids granted to this gateway.
+-- grant what now has room. Safe to repeat. A ticket that another gateway has taken over is left
+-- alone. Returns {report}.
+-- wish.over: {id, tokens generated}; wish.prefilled: {id, epoch}
 
-local over = tonumber(ARGV[5])
-
-for i = 6, 5 + over do
-  forget(ARGV[i])
+for _, item in ipairs(wish.over) do
+  local id, generated = item[1], item[2]
+  local ticket = ticket_of(id)
+  if ticket and ticket.gateway == me then
+    settle(ticket, generated)
+    forget(id, ticket)
+  end
 end
-for i = 6 + over, #ARGV do
-  local packed = redis.call('HGET', tickets, ARGV[i])
-  if packed and redis.call('ZSCORE', leases, ARGV[i]) then
-    local ticket = cmsgpack.unpack(packed)
-    book.held_prefill = book.held_prefill - ticket[2]
-    ticket[2] = 0
-    redis.call('HSET', tickets, ARGV[i], cmsgpack.pack(ticket))
+for _, item in ipairs(wish.prefilled) do
+  local id, epoch = item[1], item[2]
+  local ticket = ticket_of(id)
+  if ticket and ticket.gateway == me and ticket.epoch == epoch
+    and redis.call('ZSCORE', leases, id) then
+    book.held_prefill = book.held_prefill - ticket.prefill
+    ticket.prefill = 0
+    note(id, ticket)
   end
 end
 reap()
 grant()
 save()
-return granted
+return {report()}

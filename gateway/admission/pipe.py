@@ -60,6 +60,7 @@ class Pipe:
         self._more = asyncio.Event()
         self._pending: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._cause = "not connected yet"
+        self.server = ""  # which one it is: another one after each of its starts
 
     @property
     def ready(self) -> bool:
@@ -143,7 +144,7 @@ class Pipe:
         return answer
 
     async def _begin(self) -> None:
-        check_server(await self.ask("INFO", "server"))
+        self.server = check_server(await self.ask("INFO", "server"))
         await self._load()
         await self._greet()
         self._ready.set()

@@ -1,18 +1,20 @@
 -- A worker says that it is there and what it offers; whoever now has room is granted.
 -- Returns 1, or 0 when a later incarnation has taken this worker's name.
 
-local roster, record_key = KEYS[6], KEYS[7]
-local incarnation, prefill, decode = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local record = ARGV[8]
+local roster, record_key = prefix .. 'workers', prefix .. 'worker:' .. me
 
+local record = ARGV[7]
 local known = redis.call('HGET', credits, me)
-if known then
-  local offer = cmsgpack.unpack(known)
-  if offer[4] > incarnation and offer[3] > now then return 0 end
+local offer = known and cmsgpack.unpack(known) or {}
+if known and offer.incarnation > wish.incarnation and offer.lapses > now then return 0 end
+meet_server(wish.server)
+if offer.incarnation ~= wish.incarnation then
+  offer = {incarnation = wish.incarnation}
 end
-redis.call('HSET', credits, me, cmsgpack.pack({prefill, decode, now + lease, incarnation}))
+offer.prefill, offer.decode, offer.lapses = wish.prefill, wish.decode, now + lease
+redis.call('HSET', credits, me, cmsgpack.pack(offer))
 redis.call('ZADD', roster, now + lease, me)
-redis.call('PEXPIRE', roster, lifetime)
+keep(roster)
 local before = redis.call('GET', record_key)
 redis.call('SET', record_key, record, 'PX', lease)
 recount()

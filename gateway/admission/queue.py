@@ -8,9 +8,9 @@ never a lost ticket. Start with `Admission.turn`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import structlog
@@ -19,82 +19,38 @@ from redis.asyncio import Redis
 from gateway.admission.client import listen
 from gateway.admission.pipe import Argument, Pipe
 from gateway.admission.scripts import Keys, ScriptName, lifetime_ms
-from gateway.config import Config
-from gateway.errors import DeadlineExceeded, NoWorkers, QueueFull, QueueUnavailable
+from gateway.admission.ticket import Limits, Ticket
+from gateway.admission.turn import Grant, Left, Turn
+from gateway.admission.wishes import (
+    Enqueue,
+    Leave,
+    Renew,
+    Report,
+    Requeue,
+    Wish,
+    pairs,
+    quota_of,
+)
+from gateway.errors import (
+    DeadlineExceeded,
+    NoWorkers,
+    QueueFull,
+    QueueUnavailable,
+    TakenOver,
+    TenantOverLimit,
+)
+from gateway.quota import Quota
 
 log = structlog.get_logger()
 
-HIGHEST_PRIORITY = 7
-LOWEST_PRIORITY = -8
 RENEW_AT_ONCE = 500
-GRANTED, WAITING, REFUSED = 1, 0, -1
+REFUSED_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.0125, 1.0
+GRANTED, FULL, LIMITED = 1, -1, -2
+_ENCODER = msgspec.msgpack.Encoder()
 
 
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
-    """A wish to run one request. `deadline` is a time of this process's event-loop clock.
-
-    `prefill_tokens` are computed first, `decode_tokens` are the most KV that it will hold. A
-    higher `priority` (-8 to 7) goes first.
-    """
-
-    id: str
-    model: str
-    tenant: str
-    prefill_tokens: int
-    decode_tokens: int
-    deadline: float
-    priority: int = 0
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How many wait, how long a lease is, and how long to hope."""
-
-    max_waiting: int = 1024
-    lease_seconds: float = 10.0
-    worker_wait_seconds: float = 30.0
-    outage_seconds: float = 5.0
-    timeout_seconds: float = 2.0
-
-    @classmethod
-    def of(cls, config: Config) -> Self:
-        """The limits that the configuration sets."""
-        return cls(
-            max_waiting=config.queue.max_waiting,
-            lease_seconds=config.queue.lease_seconds,
-            worker_wait_seconds=config.queue.worker_wait_seconds,
-            outage_seconds=config.redis.outage_seconds,
-            timeout_seconds=config.redis.timeout_seconds,
-        )
-
-
-class _Turn:
-    """A ticket in the hands of this gateway."""
-
-    __slots__ = ("asked", "granted", "held", "name", "prefill_tokens", "ticket")
-
-    def __init__(
-        self, name: str, ticket: Ticket, granted: asyncio.Future[QueueUnavailable | None]
-    ) -> None:
-        self.name = name  # in Redis; a client may choose its request's id, and choose it twice
-        self.ticket = ticket
-        self.granted = granted
-        self.prefill_tokens = ticket.prefill_tokens
-        self.asked = False
-        self.held = False
-
-
-class Grant:
-    """The right to run, until the turn is left."""
-
-    def __init__(self, turn: _Turn, leaving: asyncio.Queue[tuple[str, str, bool]]) -> None:
-        self._turn = turn
-        self._leaving = leaving
-
-    def prefilled(self) -> None:
-        """Prefill is done: the next one may have its room. Safe to call twice."""
-        if self._turn.prefill_tokens:
-            self._turn.prefill_tokens = 0
-            self._leaving.put_nowait((self._turn.ticket.model, self._turn.name, False))
+def _nobody(_: Quota) -> None:
+    return
 
 
 class Admission:
@@ -108,19 +64,13 @@ class Admission:
         self._keys = Keys(deployment)
         self._gateway = gateway_id
         self._limits = limits
-        self._first_words: tuple[Argument, ...] = (
-            self._keys.prefix,
-            lifetime_ms(limits.lease_seconds),
-            int(limits.lease_seconds * 1000),
-            gateway_id,
-        )
-        self._key_names: dict[str, tuple[str, ...]] = {}
-        self._turns: dict[str, _Turn] = {}
+        self._turns: dict[str, Turn] = {}
         self._taken = 0
         self._staffed: dict[str, bool] = {}
         self._depth: dict[str, int] = {}
-        self._leaving: asyncio.Queue[tuple[str, str, bool]] = asyncio.Queue()
+        self._leaving: asyncio.Queue[Left] = asyncio.Queue()
         self._renew_now = asyncio.Event()
+        self._looks: dict[str, asyncio.TimerHandle] = {}
         self._giving_up: asyncio.TimerHandle | None = None
         self._pipe = Pipe(
             redis,
@@ -159,19 +109,23 @@ class Admission:
         Raises:
             RedisUnsuitable: inside a group, when the server can never be used.
         """
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._pipe.run())
-            tasks.create_task(self._renew_forever())
-            tasks.create_task(self._give_back_forever())
-            tasks.create_task(
-                listen(
-                    self._redis,
-                    self._keys.grants(self._gateway),
-                    heard=self._on_grants,
-                    gap=self._renew_now.set,
-                    quiet_seconds=self._limits.lease_seconds / 3,
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._pipe.run())
+                tasks.create_task(self._renew_forever())
+                tasks.create_task(self._give_back_forever())
+                tasks.create_task(
+                    listen(
+                        self._redis,
+                        self._keys.grants(self._gateway),
+                        heard=self._on_grants,
+                        gap=self._renew_now.set,
+                        quiet_seconds=self._limits.lease_seconds / 3,
+                    )
                 )
-            )
+        finally:
+            for timer in self._looks.values():
+                timer.cancel()
 
     async def flush(self, seconds: float = 1.0) -> None:
         """Wait until everything that was given back has reached the queue, or time is up."""
@@ -182,82 +136,92 @@ class Admission:
             log.warning("lease.abandoned", count=self._leaving.qsize())
 
     @asynccontextmanager
-    async def turn(self, ticket: Ticket) -> AsyncGenerator[Grant]:
+    async def turn(
+        self,
+        ticket: Ticket,
+        *,
+        told: Callable[[Quota], None] = _nobody,
+        generated: Callable[[], int] = int,
+    ) -> AsyncGenerator[Grant]:
         """Wait for this ticket's turn and hold its lease inside.
 
-        Leaving the context, by whatever door, gives the lease or the place in line back.
+        Leaving the context, by whatever door, gives the lease or the place in line back; its
+        tenant is then charged for as many tokens as `generated` says, and not for those that were
+        expected. `told` hears once what is left to the tenant, as soon as the ticket is in line.
 
         Raises:
             QueueFull: too many wait already.
+            TenantOverLimit: its tenant has used up what it may.
             QueueUnavailable: Redis is not there, or was lost for too long while waiting.
             NoWorkers: no worker was there for `worker_wait_seconds`, or until the deadline.
-            DeadlineExceeded: the deadline passed in the queue.
+            DeadlineExceeded: the deadline passed in the queue, or cannot be met any more.
+            TakenOver: another gateway enqueued a ticket of this name.
         """
         self._taken += 1
-        name = f"{self._gateway}:{self._taken}"
-        turn = _Turn(name, ticket, asyncio.get_running_loop().create_future())
-        self._turns[name] = turn
+        name = ticket.name or f"{self._gateway}:{self._taken}"
+        self._on_taken_over(name)
+        turn = self._turns[name] = Turn(name, ticket, told)
         try:
             await self._wait(turn)
-            yield Grant(turn, self._leaving)
+            yield Grant(turn, self._leaving, self._again)
         finally:
-            del self._turns[name]
-            if turn.asked:
-                self._leaving.put_nowait((ticket.model, name, True))
+            if self._turns.get(name) is turn:
+                del self._turns[name]
+                if turn.asked:
+                    self._leaving.put_nowait(Left(ticket.model, name, generated()))
 
     # ---- waiting ---------------------------------------------------------------------------
 
-    async def _wait(self, turn: _Turn) -> None:
+    async def _wait(self, turn: Turn) -> None:
         began = asyncio.get_running_loop().time()
         if not self._pipe.ready:
             raise QueueUnavailable("Redis does not answer")
         await self._enqueue(turn)
         if not turn.granted.done():
             log.info("request.queued", request=turn.ticket.id, model=turn.ticket.model)
-            await self._until_granted(turn, began)
-        failure = turn.granted.result()
-        if failure is not None:
-            raise failure
+        await self._until_granted(turn)
         waited = asyncio.get_running_loop().time() - began
         log.debug("request.granted", request=turn.ticket.id, queue_ms=round(waited * 1000, 2))
 
-    async def _enqueue(self, turn: _Turn) -> None:
+    async def _enqueue(self, turn: Turn, *, again: bool = False) -> None:
         ticket = turn.ticket
-        patience = ticket.deadline - asyncio.get_running_loop().time()
+        left = ticket.deadline - asyncio.get_running_loop().time()
+        patience = left - ticket.needs_seconds
         if patience <= 0:
             raise DeadlineExceeded("queued")
         turn.asked = True
-        priority = min(max(ticket.priority, LOWEST_PRIORITY), HIGHEST_PRIORITY)
-        state, staffed, granted = await self._script(
-            "enqueue",
-            ticket.model,
-            turn.name,
-            ticket.prefill_tokens,
-            ticket.decode_tokens,
-            int(patience * 1000) + 1,
-            ticket.tenant,
-            HIGHEST_PRIORITY - priority,
-            self._limits.max_waiting,
+        wish = Enqueue(
+            id=turn.name,
+            ticket=turn.words,
+            patience=int(patience * 1000) + 1,
+            deadline=int(left * 1000) + 1,
+            max_waiting=self._limits.max_waiting,
+            again=again,
         )
-        self._staffed[ticket.model] = bool(staffed)
-        self._grant(map(bytes.decode, granted))
-        if state == GRANTED:
-            self._grant([turn.name])
-        elif state == REFUSED:
+        report, state, after_ms, quota = await self._script("enqueue", ticket.model, wish)
+        self._take_home(ticket.model, report)
+        if state in (FULL, LIMITED):
             turn.asked = False
-            raise QueueFull(f"{self._limits.max_waiting} requests are waiting already")
+            if state == LIMITED:
+                raise TenantOverLimit(ticket.tenant, after_ms / 1000, quota_of(quota))
+            count = self._limits.max_waiting
+            raise QueueFull(f"{count} requests are waiting already", retry_after=after_ms / 1000)
+        if quota and not again:
+            turn.told(quota_of(quota))
 
-    async def _until_granted(self, turn: _Turn, began: float) -> None:
+    async def _until_granted(self, turn: Turn) -> None:
+        """Return once it is granted; raise what keeps it from being."""
         loop = asyncio.get_running_loop()
         ticket = turn.ticket
-        hope = began + self._limits.worker_wait_seconds
+        latest = ticket.deadline - ticket.needs_seconds
+        hope = loop.time() + self._limits.worker_wait_seconds
         while not turn.granted.done():
-            until = min(ticket.deadline, hope)
+            until = min(latest, hope)
             await asyncio.wait([turn.granted], timeout=max(0.0, until - loop.time()))
             if turn.granted.done():
-                return
+                break
             staffed = self._staffed.get(ticket.model, False)
-            if loop.time() >= ticket.deadline:
+            if loop.time() >= latest:
                 if staffed:
                     raise DeadlineExceeded("queued")
                 raise NoWorkers(f"no workers serve {ticket.model}")
@@ -265,18 +229,55 @@ class Admission:
                 if not staffed and self._pipe.ready:
                     raise NoWorkers(f"no workers serve {ticket.model}")
                 hope = loop.time() + max(1.0, self._limits.worker_wait_seconds)
+        failure = turn.granted.result()
+        if failure is not None:
+            raise failure
 
-    def _grant(self, names: Iterable[str]) -> None:
-        for name in names:
+    async def _again(self, turn: Turn, worker: str, kind: str) -> None:
+        """See `Grant.again`. While Redis is away, a right that was granted is kept.
+
+        Workers that offer room and refuse again and again are asked ever more rarely.
+        """
+        turn.refusals += 1
+        turn.wait()
+        wish = Requeue(turn.name, turn.epoch, worker, kind, turn.prefill_tokens)
+        pause = min(REFUSED_PAUSE_SECONDS * 2**turn.refusals, LONGEST_PAUSE_SECONDS)
+        try:
+            report, state = await self._script("requeue", turn.ticket.model, wish)
+        except QueueUnavailable:
+            turn.held = True
+            await asyncio.sleep(pause)
+            return
+        log.info("request.requeued", request=turn.ticket.id, worker=worker, kind=kind)
+        self._take_home(turn.ticket.model, report)
+        if state == GRANTED and turn.refusals > 1:
+            await asyncio.sleep(pause)
+        await self._until_granted(turn)
+
+    def _take_home(self, model: str, answer: list[Any]) -> None:
+        report = Report(*answer)
+        self._staffed[model] = bool(report.staffed)
+        self._depth[model] = report.depth
+        self._grant(report.grants())
+        if report.look_ms and model not in self._looks:
+            loop = asyncio.get_running_loop()
+            self._looks[model] = loop.call_later(report.look_ms / 1000, self._look, model)
+
+    def _grant(self, grants: list[tuple[str, int]]) -> None:
+        for name, epoch in grants:
             turn = self._turns.get(name)
-            if turn is not None and not turn.granted.done():
-                turn.held = True
-                turn.granted.set_result(None)
+            if turn is not None:
+                turn.grant(epoch)
 
     def _on_grants(self, message: bytes) -> None:
-        self._grant(msgspec.msgpack.decode(message, type=list[str]))
+        self._grant(pairs(msgspec.msgpack.decode(message)))
 
     # ---- what runs beside ------------------------------------------------------------------
+
+    def _look(self, model: str) -> None:
+        """See whether there is room by now: a worker that refused may have some."""
+        del self._looks[model]
+        self._leaving.put_nowait(Left(model, ""))
 
     async def _give_back_forever(self) -> None:
         """Hand over what was left behind, as many as there are in one call."""
@@ -284,23 +285,24 @@ class Admission:
             batch = [await self._leaving.get()]
             while not self._leaving.empty():
                 batch.append(self._leaving.get_nowait())
-            for model in {item[0] for item in batch}:
-                over = [ticket for name, ticket, done in batch if name == model and done]
-                prefilled = [ticket for name, ticket, done in batch if name == model and not done]
-                await self._leave(model, over, prefilled)
+            for model in {item.model for item in batch}:
+                items = [item for item in batch if item.model == model and item.name]
+                over = [(item.name, item.generated) for item in items if not item.epoch]
+                prefilled = [(item.name, item.epoch) for item in items if item.epoch]
+                await self._leave(model, Leave(over, prefilled))
             for _ in batch:
                 self._leaving.task_done()
 
-    async def _leave(self, model: str, over: list[str], prefilled: list[str]) -> None:
+    async def _leave(self, model: str, wish: Leave) -> None:
         while True:
             await self._pipe.until_ready()
             try:
-                granted = await self._script("leave", model, len(over), *over, *prefilled)
+                (report,) = await self._script("leave", model, wish)
             except QueueUnavailable as error:
-                log.warning("lease.unreturned", count=len(over), cause=str(error))
+                log.warning("lease.unreturned", count=len(wish.over), cause=str(error))
                 await asyncio.sleep(0.05)
             else:
-                self._grant(map(bytes.decode, granted))
+                self._take_home(model, report)
                 return
 
     async def _renew_forever(self) -> None:
@@ -325,7 +327,7 @@ class Admission:
             self._giving_up = None
 
     async def _renew(self) -> None:
-        models = {turn.ticket.model for turn in self._turns.values()} or set(self._depth)
+        models = {turn.ticket.model for turn in self._turns.values()} | set(self._depth)
         for model in models:
             await self._renew_model(model)
         if not models:
@@ -336,31 +338,38 @@ class Admission:
     async def _renew_model(self, model: str) -> None:
         turns = [turn for turn in self._turns.values() if turn.asked and turn.ticket.model == model]
         for first in range(0, max(1, len(turns)), RENEW_AT_ONCE):
-            await self._renew_some(model, turns[first : first + RENEW_AT_ONCE])
+            some = turns[first : first + RENEW_AT_ONCE]
+            await self._renew_some(model, some, last=first + RENEW_AT_ONCE >= len(turns))
 
-    async def _renew_some(self, model: str, turns: Sequence[_Turn]) -> None:
+    async def _renew_some(self, model: str, turns: Sequence[Turn], *, last: bool) -> None:
         # A turn that ended meanwhile is left out: its going is on its way, and must not be undone.
-        turns = [turn for turn in turns if turn.name in self._turns]
-        held = [turn for turn in turns if turn.held]
-        words: list[Argument] = [len(held)]
-        for turn in held:
-            ticket = turn.ticket
-            words += [turn.name, turn.prefill_tokens, ticket.decode_tokens, ticket.tenant]
-        words += [turn.name for turn in turns if not turn.held]
-        staffed, depth, granted, unknown = await self._script("renew", model, *words)
-        self._staffed[model] = bool(staffed)
-        self._depth[model] = depth
-        self._grant(map(bytes.decode, granted))
-        for encoded in unknown:
-            lost = self._turns.get(encoded.decode())
-            if lost is not None and not lost.granted.done():
-                await self._enqueue_again(lost)
+        turns = [turn for turn in turns if self._turns.get(turn.name) is turn]
+        wish = Renew(
+            server=self._pipe.server,
+            last=last,
+            held=[(turn.name, turn.epoch, turn.words) for turn in turns if turn.held],
+            waiting=[turn.name for turn in turns if not turn.held],
+        )
+        report, unknown, lost = await self._script("renew", model, wish)
+        self._take_home(model, report)
+        for name in map(bytes.decode, lost):
+            self._on_taken_over(name)
+        for name in map(bytes.decode, unknown):
+            turn = self._turns.get(name)
+            if turn is not None and not turn.granted.done():
+                await self._enqueue_again(turn)
 
-    async def _enqueue_again(self, turn: _Turn) -> None:
+    async def _enqueue_again(self, turn: Turn) -> None:
         try:
-            await self._enqueue(turn)
-        except (QueueFull, DeadlineExceeded, QueueUnavailable) as error:
+            await self._enqueue(turn, again=True)
+        except (DeadlineExceeded, QueueUnavailable) as error:
             log.warning("request.unqueued", request=turn.ticket.id, cause=str(error))
+
+    def _on_taken_over(self, name: str) -> None:
+        turn = self._turns.get(name)
+        if turn is not None:
+            log.warning("lease.taken_over", request=turn.ticket.id)
+            turn.fail(TakenOver(turn.ticket.id))
 
     def _on_lost(self) -> None:
         if self._giving_up is not None:
@@ -370,11 +379,16 @@ class Admission:
 
     def _give_up(self) -> None:
         for turn in self._turns.values():
-            if not turn.granted.done():
-                turn.granted.set_result(QueueUnavailable("Redis was lost while the request waited"))
+            turn.fail(QueueUnavailable("Redis was lost while the request waited"))
 
-    async def _script(self, name: ScriptName, model: str, *words: Argument) -> Any:
-        keys = self._key_names.get(model)
-        if keys is None:
-            keys = self._key_names[model] = self._keys.queue(model)
-        return await self._pipe.ask_script(name, keys, *self._first_words, *words)
+    async def _script(self, name: ScriptName, model: str, wish: Wish) -> Any:
+        lease_seconds = self._limits.lease_seconds
+        words: tuple[Argument, ...] = (
+            self._keys.prefix,
+            model,
+            lifetime_ms(lease_seconds),
+            int(lease_seconds * 1000),
+            self._gateway,
+            _ENCODER.encode(wish),
+        )
+        return await self._pipe.ask_script(name, (self._keys.room(model),), *words)

@@ -18,6 +18,7 @@ from backends.protocol import Role
 from gateway.admission.client import listen
 from gateway.admission.pipe import Argument, Pipe
 from gateway.admission.scripts import Keys, ScriptName, lifetime_ms
+from gateway.admission.wishes import Publish, Withdraw
 from gateway.errors import QueueUnavailable
 
 log = structlog.get_logger()
@@ -86,28 +87,29 @@ class Registration:
 
     async def _publish(self) -> None:
         record = self._record
-        accepted = await self._script(
-            "publish",
-            record.incarnation,
-            record.prefill_tokens,
-            record.decode_tokens,
-            msgspec.msgpack.encode(record),
+        wish = Publish(
+            server=self._pipe.server,
+            incarnation=record.incarnation,
+            prefill=record.prefill_tokens,
+            decode=record.decode_tokens,
         )
+        accepted = await self._script("publish", wish, msgspec.msgpack.encode(record))
         if not accepted:
             log.warning("worker.superseded", worker=record.id, incarnation=record.incarnation)
 
     async def _withdraw(self) -> None:
-        await self._script("withdraw", self._record.incarnation)
+        await self._script("withdraw", Withdraw(self._record.incarnation))
 
-    async def _script(self, name: ScriptName, *words: Argument) -> Any:
-        keys = self._keys
+    async def _script(self, name: ScriptName, wish: Publish | Withdraw, *words: Argument) -> Any:
         return await self._pipe.ask_script(
             name,
-            (*keys.queue(self._record.model), keys.roster, keys.worker(self._record.id)),
-            keys.prefix,
+            (self._keys.room(self._record.model),),
+            self._keys.prefix,
+            self._record.model,
             lifetime_ms(self._lease_seconds),
             int(self._lease_seconds * 1000),
             self._record.id,
+            msgspec.msgpack.encode(wish),
             *words,
         )
 

@@ -1,30 +1,57 @@
 -- A gateway is alive: it renews what it holds, claims what the server has forgotten, and asks
--- about what it waits for. Returns {workers are there, how many wait, ids granted, ids unknown}.
+-- about what it waits for. Returns {report, ids that are unknown, ids that others have taken over}.
+-- wish.held: {id, epoch, ticket}; wish.waiting: ids
 
-local held = tonumber(ARGV[5])
-local first_waiting = 6 + held * 4
+local unknown, lost = {}, {}
+
+-- A right that the server has forgotten is as good as one that it knows; the later epoch wins.
+local function claim(id, epoch, ticket)
+  local known = ticket_of(id)
+  book.epoch = math.max(book.epoch, epoch)
+  if known and known.gateway ~= me and known.epoch >= epoch then
+    lost[#lost + 1] = id
+    return
+  end
+  if known and redis.call('ZSCORE', leases, id) then
+    redis.call('ZADD', leases, now + lease, id)
+    if known.gateway ~= me or known.epoch < epoch then
+      known.gateway, known.epoch = me, epoch
+      note(id, known)
+    elseif known.epoch > epoch then
+      tell(id, known)
+    end
+  else
+    if known then give_up_place(id, known) end
+    ticket.gateway, ticket.gives_up = me, now
+    ticket.deadline = known and known.deadline or now
+    hold(id, ticket, epoch)
+  end
+  count_in(id, ticket)
+end
 
 redis.call('SET', prefix .. 'gateway:' .. me, 1, 'PX', lease)
-for i = 6, first_waiting - 1, 4 do
-  local id = ARGV[i]
-  if redis.call('ZSCORE', leases, id) then
-    redis.call('ZADD', leases, now + lease, id)
-  else
-    forget(id)
-    local ticket = {me, tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), 0, ARGV[i + 3]}
-    redis.call('HSET', tickets, id, cmsgpack.pack(ticket))
-    hold(id, ticket)
-  end
+if wish.last then
+  redis.call('ZADD', gateways, now, me)
+end
+redis.call('ZREMRANGEBYSCORE', gateways, '-inf', now - lifetime)
+meet_server(wish.server)
+for _, item in ipairs(wish.held) do
+  claim(item[1], item[2], item[3])
 end
 reap()
 grant()
-local unknown = {}
-for i = first_waiting, #ARGV do
-  if redis.call('ZSCORE', leases, ARGV[i]) then
-    granted[#granted + 1] = ARGV[i]
-  elseif not redis.call('ZSCORE', waiting, ARGV[i]) then
-    unknown[#unknown + 1] = ARGV[i]
+for _, id in ipairs(wish.waiting) do
+  local ticket = ticket_of(id)
+  if not ticket then
+    unknown[#unknown + 1] = id
+  elseif ticket.gateway ~= me then
+    lost[#lost + 1] = id
+  elseif redis.call('ZSCORE', leases, id) then
+    tell(id, ticket)
+  else
+    count_in(id, ticket)
+    keep_place(ticket)
   end
 end
 save()
-return {staffed() and 1 or 0, redis.call('ZCARD', waiting), granted, unknown}
+return {report(), unknown, lost}

@@ -9,9 +9,11 @@ from typing import Literal
 
 import msgspec
 
-ScriptName = Literal["enqueue", "leave", "renew", "publish", "withdraw", "roster"]
-SCRIPTS: tuple[ScriptName, ...] = ("enqueue", "leave", "renew", "publish", "withdraw", "roster")
-PRELUDE: frozenset[ScriptName] = frozenset(SCRIPTS) - {"roster"}
+ScriptName = Literal["enqueue", "leave", "requeue", "renew", "publish", "withdraw", "roster"]
+SCRIPTS: tuple[ScriptName, ...] = (
+    *("enqueue", "leave", "requeue", "renew", "publish", "withdraw", "roster"),
+)
+SHARED = ("book", "order", "credit", "quota", "grant")
 
 
 class Script(msgspec.Struct, frozen=True):
@@ -25,13 +27,16 @@ class Script(msgspec.Struct, frozen=True):
 def script(name: ScriptName) -> Script:
     """The script of that name, preceded by what all scripts of the queue share."""
     folder = files("gateway.admission")
-    names = ("common", name) if name in PRELUDE else (name,)
+    names = (name,) if name == "roster" else (*SHARED, name)
     source = "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in names)
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
 class Keys(msgspec.Struct, frozen=True):
-    """The names of one deployment in Redis; its hash tag keeps them in one slot."""
+    """The names of one deployment in Redis; its hash tag keeps them in one slot.
+
+    Scripts derive further names from the prefix: a Redis Cluster is refused.
+    """
 
     deployment: str
 
@@ -40,19 +45,14 @@ class Keys(msgspec.Struct, frozen=True):
         """What every name of this deployment begins with."""
         return f"baton:{{{self.deployment}}}:"
 
-    def queue(self, model: str) -> tuple[str, ...]:
-        """The keys of one model's queue, in the order in which the scripts take them."""
-        parts = ("waiting", "tickets", "leases", "room", "credits")
-        return tuple(f"{self.prefix}{part}:{model}" for part in parts)
+    def room(self, model: str) -> str:
+        """The book of one model's queue."""
+        return f"{self.prefix}room:{model}"
 
     @property
     def roster(self) -> str:
         """Ids of the workers, by when their records lapse."""
         return f"{self.prefix}workers"
-
-    def worker(self, worker: str) -> str:
-        """One worker's record."""
-        return f"{self.prefix}worker:{worker}"
 
     def gateway(self, gateway: str) -> str:
         """Exists while that gateway is alive."""

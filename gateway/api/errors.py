@@ -40,6 +40,8 @@ ANSWERS: Mapping[type[errors.GatewayError], Answer] = {
     errors.Unauthorized: Answer(401, "invalid_request_error", "invalid_api_key"),
     errors.Forbidden: Answer(403, "permission_error", "admin_key_needed"),
     errors.QueueFull: Answer(503, "server_error", "queue_full", retry_after=1),
+    errors.TenantOverLimit: Answer(429, "rate_limit_error", "rate_limit_exceeded", retry_after=1),
+    errors.TakenOver: Answer(409, "invalid_request_error", "taken_over", retry=False),
     errors.QueueUnavailable: Answer(503, "server_error", "queue_unavailable", retry_after=2),
     errors.NoWorkers: Answer(503, "server_error", "no_workers", retry_after=2),
     errors.Draining: Answer(503, "server_error", "draining", retry_after=2),

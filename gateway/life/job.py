@@ -8,6 +8,12 @@ from typing import Protocol
 import msgspec
 
 from backends.protocol import FinishReason, Logprob, Sampling
+from gateway.admission.ticket import Terms
+from gateway.quota import Quota
+
+
+def _nobody(_: Quota) -> None:
+    return
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -18,7 +24,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     `salt` names whose KV may be reused for it (see `backends.chain`); empty: nobody's.
 
     `deadline` is a time of this process's event-loop clock. `decode_estimate` is how many tokens
-    the answer will probably have, per sequence; the queue books it.
+    the answer will probably have, per sequence; the queue books it. `terms` are the tenant's, and
+    `told` hears what is left to it; the second job of one request does not count as another.
     """
 
     id: str
@@ -31,6 +38,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     deadline: float
     decode_estimate: int
     priority: int = 0
+    terms: Terms = Terms()
+    counts: bool = True
+    told: Callable[[Quota], None] = _nobody
     prompt_logprobs: int | None = None
     salt: bytes = b""
 

@@ -57,6 +57,15 @@ class Run:
         self.lives.append(life)
         return life
 
+    def alone(self, life: Life) -> bool:
+        """Whether everything else of the job has ended."""
+        return all(other is life or not NEXT[other.state] for other in self.lives)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Of all sequences together."""
+        return sum(len(line.generated) for line in self.lines)
+
     def end(self, state: State) -> State:
         """End badly what has not ended; returns where the first such life was."""
         going_on = [life for life in self.lives if NEXT[life.state]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable
 
@@ -33,7 +32,7 @@ from gateway.placement import Placement, Unplaceable, Wish, place
 
 log = structlog.get_logger()
 
-ROOM_POLL_SECONDS = 0.05
+ROOM_SECONDS = 1.0
 GONE = "this gateway is shutting down"
 
 
@@ -83,7 +82,9 @@ class Relay:
         try:
             async with (
                 asyncio.timeout_at(job.deadline) as run.timer,
-                self._admission.turn(_ticket(job)) as grant,
+                self._admission.turn(
+                    _ticket(job), told=job.told, generated=lambda: run.generated_tokens
+                ) as grant,
             ):
                 run.timeline.queue = time.monotonic() - began
                 run.grant = grant
@@ -106,7 +107,7 @@ class Relay:
             "request.finished",
             request=job.id,
             prompt_tokens=len(job.prompt),
-            generated_tokens=sum(len(line.generated) for line in run.lines),
+            generated_tokens=run.generated_tokens,
             total_ms=_ms(time.monotonic() - began),
             **_in_ms(run.timeline),
         )
@@ -158,10 +159,13 @@ class Relay:
             try:
                 await leg.go()
             except LegFailed as failure:
-                failures += failure.counts
-                await self._after_failure(run, failure, failures)
-                avoid = set() if failure.full else {failure.worker}
-                run.timeline.retries += failure.counts
+                avoid = {failure.worker}
+                if failure.full:
+                    await self._until_room(run, life, failure)
+                else:
+                    failures += failure.counts
+                    self._after_failure(run, failure, failures)
+                    run.timeline.retries += failure.counts
                 life.become(State.PLACED)
             lines = [line for line in lines if not line.ended and line.leg is leg]
             if len(lines) > 1 and any(len(line.generated) > 1 for line in lines):
@@ -170,21 +174,38 @@ class Relay:
         if life.state is not State.DONE:
             run.lives.remove(life)  # its lines have lives of their own now
 
-    async def _after_failure(self, run: Run, failure: LegFailed, failures: int) -> None:
-        if not failure.full:
-            log.log(
-                logging.WARNING if failure.counts else logging.INFO,
-                "leg.failed",
-                request=run.job.id,
-                phase=failure.phase,
-                worker=failure.worker,
-                cause=failure.cause,
-                retry=failure.retry,
-            )
+    def _after_failure(self, run: Run, failure: LegFailed, failures: int) -> None:
+        log.log(
+            logging.WARNING if failure.counts else logging.INFO,
+            "leg.failed",
+            request=run.job.id,
+            phase=failure.phase,
+            worker=failure.worker,
+            cause=failure.cause,
+            retry=failure.retry,
+        )
         if not failure.retry or failures > self._max_retries:
             raise WorkerFailed(failure.phase, failure.worker, failure.cause) from failure
-        if failure.full:
-            await asyncio.sleep(ROOM_POLL_SECONDS * random.uniform(0.5, 1.5))
+
+    async def _until_room(self, run: Run, life: Life, failure: LegFailed) -> None:
+        """A worker was full: go back into the queue, unless other sequences hold the job's lease.
+
+        Raises:
+            GatewayError: it cannot be granted again; see `Grant.again`.
+        """
+        entered = time.monotonic()
+        if run.grant is not None and run.alone(life):
+            life.become(State.QUEUED)
+            kind = "decode" if failure.phase == "reserve" else "prefill"
+            await run.grant.again(failure.worker, kind)
+        else:
+            try:
+                async with asyncio.timeout(ROOM_SECONDS):
+                    await self._fleet.changed()
+            except TimeoutError:
+                pass
+        if run.first_token is None:
+            run.timeline.queue = (run.timeline.queue or 0.0) + time.monotonic() - entered
 
     async def _place(
         self, run: Run, lines: list[Line], avoid: set[str]
@@ -239,8 +260,11 @@ def _ticket(job: Job) -> Ticket:
         tenant=job.tenant,
         prefill_tokens=len(job.prompt),
         decode_tokens=len(job.prompt) + job.n * job.decode_estimate,
+        expected_tokens=job.n * job.decode_estimate,
         deadline=job.deadline,
         priority=job.priority,
+        terms=job.terms,
+        counts=job.counts,
     )
 
 

@@ -1,8 +1,9 @@
 """The life of a request as a table.
 
     queued --> placed --> prefilling --> handing_over --> decoding --> done
-                 ^            |               |              |
-                 +------------+---------------+--------------+   a worker failed: place again
+      ^         |  ^          |               |              |
+      |         |  +----------+---------------+--------------+   a worker failed: place again
+      +---------+-------------+                                  it was full: wait again
 
 From each of these it may also end as failed, cancelled or expired. A request whose sequences
 must be placed apart (a worker died after they had diverged) goes on as several lives.
@@ -34,8 +35,9 @@ BAD_ENDS = frozenset({State.FAILED, State.CANCELLED, State.EXPIRED})
 # follow `prefilling`; a sequence may end with its first token, so that `done` can follow both.
 NEXT: Mapping[State, frozenset[State]] = {
     State.QUEUED: BAD_ENDS | {State.PLACED},
-    State.PLACED: BAD_ENDS | {State.PLACED, State.PREFILLING},
-    State.PREFILLING: BAD_ENDS | {State.HANDING_OVER, State.DECODING, State.DONE, State.PLACED},
+    State.PLACED: BAD_ENDS | {State.QUEUED, State.PLACED, State.PREFILLING},
+    State.PREFILLING: BAD_ENDS
+    | {State.QUEUED, State.HANDING_OVER, State.DECODING, State.DONE, State.PLACED},
     State.HANDING_OVER: BAD_ENDS | {State.DECODING, State.DONE, State.PLACED},
     State.DECODING: BAD_ENDS | {State.DONE, State.PLACED},
     State.DONE: frozenset(),

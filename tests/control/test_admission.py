@@ -2,114 +2,17 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import pytest
 from redis.asyncio import Redis
 
-from gateway.admission import Admission, Limits, Registration, Ticket, WorkerRecord, open_redis
+from gateway.admission import Admission, Limits, open_redis
 from gateway.config import RedisSection
 from gateway.errors import DeadlineExceeded, NoWorkers, QueueFull, QueueUnavailable
 
 from .conftest import LiveServer
-
-MODEL = "tiny"
-LIMITS = Limits(max_waiting=100, lease_seconds=1.5, worker_wait_seconds=5.0, outage_seconds=3.0)
-
-
-def ticket(
-    name: str = "r",
-    *,
-    prefill: int = 10,
-    decode: int = 10,
-    seconds: float = 10.0,
-    priority: int = 0,
-) -> Ticket:
-    return Ticket(
-        id=name,
-        model=MODEL,
-        tenant="t",
-        prefill_tokens=prefill,
-        decode_tokens=decode,
-        deadline=asyncio.get_running_loop().time() + seconds,
-        priority=priority,
-    )
-
-
-async def until(fact: Callable[[], bool], seconds: float = 5.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not fact():
-            await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def gateway(
-    redis: Redis, name: str = "g1", limits: Limits = LIMITS
-) -> AsyncIterator[Admission]:
-    admission = Admission(redis, "test", name, limits)
-    async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(admission.run())
-        await asyncio.wait_for(admission.until_available(), 5)
-        yield admission
-        await admission.flush()
-        running.cancel()
-
-
-@asynccontextmanager
-async def workers(
-    redis: Redis, *, prefill: int = 100, decode: int = 100, lease_seconds: float = 1.5
-) -> AsyncIterator[None]:
-    async with asyncio.TaskGroup() as tasks:
-        stop = asyncio.Event()
-        for role in ("prefill", "decode"):
-            record = WorkerRecord(
-                id=role,
-                incarnation=1,
-                role=role,
-                model=MODEL,
-                address=f"unix:/nowhere/{role}",
-                prefill_tokens=prefill if role == "prefill" else 0,
-                decode_tokens=decode if role == "decode" else 0,
-            )
-            registration = Registration(redis, "test", record, lease_seconds=lease_seconds)
-            tasks.create_task(registration.run(stop))
-        await _published(redis, 2)
-        yield
-        stop.set()
-
-
-async def _published(redis: Redis, count: int) -> None:
-    async with asyncio.timeout(5):
-        while await redis.zcard("baton:{test}:workers") != count:
-            await asyncio.sleep(0.01)
-
-
-class Turn:
-    """A turn taken by a task of its own, so that a test sees how far it got."""
-
-    def __init__(self, tasks: asyncio.TaskGroup, admission: Admission, wish: Ticket) -> None:
-        self.inside = asyncio.Event()
-        self.leave = asyncio.Event()
-        self.error: BaseException | None = None
-        self.task = tasks.create_task(self._run(admission, wish))
-
-    async def _run(self, admission: Admission, wish: Ticket) -> None:
-        try:
-            async with admission.turn(wish) as self.grant:
-                self.inside.set()
-                await self.leave.wait()
-        except (DeadlineExceeded, NoWorkers, QueueFull, QueueUnavailable) as error:
-            self.error = error
-
-
-async def waiting(redis: Redis) -> int:
-    return await redis.zcard("baton:{test}:waiting:" + MODEL)
-
-
-async def book(redis: Redis) -> dict[str, int]:
-    entries = await redis.hgetall("baton:{test}:room:" + MODEL)
-    return {key.decode(): int(value) for key, value in entries.items()}
+from .queueing import LIMITS, MODEL, Turn, book, gateway, published, ticket, until, waiting, workers
 
 
 async def test_a_request_is_granted_at_once_when_there_is_room(redis: Redis) -> None:
@@ -429,7 +332,7 @@ async def test_gateways_claim_what_a_server_has_lost(mortal_server: LiveServer) 
         await mortal_server.start()
         await until(lambda: admission.available)
         assert (await book(redis))["held_decode"] == 10
-        await _published(redis, 2)
+        await published(redis, 2)
         assert not second.inside.is_set()
         assert await waiting(redis) == 1
         first.leave.set()
