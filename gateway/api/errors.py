@@ -6,6 +6,7 @@ while no header is out, and an event in the stream afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -95,8 +96,10 @@ def error_response(error: errors.GatewayError) -> web.Response:
     """A plain answer."""
     answer = answer_for(error)
     response = web.Response(status=answer.status, body=error_json(error), content_type=JSON)
-    if answer.retry_after is not None:
-        response.headers["Retry-After"] = str(answer.retry_after)
+    wait = answer.retry_after if error.retry_after is None else error.retry_after
+    if wait is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(wait)))
+        response.headers["retry-after-ms"] = str(math.ceil(wait * 1000))
     if not answer.retry:
         response.headers["x-should-retry"] = "false"
     if answer.status == 401:

@@ -7,6 +7,7 @@ import pytest
 
 from gateway import errors
 from gateway.api.errors import ANSWERS, answer_for, error_json, error_response
+from gateway.quota import Quota
 
 
 def tree(kind: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]]:
@@ -18,6 +19,7 @@ def tree(kind: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]]
 EXAMPLES = {
     errors.DeadlineExceeded: errors.DeadlineExceeded("queued"),
     errors.WorkerFailed: errors.WorkerFailed("decode", "d0", "it died"),
+    errors.TenantOverLimit: errors.TenantOverLimit("ann", 12.5, Quota()),
 }
 
 
@@ -31,7 +33,7 @@ def test_every_error_has_an_answer_of_its_own(kind: type[errors.GatewayError]):
     assert (told["message"], told["code"]) == (str(error), answer.code)
     response = error_response(error)
     assert response.status == answer.status
-    if answer.status == 503:
+    if answer.status in (429, 503):
         assert 0 < int(response.headers["Retry-After"]) <= 60
     if answer.status == 504:
         assert response.headers["x-should-retry"] == "false"

@@ -1,0 +1,172 @@
+"""What happens to a granted ticket, and to credit, when a worker has no room after all."""
+
+import asyncio
+
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+from gateway.admission import Admission, Limits, Ticket, open_redis
+from gateway.config import RedisSection
+from gateway.errors import DeadlineExceeded
+
+from .conftest import LiveServer
+from .queueing import MODEL, Turn, book, gateway, ticket, until, waiting, workers
+
+LASTING = Limits(lease_seconds=30.0)
+
+
+class Door:
+    """A worker that lets `room` in at once and refuses the others."""
+
+    def __init__(self, room: int, worker: str = "decode") -> None:
+        self.room = room
+        self.worker = worker
+        self.running = 0
+        self.refusals = 0
+        self.served: list[str] = []
+
+    async def take(self, admission: Admission, one: Ticket, seconds: float = 0.02) -> None:
+        async with admission.turn(one) as grant:
+            while self.running >= self.room:
+                self.refusals += 1
+                await grant.again(self.worker, "decode")
+            self.running += 1
+            await asyncio.sleep(seconds)
+            self.running -= 1
+            self.served.append(one.id)
+
+
+async def test_a_refused_ticket_goes_back_to_its_old_place(redis: Redis) -> None:
+    """Before those that came after it, and nobody else is let in where it was not."""
+    async with (
+        workers(redis, decode=40, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        gateway(redis, "g2", LASTING) as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        turns = [Turn(tasks, one, ticket(str(number), seconds=20 + number)) for number in range(4)]
+        for turn in turns:
+            await turn.inside.wait()
+        late = Turn(tasks, two, ticket("late", seconds=30))
+        await until(lambda: two.waiting == 1)
+        again = asyncio.ensure_future(turns[1].grant.again("decode", "decode"))
+        async with asyncio.timeout(5):
+            while await waiting(redis) != 2:
+                await asyncio.sleep(0.005)
+        assert (await book(redis))["held_decode"] == 30
+        assert not late.inside.is_set(), "the room that it gives back is not there"
+        turns[0].leave.set()
+        await asyncio.wait_for(again, 0.04)  # before the first probe
+        assert not late.inside.is_set()
+        for turn in (*turns, late):
+            turn.leave.set()
+        await late.inside.wait()
+
+
+async def test_a_full_worker_refuses_one_ticket_at_a_time_and_not_a_crowd(redis: Redis) -> None:
+    """It offers far more than it has: all are served, with few refusals beyond the first rush."""
+    door = Door(4)
+    async with (
+        workers(redis, decode=1 << 30, lease_seconds=30.0),
+        gateway(redis, limits=LASTING) as admission,
+    ):
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            for number in range(100):
+                tasks.create_task(door.take(admission, ticket(str(number), seconds=60)))
+        assert len(door.served) == 100
+        assert door.refusals < 96 + 60
+        await admission.flush()
+        assert await book(redis) == {"held_prefill": 0, "held_decode": 0}
+
+
+async def test_a_worker_s_credit_comes_back(redis: Redis) -> None:
+    async with (
+        workers(redis, decode=100, lease_seconds=30.0),
+        gateway(redis, limits=LASTING) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        await asyncio.wait_for(first.grant.again("decode", "decode"), 2)
+        others = [Turn(tasks, admission, ticket(str(number))) for number in range(9)]
+        for other in others:
+            await asyncio.wait_for(other.inside.wait(), 2)
+        for turn in (first, *others):
+            turn.leave.set()
+
+
+@pytest.mark.parametrize("worker", ["decode", "one that is not registered"])
+async def test_a_worker_that_is_always_full_is_asked_ever_more_rarely(
+    redis: Redis, worker: str
+) -> None:
+    """Until the deadline ends it."""
+    async with (
+        workers(redis, decode=100, lease_seconds=30.0),
+        gateway(redis, limits=LASTING) as admission,
+    ):
+        door = Door(0, worker)
+        with pytest.raises(DeadlineExceeded):
+            await door.take(admission, ticket(seconds=2.0))
+        assert 3 <= door.refusals <= 12
+
+
+async def test_another_worker_s_room_is_not_taken_away(redis: Redis) -> None:
+    """A worker that refuses cuts no more than it offered."""
+    async with workers(redis, decode=100, lease_seconds=30.0):
+        await redis.hset(
+            f"baton:{{test}}:credits:{MODEL}",
+            "small",
+            msgspec.msgpack.encode(
+                {"prefill": 0, "decode": 10, "lapses": 1 << 50, "incarnation": 1}
+            ),
+        )
+        async with gateway(redis, limits=LASTING) as admission, asyncio.TaskGroup() as tasks:
+            first = Turn(tasks, admission, ticket("first"))
+            await first.inside.wait()
+            await asyncio.wait_for(first.grant.again("small", "decode"), 0.04)
+            others = [Turn(tasks, admission, ticket(str(number))) for number in range(9)]
+            for other in others:
+                await asyncio.wait_for(other.inside.wait(), 0.5)
+            for turn in (first, *others):
+                turn.leave.set()
+
+
+async def test_a_late_refusal_of_an_earlier_grant_changes_nothing(redis: Redis) -> None:
+    """A retry of the message, after the ticket was granted anew, is fenced by its epoch."""
+    async with (
+        workers(redis, decode=100, lease_seconds=30.0),
+        gateway(redis, limits=LASTING) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        turn = Turn(tasks, admission, ticket())
+        await turn.inside.wait()
+        (inner,) = admission._turns.values()
+        old = inner.epoch
+        await asyncio.wait_for(turn.grant.again("decode", "decode"), 2)
+        assert inner.epoch > old
+        new, inner.epoch = inner.epoch, old
+        inner.prefill_tokens = 1
+        turn.grant.prefilled()  # with the epoch of the earlier grant
+        await admission.flush()
+        inner.epoch = new
+        assert await book(redis) == {"held_prefill": 10, "held_decode": 10}
+        turn.leave.set()
+
+
+async def test_while_redis_is_away_a_refused_right_is_kept(mortal_server: LiveServer) -> None:
+    async with (
+        open_redis(RedisSection(url=mortal_server.url)) as redis,
+        workers(redis, decode=100),
+        gateway(redis) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        turn = Turn(tasks, admission, ticket())
+        await turn.inside.wait()
+        mortal_server.kill()
+        await until(lambda: not admission.available)
+        await asyncio.wait_for(turn.grant.again("decode", "decode"), 1)
+        await mortal_server.start()
+        await until(lambda: admission.available)
+        assert (await book(redis))["held_decode"] == 10
+        turn.leave.set()
