@@ -175,6 +175,7 @@ def workers(fleet: Fleet) -> dict[str, Any]:
                 "layout": layouts[worker.id].fingerprint,
                 "axes": layouts[worker.id].axes,
                 "transports": [it.transport for it in worker.welcome.endpoints],
+                "left_out": worker.welcome.left_out,
                 "load": msgspec.structs.asdict(worker.load) if worker.load is not None else None,
             }
             for worker in sorted(connected.values(), key=lambda worker: worker.id)

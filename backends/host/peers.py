@@ -27,17 +27,29 @@ FAR = frozenset({"nixl", "tcp"})
 
 AUTO = ("shm", "nixl", "tcp") if has_verbs() else ("shm", "tcp")
 
+ANYWHERE = "tcp"
+"""The transport that needs nothing but a network: without it, something is set wrongly."""
+
 
 class Peers:
     """Owns every data connection of one worker.
 
-    `lost` is called when the connection to a decode worker has ended by itself: they must meet
-    again before anything is handed over.
+    `auto` is what `auto` in its settings stands for. `left_out` names those of them that did not
+    work here, and why. `lost` is called when the connection to a decode worker has ended by itself:
+    they must meet again before anything is handed over.
     """
 
     def __init__(
-        self, config: HostConfig, info: BackendInfo, pool: Buffer, lost: Callable[[Met], None]
+        self,
+        config: HostConfig,
+        info: BackendInfo,
+        pool: Buffer,
+        lost: Callable[[Met], None],
+        *,
+        auto: tuple[str, ...] = AUTO,
     ) -> None:
+        self.left_out: dict[str, str] = {}
+        self._auto = auto
         self._config = config
         self._info = info
         self._pool = pool
@@ -48,22 +60,26 @@ class Peers:
     async def listen(self) -> list[Receiver]:
         """Begin to take KV from other workers, in every way that was asked for.
 
-        Of `auto`, what this pool cannot do is left out.
+        Of `auto`, what this pool or this machine cannot do is left out.
 
         Raises:
             ValueError: this pool cannot do what was asked for by name.
-            OSError: the data address cannot be listened on.
+            OSError: this machine cannot, or the data address cannot be listened on.
         """
         for name in self._wanted:
             try:
                 receiver = self._receiver(name)
-            except ValueError as error:
-                if name in self._config.transports:
+                await receiver.start()
+            except (ValueError, OSError) as error:
+                asked = name in self._config.transports
+                if asked and isinstance(error, ValueError):
                     raise ValueError(f"transport {name}: {error}") from error
-                log.info("transport.skipped", transport=name, reason=str(error))
-                continue
-            await receiver.start()
-            self._receivers.append(receiver)
+                if asked or name == ANYWHERE:
+                    raise
+                self.left_out[name] = str(error)
+                log.warning("transport.skipped", transport=name, reason=str(error))
+            else:
+                self._receivers.append(receiver)
         return [*self._receivers]
 
     async def meet(self, message: Meet) -> Met:
@@ -95,7 +111,7 @@ class Peers:
     @property
     def _wanted(self) -> tuple[str, ...]:
         """The transports to offer, without `auto`."""
-        named = [AUTO if name == "auto" else (name,) for name in self._config.transports]
+        named = [self._auto if name == "auto" else (name,) for name in self._config.transports]
         return tuple(dict.fromkeys(name for names in named for name in names))
 
     def _sender(self, name: str) -> Sender:

@@ -71,7 +71,7 @@ class WorkerHost:
     """Hosts `backend` until drained or cancelled. `peers` makes its side of the data plane."""
 
     def __init__(
-        self, config: HostConfig, backend: SteppedBackend, *, peers: type[Peers] = Peers
+        self, config: HostConfig, backend: SteppedBackend, *, peers: Callable[..., Peers] = Peers
     ) -> None:
         self.config = config
         self.incarnation = time.time_ns()
@@ -257,6 +257,7 @@ class WorkerHost:
             role=self.config.role,
             info=self._info,
             endpoints=tuple(one.endpoint for one in self._requests.landings.receivers),
+            left_out=self._peers.left_out,
         )
 
     def _reject(self, link: Link, reason: str) -> None:

@@ -165,7 +165,8 @@ class Challenge(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """Answer to `Proof`: who the worker is, what its backend states, the version to speak.
 
-    `mac` proves that it knows the shared secret too.
+    `mac` proves that it knows the shared secret too. `left_out` are transports that it should have
+    had and does not offer, with the reasons.
     """
 
     version: int
@@ -175,6 +176,7 @@ class Welcome(Message, frozen=True):
     info: BackendInfo
     endpoints: tuple[Endpoint, ...] = ()
     mac: Mac = b""
+    left_out: dict[str, str] = {}
 
 
 class Rejected(Message, frozen=True):

@@ -12,6 +12,7 @@ from typing import Any
 from backends.api import SteppedBackend
 from backends.emulation.synthetic import SyntheticBackend
 from backends.host import HostConfig, WorkerHost
+from backends.host.peers import Peers
 from backends.protocol import Logprob, Sampling
 from gateway.admission import Admission, Limits, WorkerRecord, open_redis
 from gateway.config import RedisSection
@@ -74,12 +75,13 @@ class Cluster:
         *,
         host: dict[str, Any] | None = None,
         backend: SteppedBackend | None = None,
+        peers: Callable[..., Peers] = Peers,
         **options: Any,
     ) -> None:
         backend = backend or SyntheticBackend(**{**SHAPE, **options})
         settings = {"listen": f"unix:{self.folder}/{name}.sock", **(host or {})}
         config = HostConfig(id=name, role=role, **settings)
-        worker = self.hosts[name] = WorkerHost(config, backend)
+        worker = self.hosts[name] = WorkerHost(config, backend, peers=peers)
         ready = asyncio.Event()
         self._running[name] = self._tasks.create_task(worker.run(ready.set))
         await ready.wait()

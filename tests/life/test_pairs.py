@@ -2,13 +2,18 @@
 
 import asyncio
 import json
+from functools import partial
 
 import msgspec
 import pytest
 
+from backends.emulation.synthetic import SyntheticBackend
+from backends.host import HostConfig
+from backends.host.peers import Peers
 from gateway.server import workers
 from tests.life.cluster import DECODE, PREFILL, Cluster, Heard, cluster
 from transfer.errors import PeerLost
+from transfer.nixl import available
 
 
 async def pair(made: Cluster, ours: tuple[str, ...], theirs: tuple[str, ...]) -> None:
@@ -47,6 +52,56 @@ async def test_on_one_machine_memory_is_shared_and_it_is_said_why(redis_url: str
         assert {name: shown_load[name] for name in idle} == idle
         assert (shown_load["draining"], shown_load["shunned"]) == (False, [])
         assert set(shown_load) == {*idle, "pool_blocks", "free_blocks", "draining", "shunned"}
+
+
+@pytest.mark.skipif(not available(), reason="NIXL is not installed")
+async def test_a_transport_that_fails_as_it_starts_is_left_out_and_it_is_said_why(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "nothing_of_this_name")
+    tempting = partial(Peers, auto=("shm", "nixl", "tcp"))
+    async with cluster(redis_url) as made:
+        await made.start("p", "prefill", peers=tempting, **PREFILL)
+        await made.start("d", "decode", peers=tempting, **DECODE)
+        await made.paired()
+        await answered(made)
+        one, _ = workers(made.fleet)["workers"]
+        assert one["transports"] == ["shm", "tcp"]
+        assert list(one["left_out"]) == ["nixl"]
+        assert "NIXL_ERR_BACKEND" in one["left_out"]["nixl"]
+
+
+@pytest.mark.skipif(not available(), reason="NIXL is not installed")
+async def test_a_transport_that_fails_at_one_end_only_is_passed_over_and_it_is_said_why(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tempting = partial(Peers, auto=("shm", "nixl", "tcp"))
+    async with cluster(redis_url) as made:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+        await made.start("d", "decode", peers=tempting, **DECODE)
+        monkeypatch.setenv("UCX_TLS", "nothing_of_this_name")
+        await made.start("p", "prefill", peers=tempting, **PREFILL)
+        await made.paired()
+        await answered(made)
+        shown = workers(made.fleet)
+        assert shown["workers"][0]["transports"] == ["shm", "nixl", "tcp"]
+        (both,) = shown["pairs"]
+        assert both["transport"] in ("shm", "tcp")
+        assert "nixl refused: " in both["reason"]
+        assert "NIXL_ERR_BACKEND" in both["reason"]
+
+
+@pytest.mark.skipif(not available(), reason="NIXL is not installed")
+async def test_a_transport_that_was_asked_for_by_name_is_not_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "nothing_of_this_name")
+    backend = SyntheticBackend()
+    config = HostConfig(id="d", role="decode", listen="", transports=("nixl", "tcp"))
+    peers = Peers(config, backend.info, backend.pool, lambda _: None)
+    with pytest.raises(OSError, match="NIXL_ERR_BACKEND"):
+        await peers.listen()
+    await peers.close()
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])

@@ -117,10 +117,12 @@ class Agent:
 
         Raises:
             ImportError: NIXL is not installed.
-            OSError: UCX finds nothing to work with.
+            OSError: it cannot be loaded, or UCX finds nothing to work with.
         """
+        require()
         settings.apply()
-        self._library = _library()
+        with _failures("NIXL"):
+            self._library = _library()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._memory: dict[tuple[int, int], NDArray[np.uint8]] = {}
@@ -242,8 +244,8 @@ class Agent:
     # ---- the agent itself -------------------------------------------------------------------
 
     def _make(self) -> Any:
-        config = self._library.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         with _failures("an agent"):
+            config = self._library.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             return self._library.nixl_agent(uuid.uuid4().hex, config)
 
     def _register(self, address: int, size: int) -> None:
@@ -311,16 +313,15 @@ def _descriptors(addresses: Addresses, lengths: Addresses) -> NDArray[np.uint64]
 
 
 def _library() -> Any:
-    require()
     return importlib.import_module(next(it for it in MODULES if importlib.util.find_spec(it)))
 
 
 @contextlib.contextmanager
 def _failures(what: str) -> Iterator[None]:
-    """NIXL's errors are of classes of its own, without a common base that is public."""
+    """NIXL's errors are of classes of its own without a public base, and of many of Python's."""
     try:
         yield
-    except Exception as error:
-        if type(error).__name__.startswith("nixl") or isinstance(error, RuntimeError):
-            raise ConnectionError(f"{what}: {error}") from error
+    except (OSError, MemoryError):
         raise
+    except Exception as error:
+        raise ConnectionError(f"{what}: {error or type(error).__name__}") from error

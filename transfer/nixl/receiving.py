@@ -81,7 +81,11 @@ class NixlReceiver(SessionReceiver):
                 not be listened on.
         """
         await asyncio.to_thread(self._nixl.begin)
-        await super().start()
+        try:
+            await super().start()
+        except BaseException:
+            self._nixl.agent.close()
+            raise
 
 
 class Guest:
@@ -118,8 +122,12 @@ class NixlIntake:
             OSError: UCX finds nothing to work with, or the pool cannot be registered.
         """
         self.agent = Agent()
-        for region in self._pool.regions if self._pool is not None else ():
-            self.agent.register(region)
+        try:
+            for region in self._pool.regions if self._pool is not None else ():
+                self.agent.register(region)
+        except BaseException:
+            self.agent.close()
+            raise
         self._windows = Windows(self.agent, wire.WINDOW_BYTES)
         self._wards = Wards(self.agent, self._cut_all)
 

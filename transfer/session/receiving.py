@@ -90,12 +90,12 @@ class SessionReceiver:
             OSError: the address cannot be listened on.
         """
         self._loop = asyncio.get_running_loop()
+        self._listener, self._endpoint = self.intake.listen()
         # All threads begin now, while there is room for them.
         meeting = threading.Barrier(VERIFIERS, timeout=self.stall_seconds)
         await asyncio.gather(
             *(self._loop.run_in_executor(self._verifier, meeting.wait) for _ in range(VERIFIERS))
         )
-        self._listener, self._endpoint = self.intake.listen()
         self._listener.setblocking(False)
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
