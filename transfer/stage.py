@@ -1,6 +1,6 @@
 """One handoff on a desk: a small pool on either side, a landing, and what its owner was told.
 
-The furniture of `testing.py`, which has the promises.
+The furniture of `testing/`, which has the promises.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -221,6 +221,13 @@ class Stage:
         """Wait until everything that was written lies in the pool."""
         wanted = self.wanted()
         await eventually(lambda: bool((self.pool == wanted).all()), "the prefix did not arrive")
+
+
+@contextlib.asynccontextmanager
+async def on_stage(make: MakePair) -> AsyncIterator[Stage]:
+    """A stage of a fresh pair."""
+    async with make(TARGET) as pair:
+        yield Stage(pair)
 
 
 async def eventually(holds: Callable[[], bool], otherwise: str) -> None:

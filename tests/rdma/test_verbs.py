@@ -17,12 +17,9 @@ from nixl_far import BLOCKS, LAYOUT, source
 from transfer.errors import PeerLost
 from transfer.nixl import NixlReceiver, NixlSender
 from transfer.stage import Gate, Pair, damaged_notes
-from transfer.testing import (
-    PROMISES,
-    a_handoff_arrives_bit_for_bit,
-    many_handoffs_share_a_pair,
-    no_write_lands_after_quiesce,
-)
+from transfer.testing import PROMISES
+from transfer.testing.arriving import a_handoff_arrives_bit_for_bit, many_handoffs_share_a_pair
+from transfer.testing.endings import no_write_lands_after_quiesce
 
 # Nothing but verbs, so that nothing else can be used in silence. The limits are short of what a
 # gap of some seconds needs: here a write must fail soon.

@@ -1,4 +1,4 @@
-"""Promises of a transport about KV that its target has already; `testing.PROMISES` has them too."""
+"""Promises about KV that the target of a handoff has already."""
 
 from __future__ import annotations
 
