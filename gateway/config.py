@@ -99,6 +99,34 @@ class GatewaySection(Section, frozen=True):
     request_timeout_seconds: Annotated[
         float, about("A request's time, from its arrival to its last token.", unit="s", gt=0)
     ] = 600.0
+    first_token_seconds: Annotated[
+        float,
+        about(
+            "How long a request may wait for its first token, from its arrival. One that cannot"
+            " have it by then, on any worker, is answered with 504 at once instead of being"
+            " computed for nobody. 0: until `request_timeout_seconds`.",
+            unit="s",
+            ge=0,
+        ),
+    ] = 0.0
+    first_token_seconds_per_1000: Annotated[
+        float,
+        about(
+            "Added to `first_token_seconds`, where that is set, for each 1,000 tokens of the"
+            " prompt.",
+            unit="s",
+            ge=0,
+        ),
+    ] = 0.0
+    gap_seconds: Annotated[
+        float,
+        about(
+            "Aim for the time between two tokens of a stream: a worker whose batch would become"
+            " slower than that gets no further sequences for the time being. 0: no aim.",
+            unit="s",
+            ge=0,
+        ),
+    ] = 0.0
     body_timeout_seconds: Annotated[
         float, about("Time for a client to send its body.", unit="s", gt=0)
     ] = 30.0

@@ -40,6 +40,10 @@ class NoSuchWorker(BadRequest):
     """No worker of that name is connected. The administrator's mistake."""
 
 
+class RequestNotFound(BadRequest):
+    """This gateway knows of no such request, or not any more. Another gateway may."""
+
+
 class BodyTooLarge(BadRequest):
     """The body exceeds the limit. The client's fault."""
 
@@ -89,10 +93,16 @@ class Draining(GatewayError):
 
 
 class DeadlineExceeded(GatewayError):
-    """The request's time was up; `phase` says what it was waiting for."""
+    """The request's time was up; `phase` says what it was waiting for.
 
-    def __init__(self, phase: str) -> None:
-        super().__init__(f"the request's deadline passed while it was {phase}")
+    `foreseen` is why it would have been, when it was not waited for.
+    """
+
+    def __init__(self, phase: str, foreseen: str = "") -> None:
+        if foreseen:
+            super().__init__(f"the request cannot keep its deadline: {foreseen}")
+        else:
+            super().__init__(f"the request's deadline passed while it was {phase}")
         self.phase = phase
 
 

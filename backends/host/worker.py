@@ -258,6 +258,7 @@ class WorkerHost:
             info=self._info,
             endpoints=tuple(one.endpoint for one in self._requests.landings.receivers),
             left_out=self._peers.left_out,
+            step_tokens=self.config.step_tokens,
         )
 
     def _reject(self, link: Link, reason: str) -> None:

@@ -166,7 +166,8 @@ class Welcome(Message, frozen=True):
     """Answer to `Proof`: who the worker is, what its backend states, the version to speak.
 
     `mac` proves that it knows the shared secret too. `left_out` are transports that it should have
-    had and does not offer, with the reasons.
+    had and does not offer, with the reasons. `step_tokens` is the most that it computes in one
+    step; 0 when it does not say.
     """
 
     version: int
@@ -177,6 +178,7 @@ class Welcome(Message, frozen=True):
     endpoints: tuple[Endpoint, ...] = ()
     mac: Mac = b""
     left_out: dict[str, str] = {}
+    step_tokens: int = 0
 
 
 class Rejected(Message, frozen=True):

@@ -49,6 +49,7 @@ def build_app(service: Service) -> web.Application:
         ("/metrics", pages.metrics),
         ("/debug/ledger", pages.ledger),
         ("/admin/workers", pages.workers),
+        ("/admin/requests/{id}", pages.request),
         ("/version", pages.version),
     ):
         app.router.add_get(path, page)

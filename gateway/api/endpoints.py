@@ -94,7 +94,7 @@ class Endpoints:
 
     def _caller(self, request: web.Request, tally: Tally) -> Caller:
         deadline = tally.arrived + self._service.request_timeout_seconds
-        return Caller(self._tenant(request), request[JOB], deadline)
+        return Caller(self._tenant(request), request[JOB], tally.arrived, deadline)
 
     async def _body(self, request: web.Request) -> bytes:
         service = self._service

@@ -37,6 +37,7 @@ ANSWERS: Mapping[type[errors.GatewayError], Answer] = {
     errors.PromptTooLong: Answer(400, "invalid_request_error", "context_length_exceeded"),
     errors.ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     errors.NoSuchWorker: Answer(404, "invalid_request_error", "worker_not_found"),
+    errors.RequestNotFound: Answer(404, "invalid_request_error", "request_not_found"),
     errors.BodyTooLarge: Answer(413, "invalid_request_error", "request_too_large"),
     errors.Unauthorized: Answer(401, "invalid_request_error", "invalid_api_key"),
     errors.Forbidden: Answer(403, "permission_error", "admin_key_needed"),

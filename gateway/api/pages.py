@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 
 from gateway.api.errors import JSON
 from gateway.api.service import Service
-from gateway.errors import DeadlineExceeded
+from gateway.errors import DeadlineExceeded, RequestNotFound
 
 
 class Pages:
@@ -69,6 +69,15 @@ class Pages:
         worker = request.match_info["id"]
         await self._service.drain(worker)
         return _json({"worker": worker, "draining": True}, status=202)
+
+    async def request(self, request: web.Request) -> web.Response:
+        """GET /admin/requests/{id}: where a request of this gateway is or was, and why there."""
+        self._service.check_admin(request.headers.get("Authorization", ""))
+        name = request.match_info["id"]
+        shown = self._service.request(name)
+        if shown is None:
+            raise RequestNotFound(f"no request `{name[:128]}` is known to this gateway")
+        return _json(shown)
 
     async def version(self, _: web.Request) -> web.Response:
         """GET /version."""

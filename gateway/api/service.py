@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
@@ -49,6 +50,9 @@ class Service:
     `keep_alive_seconds` is how long a stream waits for its first token before its headers go
     out all the same, and how often it shows a sign of life from then on: before, a failure is a
     plain status; afterwards it is an event in the stream.
+    `request` says what became of the request with that id, or None when it is not known.
+    `first_token_seconds`, plus as many for each 1,000 tokens of the prompt, and `gap_seconds`
+    are what a request is placed for; 0: no limit.
     `share_prefixes`: KV that was computed for one tenant serves others as well.
     """
 
@@ -59,6 +63,7 @@ class Service:
     ledger: Callable[[], Awaitable[Any]]
     workers: Callable[[], Any]
     drain: Callable[[str], Awaitable[None]]
+    request: Callable[[str], Any]
     registry: CollectorRegistry
     observe: Observe
     api_keys: frozenset[str] = field(default=frozenset(), repr=False)
@@ -72,6 +77,9 @@ class Service:
     max_n: int = 16
     max_choices: int = 128
     expected_output_tokens: int = 256
+    first_token_seconds: float = 0.0
+    first_token_seconds_per_1000: float = 0.0
+    gap_seconds: float = 0.0
     share_prefixes: bool = False
     version: str = ""
     started_at: int = field(default_factory=lambda: int(time.time()))
@@ -128,6 +136,13 @@ class Service:
         whose = b"" if self.share_prefixes else tenant.encode(errors="surrogateescape")
         parts = struct.pack(">I", len(whose)) + whose + cache_salt.encode(errors="surrogatepass")
         return hashlib.blake2b(parts, digest_size=SALT_BYTES, person=b"baton salt").digest()
+
+    def first_token_by(self, arrived: float, prompt_tokens: int) -> float:
+        """When the first token must be there; `inf` when nothing is said of it."""
+        if not self.first_token_seconds:
+            return inf
+        more = self.first_token_seconds_per_1000 * prompt_tokens / 1000
+        return arrived + self.first_token_seconds + more
 
     def check_model(self, model: str | None) -> None:
         """Refuse a model that is not served here; none at all means the one that is.

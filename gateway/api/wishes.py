@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from backends.protocol import Sampling
 from gateway.api import checks
@@ -66,10 +67,11 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is, under which id, and until when it must be answered."""
+    """Whose request it is, under which id, when it came and until when it must be answered."""
 
     tenant: str
     id: str
+    arrived: float
     deadline: float
 
 
@@ -184,6 +186,8 @@ def _wish(
                 sampling=sampling,
                 max_tokens=tokens,
                 deadline=caller.deadline,
+                first_token_by=service.first_token_by(caller.arrived, len(prompt)),
+                gap_seconds=service.gap_seconds or inf,
                 decode_estimate=tokens
                 if sampling.ignore_eos
                 else min(tokens, service.expected_output_tokens),

@@ -35,7 +35,7 @@ from gateway.admission.registry import WorkerRecord
 from gateway.errors import BadRequest, DeadlineExceeded, NoSuchWorker
 from gateway.life.pairs import Pairs
 from gateway.life.worker import Worker, connect
-from gateway.placement import Snapshot
+from gateway.placement import Booking, Books, Placement, Snapshot, Wish, WorkerView
 
 log = structlog.get_logger()
 
@@ -76,6 +76,7 @@ class Fleet:
         self._changed = asyncio.Event()
         self._handles = itertools.count(1)
         self._tickets: dict[int, asyncio.Future[Ledger]] = {}
+        self._books = Books(self._notify)
 
     # ---- who is there
 
@@ -112,10 +113,16 @@ class Fleet:
 
     def snapshot(self) -> Snapshot:
         """All that placement looks at."""
-        return Snapshot(
-            tuple(worker.view() for worker in self._workers.values()),
-            self._pairs.usable,
-        )
+        now = asyncio.get_running_loop().time()
+        views = [self._view(worker, now) for worker in self._workers.values()]
+        return self._books.snapshot(views, self._pairs.usable)
+
+    def book(self, placement: Placement, wish: Wish) -> Booking:
+        """Book a placement of connected workers, so that the next snapshot has it."""
+        holder = self._workers[placement.decode or placement.prefill]
+        block_tokens = holder.welcome.info.layout.block_tokens
+        now = asyncio.get_running_loop().time()
+        return self._books.place(placement, wish, block_tokens, now)
 
     def transport(self, prefill: Worker, decode: Worker) -> str:
         """What this pair agreed on; empty when it has not, or lost it again."""
@@ -218,6 +225,7 @@ class Fleet:
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
         self._pairs.forget(worker)
+        self._books.forget(worker.id)
         for leg in list(worker.legs.values()):
             leg.lost(worker, reason)
         self._notify()
@@ -242,8 +250,7 @@ class Fleet:
     def _on_message(self, worker: Worker, message: Message) -> None:
         match message:
             case Load():
-                worker.load = message
-                self._notify()
+                self._on_load(worker, message)
             case Cached():
                 worker.cached.hear(message)
             case Met():
@@ -256,6 +263,30 @@ class Fleet:
                 leg = worker.legs.get(message.handle)
                 if leg is not None:
                     leg.heard(worker, message)
+
+    def _on_load(self, worker: Worker, load: Load) -> None:
+        worker.load = load
+        self._books.told(
+            worker.id,
+            waiting_tokens=load.waiting_tokens,
+            running=load.running,
+            free_blocks=load.free_blocks,
+        )
+        pace = worker.pace(asyncio.get_running_loop().time())
+        if pace is not None:
+            self._books.stepped(worker.id, pace)
+        self._notify()
+
+    def _view(self, worker: Worker, now: float) -> WorkerView:
+        welcome = worker.welcome
+        return self._books.view(
+            worker.id,
+            welcome.role,
+            welcome.info,
+            now,
+            draining=worker.draining,
+            step_tokens=welcome.step_tokens,
+        )
 
     def _notify(self) -> None:
         self._changed.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Protocol
 
 import msgspec
@@ -24,8 +25,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     `salt` names whose KV may be reused for it (see `backends.chain`); empty: nobody's.
 
     `deadline` is a time of this process's event-loop clock. `decode_estimate` is how many tokens
-    the answer will probably have, per sequence; the queue books it. `terms` are the tenant's, and
-    `told` hears what is left to it; the second job of one request does not count as another.
+    the answer will probably have, per sequence; the queue books it. The first token must be there
+    by `first_token_by`, a time of the same clock, or nobody needs it; the gaps between tokens
+    should be within `gap_seconds`. `terms` are the tenant's, and `told` hears what is left to it;
+    the second job of one request does not count as another.
     """
 
     id: str
@@ -43,6 +46,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     told: Callable[[Quota], None] = _nobody
     prompt_logprobs: int | None = None
     salt: bytes = b""
+    first_token_by: float = inf
+    gap_seconds: float = inf
 
     @property
     def n(self) -> int:

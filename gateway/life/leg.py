@@ -32,6 +32,7 @@ from backends.protocol import (
 )
 from gateway.life.fleet import Fleet
 from gateway.life.line import Line, Run
+from gateway.life.placing import Placed
 from gateway.life.states import Life, State
 from gateway.life.worker import LegMessage, Worker
 
@@ -69,7 +70,10 @@ class LegFailed(Exception):
 
 
 class Leg:
-    """See the module. `orphaned` takes lines that a worker gave up while it keeps the others."""
+    """See the module. `orphaned` takes lines that a worker gave up while it keeps the others.
+
+    The leg ends the booking of `placed` when it is left.
+    """
 
     def __init__(
         self,
@@ -77,16 +81,16 @@ class Leg:
         run: Run,
         life: Life,
         lines: list[Line],
-        prefill: Worker,
-        decode: Worker | None,
+        placed: Placed,
         orphaned: Callable[[list[Line]], None],
     ) -> None:
         loop = asyncio.get_running_loop()
         self._run = run
         self._life = life
         self._lines = {line.index: line for line in lines}
-        self._prefill = prefill
-        self._decode = decode
+        self._prefill = placed.prefill
+        self._decode = placed.decode
+        self._booking = placed.booking
         self._orphaned = orphaned
         self._fleet = fleet
         self._handle = fleet.next_handle()
@@ -139,14 +143,13 @@ class Leg:
         for line in self._lines.values():
             line.leg = self
             line.early.clear()
-        self._prefill.prefilling[self._handle] = len(self._run.job.prompt)
 
     def _leave(self, *, clean: bool) -> None:
         for worker in self._workers:
             worker.legs.pop(self._handle, None)
             if not clean:
                 worker.send(Cancel(handle=self._handle))
-        self._prefill.prefilling.pop(self._handle, None)
+        self._booking.end(asyncio.get_running_loop().time())
         for future in (self._granted, self._over):
             future.cancel()
 
@@ -220,8 +223,10 @@ class Leg:
                 timeline.exposed_transfer = message.exposed
                 timeline.overlapped_transfer = message.overlapped
                 timeline.verify = message.verify
+                self._booking.handed_over(message.bytes, message.exposed + message.verify)
             case Landed():
                 self._landed = time.monotonic()
+                self._booking.landed()
                 self._become(State.DECODING)
                 self._pause_again()
             case Refused():
@@ -240,7 +245,7 @@ class Leg:
 
     def _on_first(self, message: FirstToken) -> None:
         run = self._run
-        self._prefill.prefilling.pop(self._handle, None)
+        self._booking.prefilled(message.prefill, asyncio.get_running_loop().time())
         run.prefilled(message)
         here = self._decode is None
         self._become(State.DECODING if here else State.HANDING_OVER)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from backends.protocol import FirstToken, Token
 from gateway.admission import Grant
+from gateway.life.history import Record
 from gateway.life.job import Job, Listener, Take, Timeline
 from gateway.life.states import NEXT, Life, State
 
@@ -37,6 +38,7 @@ class Run:
     listener: Listener
     lines: tuple[Line, ...]
     timeline: Timeline
+    record: Record
     first_token: float | None = None
     has_prompt_logprobs: bool = False
     grant: Grant | None = None
@@ -49,11 +51,13 @@ class Run:
         lines = tuple(
             Line(index, seed, listener.sequence(index)) for index, seed in enumerate(job.seeds)
         )
-        return cls(job, listener, lines, Timeline())
+        timeline = Timeline()
+        return cls(job, listener, lines, timeline, Record(job, timeline))
 
     def begin(self, state: State = State.QUEUED) -> Life:
         """The life of the whole job, or from `State.PLACED` on that of a line gone apart."""
-        life = Life(state)
+        life = Life(state, self.record.became)
+        self.record.became(state)
         self.lives.append(life)
         return life
 

@@ -15,20 +15,18 @@ import structlog
 
 from gateway.admission import Admission, Ticket
 from gateway.errors import (
-    BadRequest,
     DeadlineExceeded,
     Draining,
     GatewayError,
-    NoWorkers,
     WorkerFailed,
 )
 from gateway.life.fleet import Fleet
+from gateway.life.history import History
 from gateway.life.job import Job, Listener, Timeline
 from gateway.life.leg import Leg, LegFailed
 from gateway.life.line import Line, Run
+from gateway.life.placing import Placing
 from gateway.life.states import Life, State
-from gateway.life.worker import Worker
-from gateway.placement import Placement, Unplaceable, Wish, place
 
 log = structlog.get_logger()
 
@@ -50,7 +48,8 @@ class Relay:
         self._admission = admission
         self._fleet = fleet
         self._max_retries = max_retries
-        self._worker_wait = worker_wait_seconds
+        self._placing = Placing(fleet, worker_wait_seconds=worker_wait_seconds)
+        self.history = History()
         self.draining = False
         self._gone = asyncio.Event()
         self._runs: dict[Job, Run] = {}
@@ -77,6 +76,7 @@ class Relay:
         if self._gone.is_set():
             raise Draining(GONE)
         run = self._runs[job] = Run.of(job, listener)
+        self.history.begin(job, run.record)
         life = run.begin()
         began = time.monotonic()
         try:
@@ -101,6 +101,7 @@ class Relay:
         finally:
             run.end(State.CANCELLED)  # what has not ended otherwise
             del self._runs[job]
+            self.history.end(job)
             if run.first_token is not None:
                 run.timeline.first_token = run.first_token - began
         log.info(
@@ -109,6 +110,7 @@ class Relay:
             prompt_tokens=len(job.prompt),
             generated_tokens=run.generated_tokens,
             total_ms=_ms(time.monotonic() - began),
+            placed=run.record.reason,
             **_in_ms(run.timeline),
         )
         return run.timeline
@@ -154,8 +156,8 @@ class Relay:
         failures = 0
         avoid: set[str] = set()
         while lines:
-            prefill, decode = await self._place(run, lines, avoid)
-            leg = Leg(self._fleet, run, life, lines, prefill, decode, apart)
+            placed = await self._placing.place(run, lines, avoid)
+            leg = Leg(self._fleet, run, life, lines, placed, apart)
             try:
                 await leg.go()
             except LegFailed as failure:
@@ -175,6 +177,7 @@ class Relay:
             run.lives.remove(life)  # its lines have lives of their own now
 
     def _after_failure(self, run: Run, failure: LegFailed, failures: int) -> None:
+        run.record.failed(str(failure))
         log.log(
             logging.WARNING if failure.counts else logging.INFO,
             "leg.failed",
@@ -207,51 +210,6 @@ class Relay:
         if run.first_token is None:
             run.timeline.queue = (run.timeline.queue or 0.0) + time.monotonic() - entered
 
-    async def _place(
-        self, run: Run, lines: list[Line], avoid: set[str]
-    ) -> tuple[Worker, Worker | None]:
-        """Choose workers, waiting for some to be there.
-
-        Raises:
-            BadRequest: no worker that is there could ever do it.
-            NoWorkers: none came in time.
-        """
-        loop = asyncio.get_running_loop()
-        began, entered = loop.time(), time.monotonic()
-        job = run.job
-        left = job.max_tokens - len(lines[0].generated)
-        wish = Wish(
-            tokens=len(job.prompt) + max(0, len(lines[0].generated) - 1),
-            sequences=len(lines),
-            sampling=job.sampling,
-            decodes=left > 1 or bool(lines[0].generated),
-            avoid=frozenset(avoid),
-        )
-        while True:
-            chosen = place(self._fleet.snapshot(), wish)
-            if isinstance(chosen, Placement):
-                pair = self._pair(chosen)
-                run.timeline.place = time.monotonic() - entered
-                run.timeline.prefill_worker = chosen.prefill
-                run.timeline.decode_worker = chosen.decode or chosen.prefill
-                log.debug("request.placed", request=job.id, reason=chosen.reason)
-                return pair
-            _refuse(chosen)
-            patience = began + self._worker_wait - loop.time()
-            try:
-                async with asyncio.timeout(max(0.0, patience)):
-                    await self._fleet.changed()
-            except TimeoutError:
-                if loop.time() >= job.deadline:
-                    raise
-                raise NoWorkers(chosen.reason) from None
-
-    def _pair(self, chosen: Placement) -> tuple[Worker, Worker | None]:
-        prefill = self._fleet.worker(chosen.prefill)
-        decode = self._fleet.worker(chosen.decode) if chosen.decode is not None else None
-        assert prefill is not None
-        return prefill, decode
-
 
 def _ticket(job: Job) -> Ticket:
     return Ticket(
@@ -282,11 +240,6 @@ def _in_ms(timeline: Timeline) -> dict[str, float | int | str]:
         elif value:
             fields[name] = value
     return fields
-
-
-def _refuse(chosen: Unplaceable) -> None:
-    if chosen.field is not None:
-        raise BadRequest(chosen.reason, field=chosen.field, code="unsupported_value")
 
 
 def _first_error(group: ExceptionGroup[Exception]) -> Exception:

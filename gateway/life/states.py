@@ -11,7 +11,7 @@ must be placed apart (a worker died after they had diverged) goes on as several 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 
@@ -52,10 +52,13 @@ class Impossible(Exception):
 
 
 class Life:
-    """One request's place in the table."""
+    """One request's place in the table; `told` hears of every change."""
 
-    def __init__(self, state: State = State.QUEUED) -> None:
+    def __init__(
+        self, state: State = State.QUEUED, told: Callable[[State], None] = lambda _: None
+    ) -> None:
         self.state = state
+        self._told = told
 
     def become(self, state: State) -> None:
         """Go on to `state`.
@@ -66,3 +69,4 @@ class Life:
         if state not in NEXT[self.state]:
             raise Impossible(f"{self.state} cannot become {state}")
         self.state = state
+        self._told(state)

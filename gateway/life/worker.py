@@ -29,8 +29,8 @@ from backends.protocol import (
 )
 from gateway.admission.registry import WorkerRecord
 from gateway.life.cached import Known
-from gateway.placement import WorkerView
 
+PACE_STEPS = 8
 CONNECT_SECONDS = 5.0
 
 LegMessage = Granted | Refused | FirstToken | HandedOver | Landed | Failed
@@ -65,10 +65,11 @@ class Worker:
         self.load: Load | None = None
         self.cached = Known(record.id, welcome.info.pool_blocks)
         self.legs: dict[int, LegPort] = {}
-        self.prefilling: dict[int, int] = {}
         self.silent_ticks = 0
         self._link = link
         self._heard = heard
+        self._step = 0  # the last one that it told of
+        self._paced = (0, 0.0)
 
     @property
     def identity(self) -> tuple[str, int]:
@@ -81,11 +82,21 @@ class Worker:
         if type(message) is not Tokens:
             self._heard(self, message)
             return
+        self._step = message.step
         legs = self.legs
         for row in message.rows:
             leg = legs.get(row.handle)
             if leg is not None:
                 leg.token(row)
+
+    def pace(self, now: float) -> float | None:
+        """Seconds per step since the last answer; None while too few were told of to say."""
+        step, since = self._paced
+        steps = self._step - step
+        if steps < PACE_STEPS:
+            return None
+        self._paced = self._step, now
+        return (now - since) / steps
 
     @property
     def draining(self) -> bool:
@@ -104,21 +115,6 @@ class Worker:
     def give_up(self) -> None:
         """End the connection, without waiting for anything that is still to be sent."""
         self._link.abort("nothing was heard from it")
-
-    def view(self) -> WorkerView:
-        """What placement may know."""
-        info, load = self.welcome.info, self.load
-        return WorkerView(
-            id=self.id,
-            role=self.welcome.role,
-            info=info,
-            queued_tokens=max(
-                sum(self.prefilling.values()), load.waiting_tokens if load is not None else 0
-            ),
-            running=load.running if load is not None else 0,
-            free_blocks=load.free_blocks if load is not None else info.pool_blocks,
-            draining=self.draining,
-        )
 
 
 async def connect(

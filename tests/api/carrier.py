@@ -127,6 +127,7 @@ async def serving(
             "ledger": ledger,
             "workers": lambda: {"workers": [], "pairs": []},
             "drain": drain,
+            "request": lambda _: None,
             "registry": CollectorRegistry(),
             "observe": observe,
             **settings,

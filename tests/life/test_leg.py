@@ -29,8 +29,11 @@ from gateway.life.fleet import Fleet
 from gateway.life.job import Job
 from gateway.life.leg import Leg, LegFailed
 from gateway.life.line import Line, Run
+from gateway.life.placing import Placed
 from gateway.life.states import Life, State
 from gateway.life.worker import Worker
+from gateway.placement import Booking, Books, Placement, Wish
+from gateway.placement.views import Forecast, Reason
 from tests.life.cluster import SHAPE, Heard
 from transfer.layout import Epoch
 
@@ -57,6 +60,12 @@ def worker(name: str, role: str) -> Worker:
 def token(index: int, position: int) -> int:
     """The one true token of that sequence at that position."""
     return 1000 * (index + 1) + position
+
+
+def booked(job: Job) -> Booking:
+    forecast = Forecast(first_token=0, wait=0, beside=0, handoff=0, gap=0, delay=0)
+    wish = Wish(tokens=len(job.prompt), sequences=job.n, sampling=job.sampling)
+    return Books().place(Placement("p", "d", forecast, Reason("")), wish, 16, 0.0)
 
 
 class Track:
@@ -88,8 +97,7 @@ class Track:
             self.run,
             self.life,
             list(self.run.lines),
-            self.prefill,
-            self.decode,
+            Placed(self.prefill, self.decode, booked(job)),
             self.orphans.extend,
         )
 
