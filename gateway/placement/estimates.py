@@ -20,7 +20,7 @@ ENOUGH = 8
 LEAST_CREDIBLE = 0.3
 """Relative errors below this are never cut off."""
 CHANGED = 6
-"""So many errors in a row that are cut off on the same side are no accident."""
+"""So many large errors in a row, all to the same side, are no accident."""
 KILO, MEGA = 1e3, 1e6
 
 Vector = list[float]
@@ -55,17 +55,21 @@ class Fit:
         self.count += 1
         expected = max(self.predict(features), 1e-9)
         relative = [x / expected for x in features]
-        error = self._credible(seconds / expected - 1)
+        told = math.log(seconds / expected)
+        credible = self._credible(told)
+        error = math.expm1(credible)
         spread = [_dot(row, relative) for row in self._doubt]
         scale = FORGET + _dot(spread, relative)
         self.weights = [
             max(0.0, w + s / scale * error) for w, s in zip(self.weights, spread, strict=True)
         ]
-        self._narrow(spread, scale)
+        if credible == told:  # what was not believed leaves as much doubt as there was
+            self._narrow(spread, scale)
 
     def _credible(self, error: float) -> float:
+        """As much of an error as is believed; errors are logarithms of ratios."""
         limit = max(3 * self._spread, LEAST_CREDIBLE)
-        if abs(error) <= limit:
+        if abs(error) <= max(self._spread, LEAST_CREDIBLE):
             self._strays = 0
         else:
             side = 1 if error > 0 else -1
@@ -153,17 +157,17 @@ class Estimates:
     def _of_prefill(self, worker: str) -> Fit:
         prior = PrefillCost()
         weights = (prior.base, prior.linear * KILO, prior.square * MEGA)
-        return self._prefill.setdefault(worker, Fit(weights, (0.05, 1.0, 0.02)))
+        return self._prefill.setdefault(worker, Fit(weights, (0.1, 2.0, 0.05)))
 
     def _of_step(self, worker: str) -> Fit:
         prior = StepCost()
         weights = (prior.base, prior.row, prior.context * KILO)
-        return self._step.setdefault(worker, Fit(weights, (0.05, 2e-3, 1e-3)))
+        return self._step.setdefault(worker, Fit(weights, (0.2, 5e-3, 1e-3)))
 
 
 def _link_fit() -> Fit:
     prior = LinkCost()
-    return Fit((prior.base, prior.byte * MEGA), (0.02, 2e-3))
+    return Fit((prior.base, prior.byte * MEGA), (0.3, 0.03))
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:

@@ -1,6 +1,5 @@
 """Workers and wishes to place, with what things cost stated."""
 
-from math import inf
 from typing import Any
 
 from backends.api import BackendInfo, KVLayout
@@ -66,6 +65,3 @@ def snapshot(
 def wish(tokens: int = 1000, **more: Any) -> Wish:
     stated: dict[str, Any] = {"sequences": 1, "sampling": Sampling(), "expected": 100}
     return Wish(tokens=tokens, **{**stated, **more})
-
-
-NEVER = inf

@@ -58,7 +58,7 @@ def test_one_absurd_measurement_moves_nothing_far(absurd: float) -> None:
     assert all(after.seconds(n) == pytest.approx(before.seconds(n), rel=0.05) for n in SIZES)
 
 
-@pytest.mark.parametrize("factor", [3.0, 1 / 3, 1 / 50])
+@pytest.mark.parametrize("factor", [3.0, 1 / 3, 1 / 10])
 def test_a_worker_that_changes_is_followed(factor: float) -> None:
     learnt, rng = Estimates(), random.Random(2)
     teach(learnt, rng, 300)
