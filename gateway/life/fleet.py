@@ -286,6 +286,7 @@ class Fleet:
             now,
             draining=worker.draining,
             step_tokens=welcome.step_tokens,
+            kept=worker.cached.marks,
         )
 
     def _notify(self) -> None:

@@ -245,7 +245,7 @@ class Leg:
 
     def _on_first(self, message: FirstToken) -> None:
         run = self._run
-        self._booking.prefilled(message.prefill, asyncio.get_running_loop().time())
+        self._booking.prefilled(message.prefill, asyncio.get_running_loop().time(), message.cached)
         run.prefilled(message)
         here = self._decode is None
         self._become(State.DECODING if here else State.HANDING_OVER)

@@ -44,6 +44,7 @@ class Run:
     grant: Grant | None = None
     timer: asyncio.Timeout | None = None
     lives: list[Life] = field(default_factory=list)
+    marks: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, job: Job, listener: Listener) -> Run:

@@ -9,11 +9,12 @@ from math import inf
 import msgspec
 import structlog
 
+from backends.protocol import chain, mark
 from gateway.errors import BadRequest, DeadlineExceeded, NoWorkers
 from gateway.life.fleet import Fleet
 from gateway.life.line import Line, Run
 from gateway.life.worker import Worker
-from gateway.placement import Booking, Placement, Unplaceable, Wish, place
+from gateway.placement import Booking, Placement, Snapshot, Unplaceable, Wish, place
 
 log = structlog.get_logger()
 
@@ -60,8 +61,9 @@ class Placing:
         loop = asyncio.get_running_loop()
         began = loop.time()
         while True:
-            wish = _wish(run, lines, avoid, loop.time())
-            chosen = place(self._fleet.snapshot(), wish)
+            seen = self._fleet.snapshot()
+            wish = _wish(run, lines, avoid, seen, loop.time())
+            chosen = place(seen, wish)
             if isinstance(chosen, Placement):
                 return self._book(run, chosen, wish)
             if chosen.field is not None:
@@ -108,7 +110,18 @@ def _due(run: Run) -> float:
     return job.deadline if run.first_token is not None else min(job.deadline, job.first_token_by)
 
 
-def _wish(run: Run, lines: list[Line], avoid: set[str], now: float) -> Wish:
+def _marks(run: Run, seen: Snapshot) -> dict[str, tuple[int, ...]]:
+    """The marks of the prompt's prefixes in the layouts of workers that keep some; kept, too."""
+    job = run.job
+    for worker in seen.workers:
+        layout = worker.info.layout
+        if job.salt and worker.kept and layout.fingerprint not in run.marks:
+            links = chain(layout, job.salt, job.prompt)
+            run.marks[layout.fingerprint] = tuple(mark(link) for link in links)
+    return run.marks
+
+
+def _wish(run: Run, lines: list[Line], avoid: set[str], seen: Snapshot, now: float) -> Wish:
     job = run.job
     generated = len(lines[0].generated)
     left = job.max_tokens - generated
@@ -122,4 +135,5 @@ def _wish(run: Run, lines: list[Line], avoid: set[str], now: float) -> Wish:
         gap_seconds=job.gap_seconds,
         decodes=left > 1 or generated > 0,
         avoid=frozenset(avoid),
+        marks=_marks(run, seen),
     )

@@ -9,6 +9,7 @@ caller's clock, in seconds. How long things take is learnt on the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from enum import Enum
 
 from backends.protocol import BackendInfo, Role
@@ -54,14 +55,16 @@ class Booking:
         """The worker that holds its KV to the end."""
         return self.decode if self.decode is not None else self.prefill
 
-    def prefilled(self, seconds: float, now: float) -> None:
-        """Its first token is there, after `seconds` of prefill. Safe to call twice."""
+    def prefilled(self, seconds: float, now: float, cached: int = 0) -> None:
+        """Its first token is there, after `seconds` of prefill behind `cached` tokens.
+
+        Safe to call twice.
+        """
         if self.stage is Stage.PREFILL:
-            it = self._forecast
-            cached = it.cached
             # rows of others took their part of it, but never nearly all
-            own = max(seconds - it.beside, seconds / 4)
-            self._books.estimates.prefilled(self.prefill, self.tokens + cached, own, cached)
+            own = max(seconds - self._forecast.beside, seconds / 4)
+            tokens = self.tokens + self._forecast.cached
+            self._books.estimates.prefilled(self.prefill, tokens, own, min(cached, tokens - 1))
             self._books.leave_prefill(self, now)
             self.stage = Stage.HANDOFF
             if self.decode is None:
@@ -182,7 +185,7 @@ class Books:
         *,
         draining: bool = False,
         step_tokens: int = 0,
-        kept: frozenset[int] = frozenset(),
+        kept: AbstractSet[int] = frozenset(),
     ) -> WorkerView:
         """What is known of a connected worker."""
         it = self._accounts.get(worker) or _NOTHING

@@ -6,6 +6,7 @@ Seconds and tokens throughout; `inf` where there is no limit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from math import inf
 from typing import Literal
 
@@ -35,7 +36,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = STEP_TOKENS
     prefill: PrefillCost = PrefillCost()
     step: StepCost = StepCost()
-    kept: frozenset[int] = frozenset()
+    kept: AbstractSet[int] = frozenset()
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
