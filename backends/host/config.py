@@ -26,7 +26,9 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     used, `auto` standing for all that are there; `socket_dir` is a folder of this user alone for
     their sockets (empty: one is made). `faults` damages handoffs on purpose, for drills (see
     `transfer.faults`). `reuse` says whether KV is kept for later prefixes: `auto`, where that
-    changes no text (see `reuse.py`).
+    changes no text (see `reuse.py`). Requests
+    that are kept for nobody go on for `orphan_run_seconds`; beyond `max_orphans` of them, or
+    `max_orphan_tokens` generated tokens, the oldest are given up.
     """
 
     id: str
@@ -48,3 +50,6 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     socket_dir: str = ""
     faults: str = ""
     reuse: Literal["auto", "on", "off"] = "auto"
+    orphan_run_seconds: float = 10.0
+    max_orphans: int = 1024
+    max_orphan_tokens: int = 1 << 20

@@ -185,9 +185,9 @@ class Pushes:
         self._closed(work)
 
     def _tell(self, work: Prefilling, handed: Handed) -> None:
-        work.link.send(
+        work.held.tell(
             HandedOver(
-                handle=work.spec.handle,
+                handle=work.held.handle,
                 bytes=handed.receipt.bytes,
                 exposed=handed.exposed,
                 overlapped=handed.overlapped,

@@ -24,8 +24,8 @@ from backends.host.janitor import Janitor
 from backends.host.ledger import Holder, Ledger
 from backends.host.prefixes import Kept
 from backends.host.reuse import Reuse
-from backends.host.work import deadline_of, owner
-from backends.protocol import Link, RequestSpec
+from backends.host.work import Held, deadline_of
+from backends.protocol import RequestSpec
 from transfer.contract import Arrival, Buffer, Receiver
 from transfer.errors import KeptChanged, LandingGone
 from transfer.layout import Epoch, Landing
@@ -42,7 +42,7 @@ class Reserved:
     `kept` are the blocks that it has already, held by `reused` as long as it lasts.
     """
 
-    link: Link
+    held: Held
     spec: RequestSpec
     landing: Landing
     holder: Holder
@@ -111,7 +111,7 @@ class Landings:
 
     def reserve(
         self,
-        link: Link,
+        held: Held,
         spec: RequestSpec,
         *,
         prefill: str = "",
@@ -129,8 +129,7 @@ class Landings:
         receivers = tuple(it for it in self.receivers if transport in ("", it.endpoint.transport))
         if transport and not receivers:
             raise PoolExhausted(f"nothing is received over {transport}")
-        who = owner(link, spec)
-        reused = Holder("reused", who)
+        reused = Holder("reused", held.name)
         links = self._reuse.links(spec.salt, spec.prefix)
         tokens, headroom = len(spec.prefix), len(spec.sequences)
         most = (tokens - 1) // self._info.layout.block_tokens if partial else 0
@@ -140,11 +139,11 @@ class Landings:
         if full:
             self._ledger.release(reused)
             raise PoolExhausted(full)
-        holder, spare = Holder("landing", who), Holder("headroom", who)
+        holder, spare = Holder("landing", held.name), Holder("headroom", held.name)
         blocks = [it.block for it in kept] + self._ledger.take(wanted, holder)
         self._ledger.take(headroom, spare)
         reserved = Reserved(
-            link,
+            held,
             spec,
             self._mint(blocks, tokens, receivers, len(kept)),
             holder,

@@ -1,7 +1,8 @@
 """What each request holds on this worker, from its first message to its last token.
 
-Requests are named by their connection and handle. Whatever ends one (its last token, a cancel,
-a lost connection, a failure) comes through `cancel` or `_drop_running`, which give back all.
+Requests are named by their connection and handle (`book.py`). Whatever ends one (its last token,
+a cancel, a lost connection, a failure) comes through `_end` or `_drop_running`, which give back
+all; the tokens of some are kept beyond that (`keeping.py`).
 """
 
 from __future__ import annotations
@@ -9,33 +10,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 
 import structlog
 
 from backends.api import Output, Sampled, SteppedBackend
 from backends.errors import PoolExhausted, ProtocolError
+from backends.host.book import Book
 from backends.host.config import HostConfig
 from backends.host.handoff import Pushes, decode_note
 from backends.host.janitor import Janitor
+from backends.host.keeping import Keeper
 from backends.host.landings import Landings, Reserved
-from backends.host.ledger import Holder, Ledger
+from backends.host.ledger import Ledger
 from backends.host.objections import objection
 from backends.host.reuse import Reuse
 from backends.host.sharing import share_out
 from backends.host.steps import Item, StepLoop
-from backends.host.work import (
-    Prefilling,
-    Running,
-    deadline_of,
-    finish_reason,
-    owner,
-    sequences_of,
-)
+from backends.host.work import Held, Prefilling, Running, finish_reason, given_up
 from backends.protocol import (
+    Adopt,
     Cancel,
+    Disown,
     Failed,
     First,
     FirstToken,
@@ -56,19 +53,7 @@ from transfer.errors import LandingGone
 
 log = structlog.get_logger()
 
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """What one request holds here."""
-
-    prefilling: Prefilling | None = None
-    landing: str | None = None
-    running: dict[int, Running] = field(default_factory=dict)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is held any more."""
-        return self.prefilling is None and self.landing is None and not self.running
+ForRequests = Reserve | Prefill | Cancel | Flow | Disown | Adopt
 
 
 class Requests:
@@ -91,7 +76,7 @@ class Requests:
         self._info = backend.info
         self._ends = frozenset(backend.info.end_tokens)
         self._ledger = ledger
-        self._held: dict[tuple[Link, int], Held] = {}
+        self._book = Book()
         self.reuse = Reuse(config.reuse, backend.info, backend.pool, ledger, cache_changed)
         self._pushes = Pushes(
             sender,
@@ -124,109 +109,95 @@ class Requests:
             freed=self.steps.resume,
             shunned=load_changed,
         )
+        self.keeper = Keeper(config, self._book, self._stop, self._end, self.steps.resume)
 
     @property
     def idle(self) -> bool:
         """Whether no request holds anything."""
-        return not self._held
+        return not len(self._book)
 
     # ---- messages
 
-    def reserve(self, link: Link, message: Reserve) -> None:
+    def hear(self, link: Link, message: ForRequests) -> None:
+        """Do what a gateway asks for."""
+        match message:
+            case Reserve():
+                self._reserve(link, message)
+            case Prefill():
+                self._prefill(link, message)
+            case Adopt():
+                self.keeper.adopt(link, message)
+            case _ if (held := self._book.get(link, message.handle)) is not None:
+                self._change(held, message)
+
+    def _change(self, held: Held, message: Cancel | Flow | Disown) -> None:
+        match message:
+            case Flow() if message.index in held.running:
+                held.running[message.index].paused = message.paused
+                self.steps.resume()
+            case Disown():
+                self.keeper.disown(held)
+            case Cancel(indexes=None):
+                self.keeper.give_up(held)
+            case Cancel(indexes=(*indexes,)):
+                self._stop(held, indexes)
+                if held.claim and held.tracks.keys() <= set(indexes):
+                    self._end(held)
+
+    def _reserve(self, link: Link, message: Reserve) -> None:
         """Answer with a landing, or with why not."""
         spec = message.spec
-        detail = self._objection(link, spec, decode=True)
-        if detail:
-            link.send(Refused(handle=spec.handle, kind="invalid", detail=detail))
+        if self._refused(link, spec, decode=True):
             return
+        held = self._book.open(link, spec)
         try:
-            reserved = self.landings.reserve(
-                link,
-                spec,
-                prefill=message.prefill,
-                transport=message.transport,
-                partial=message.partial,
-            )
+            reserved = self._reserved(held, message)
         except PoolExhausted as error:
+            self._book.close(held)
             link.send(Refused(handle=spec.handle, kind="full", detail=str(error)))
         else:
-            self._hold(link, spec).landing = reserved.landing.id
+            held.landing = reserved.landing.id
             link.send(Granted(handle=spec.handle, landing=reserved.landing))
 
-    def prefill(self, link: Link, message: Prefill) -> None:
+    def _prefill(self, link: Link, message: Prefill) -> None:
         """Compute the prefix when its turn comes; push it while it is computed."""
         spec = message.spec
-        detail = self._objection(link, spec, decode=message.decode_here)
-        if detail:
-            link.send(Refused(handle=spec.handle, kind="invalid", detail=detail))
+        if self._refused(link, spec, decode=message.decode_here):
             return
         if self.steps.waiting >= self._config.max_waiting:
             detail = f"{self.steps.waiting} prefills wait already"
             link.send(Refused(handle=spec.handle, kind="full", detail=detail))
             return
-        work = Prefilling(
-            link=link,
-            spec=spec,
-            prefix=spec.prefix,
-            holder=Holder("prefill", owner(link, spec)),
-            headroom=Holder("headroom", owner(link, spec)),
-            decode_here=message.decode_here,
-            arrived=time.monotonic(),
-            deadline=deadline_of(spec),
-            sequences=sequences_of(spec),
-        )
+        held = self._book.open(link, spec)
+        work = held.prefilling = Prefilling.of(held, spec, decode_here=message.decode_here)
         if message.landing is not None:
             work.push = self._pushes.prepare(work, message.landing)
-        self._hold(link, spec).prefilling = work
         self.steps.add_prefill(work)
 
-    def flow(self, link: Link, message: Flow) -> None:
-        """Pause a sequence or let it go on."""
-        held = self._held.get((link, message.handle))
-        if held and message.index in held.running:
-            held.running[message.index].paused = message.paused
-            self.steps.resume()
-
-    def cancel(self, link: Link, message: Cancel) -> None:
-        """End a request, or some of its sequences, and give back what it holds."""
-        held = self._held.get((link, message.handle))
-        if held is None:
-            return
-        indexes = set(held.running) if message.indexes is None else set(message.indexes)
-        for running in [one for index, one in held.running.items() if index in indexes]:
-            self._drop_running(running)
-        if message.indexes is None:
-            if held.prefilling is not None:
-                self._drop_prefilling(held.prefilling)
-            if held.landing is not None:
-                self.landings.withdraw(held.landing)
-                held.landing = None
-        self._forget_if_empty(link, message.handle)
-
-    def cancel_all(self, link: Link) -> None:
-        """The gateway is gone, and with it every right of its requests."""
-        for owner_link, handle in list(self._held):
-            if owner_link is link:
-                self.cancel(link, Cancel(handle=handle))
+    def lose(self, link: Link) -> None:
+        """The gateway is gone, and with it every right of its requests but to be adopted."""
+        for held in self._book.of(link):
+            self.keeper.disown(held)
 
     def expire(self) -> None:
-        """End what has outlived its deadline; its gateway should have, and did not."""
+        """End what has outlived its deadline, which its gateway should have done, or its lease."""
+        self.keeper.sweep()
         now = asyncio.get_running_loop().time()
-        for (link, handle), held in list(self._held.items()):
-            works: list[Item] = [*held.running.values()]
-            if held.prefilling is not None:
-                works.append(held.prefilling)
-            if works and all(now > work.deadline for work in works):
+        for held in self._book:
+            computing = held.prefilling is not None or held.running
+            if computing and now > held.deadline:
                 phase: Phase = "prefill" if held.prefilling is not None else "decode"
-                self._fail(link, handle, phase, "deadline", "its deadline passed", retry=False)
+                self._fail(held, phase, "deadline", "its deadline passed", retry=False)
+            if held.claim and now > held.deadline:
+                self.keeper.give_up(held)
 
     def give_back(self, code: str, detail: str) -> None:
         """End everything here, so that it goes on elsewhere from the tokens that were sent."""
-        for (link, handle), held in list(self._held.items()):
+        for held in self._book:
             if held.prefilling is not None:
-                self._fail(link, handle, "prefill", code, detail)
+                self._fail(held, "prefill", code, detail)
             elif held.landing is not None:
-                self._fail(link, handle, "handoff", code, detail)
+                self._fail(held, "handoff", code, detail)
             for running in list(held.running.values()):
                 self.lost(running, code, detail)
 
@@ -244,9 +215,10 @@ class Requests:
             self._first(work, sequence_index, sampled)
             for sequence_index, sampled in enumerate(output.sampled)
         )
-        work.link.send(
+        work.held.note(firsts)
+        work.held.tell(
             FirstToken(
-                handle=work.spec.handle,
+                handle=work.held.handle,
                 first=firsts,
                 wait=work.started - work.arrived,
                 prefill=now - work.started,
@@ -266,19 +238,15 @@ class Requests:
         """One frame per gateway with all that this step gave; ended sequences give back."""
         frames: dict[Link, list[Token]] = defaultdict(list)
         for running, sampled in results:
-            sequence = running.sequence
+            sequence, held = running.sequence, running.held
             sequence.generated.append(sampled.token)
             finish = finish_reason(sequence, sampled.token, running.max_tokens, self._ends)
-            frames[running.link].append(
-                Token(
-                    running.handle,
-                    running.index,
-                    len(sequence.generated) - 1,
-                    sampled.token,
-                    finish,
-                    sampled.logprob,
-                )
-            )
+            if held.claim:
+                held.tracks[running.index].add(sampled.token, finish, sampled.logprob)
+            if held.link is not None:
+                position = len(sequence.generated) - 1
+                row = (held.handle, running.index, position, sampled.token, finish, sampled.logprob)
+                frames[held.link].append(Token(*row))
             if finish is not None:
                 self._drop_running(running)
         for link, rows in frames.items():
@@ -286,36 +254,32 @@ class Requests:
 
     def lost(self, item: Item, code: str, detail: str) -> None:
         """A step failed, or the pool ran dry."""
+        held = item.held
         if isinstance(item, Prefilling):
-            self._fail(item.link, item.spec.handle, "prefill", code, detail)
+            self._fail(held, "prefill", code, detail)
             return
+        if held.claim:
+            held.tracks[item.index].lost = True
         self._drop_running(item)
-        item.link.send(
-            Failed(
-                handle=item.handle,
-                phase="decode",
-                code=code,
-                detail=detail,
-                retry=True,
-                indexes=(item.index,),
-            )
-        )
+        held.tell(given_up(held.handle, (item.index,), code, detail))
 
     # ---- the sending end
 
     def _push_failed(self, work: Prefilling, code: str, detail: str) -> None:
-        self._fail(work.link, work.spec.handle, "handoff", code, detail)
+        self._fail(work.held, "handoff", code, detail)
 
     def _push_closed(self, work: Prefilling) -> None:
+        handed_over = work.held.prefilling is work
         self._drop_prefilling(work)
         self._release_source(work)
+        if handed_over:
+            self._book.close(work.held)  # the decode worker has all that is kept
 
     def _drop_prefilling(self, work: Prefilling) -> None:
         """Compute and push no more of `work`; its blocks go when nothing reads them."""
-        held = self._held.get((work.link, work.spec.handle))
-        if held is not None and held.prefilling is work:
-            held.prefilling = None
-            self._forget_if_empty(work.link, work.spec.handle)
+        if work.held.prefilling is work:
+            work.held.prefilling = None
+            self._close_if_over(work.held)
         self._pushes.cancel(work)
         self.steps.end(work, partial(self._release_source, work))
 
@@ -336,38 +300,38 @@ class Requests:
         known = {first.index for first in firsts}
         if not all(one.generated or one.index in known for one in spec.sequences):
             raise LandingGone("the note of the handoff lacks a first token")
-        held = self._hold(reserved.link, spec)
+        held = reserved.held
         held.landing = None
+        held.note(firsts)
         self._ledger.release(reserved.headroom)
         blocks = list(reserved.landing.blocks)
-        self._admit(reserved.link, spec, firsts, blocks, reserved.deadline, ingested=True)
+        self._admit(held, spec, firsts, blocks, ingested=True)
         self.reuse.keep(reserved.links, blocks, arrival.proofs)
         self._ledger.release(reserved.holder)
         self._ledger.release(reserved.reused)
-        reserved.link.send(Landed(handle=spec.handle, verify=arrival.verify_seconds))
-        self._forget_if_empty(reserved.link, spec.handle)
+        held.tell(Landed(handle=held.handle, verify=arrival.verify_seconds))
+        if held.epoch != held.born:  # its owner came late and may not know the first tokens
+            self.keeper.tell(held)
+        self._close_if_over(held)
 
     def _landing_failed(self, reserved: Reserved, code: str, detail: str) -> None:
         log.warning("landing.failed", request=reserved.spec.request, code=code, cause=detail)
-        held = self._held.get((reserved.link, reserved.spec.handle))
-        if held is not None:
-            held.landing = None
-        self._fail(reserved.link, reserved.spec.handle, "handoff", code, detail)
+        reserved.held.landing = None
+        self._fail(reserved.held, "handoff", code, detail)
 
     # ---- decoding
 
     def _decode_here(self, work: Prefilling, firsts: tuple[First, ...]) -> None:
         self._ledger.release(work.headroom)
-        self._admit(work.link, work.spec, firsts, work.blocks, work.deadline, ingested=False)
+        self._admit(work.held, work.spec, firsts, work.blocks, ingested=False)
         self._drop_prefilling(work)
 
     def _admit(
         self,
-        link: Link,
+        held: Held,
         spec: RequestSpec,
         firsts: tuple[First, ...],
         blocks: list[int],
-        deadline: float,
         *,
         ingested: bool,
     ) -> None:
@@ -375,14 +339,14 @@ class Requests:
         started, copies = share_out(
             self._ledger,
             self._info.layout.block_tokens,
-            link,
+            held,
             spec,
             firsts,
             blocks,
             max_tokens=self._limit(spec),
-            deadline=deadline,
+            deadline=held.deadline,
         )
-        self._hold(link, spec).running.update({one.index: one for one in started})
+        held.running.update({one.index: one for one in started})
         self.steps.add_running(started, ingested=blocks if ingested else (), copies=copies)
 
     def _limit(self, spec: RequestSpec) -> int:
@@ -397,9 +361,8 @@ class Requests:
         return First(index, sampled.token, finish, sampled.logprob)
 
     def _drop_running(self, running: Running) -> None:
-        held = self._held.get((running.link, running.handle))
-        if held is not None and held.running.pop(running.index, None) is not None:
-            self._forget_if_empty(running.link, running.handle)
+        if running.held.running.pop(running.index, None) is not None:
+            self._close_if_over(running.held)
         self.steps.end(running, partial(self._release_running, running))
 
     def _release_running(self, running: Running) -> None:
@@ -409,21 +372,57 @@ class Requests:
 
     # ---- the book of requests
 
-    def _objection(self, link: Link, spec: RequestSpec, *, decode: bool) -> str:
-        if (link, spec.handle) in self._held:
-            return f"handle: {spec.handle} is in use"
-        return objection(spec, self._info, self._config.role, decode=decode)
+    def _refused(self, link: Link, spec: RequestSpec, *, decode: bool) -> bool:
+        """Whether it can never run here, or is not this gateway's any more; says so."""
+        detail = objection(spec, self._info, self._config.role, decode=decode)
+        if self._book.get(link, spec.handle) is not None:
+            detail = f"handle: {spec.handle} is in use"
+        if detail:
+            link.send(Refused(handle=spec.handle, kind="invalid", detail=detail))
+            return True
+        return self.keeper.fenced(link, spec)
+
+    def _reserved(self, held: Held, message: Reserve) -> Reserved:
+        """A landing, in the place of what nobody owns if need be."""
+        spec = message.spec
+        wanted = self._info.layout.blocks_for(len(spec.prefix)) + len(spec.sequences)
+        if wanted > self._ledger.free:
+            self.keeper.reclaim()
+        return self.landings.reserve(
+            held,
+            spec,
+            prefill=message.prefill,
+            transport=message.transport,
+            partial=message.partial,
+        )
+
+    def _stop(self, held: Held, indexes: Iterable[int]) -> None:
+        """Decode these sequences no more."""
+        for index in indexes:
+            if index in held.running:
+                self._drop_running(held.running[index])
+
+    def _end(self, held: Held) -> None:
+        """Give back all that a request holds, now or when the step that uses it is over."""
+        self._stop(held, tuple(held.running))
+        if held.prefilling is not None:
+            self._drop_prefilling(held.prefilling)
+        if held.landing is not None:
+            self.landings.withdraw(held.landing)
+            held.landing = None
+        self._close_if_over(held)
 
     def _fail(
-        self, link: Link, handle: int, phase: Phase, code: str, detail: str, *, retry: bool = True
+        self, held: Held, phase: Phase, code: str, detail: str, *, retry: bool = True
     ) -> None:
-        self.cancel(link, Cancel(handle=handle))
-        link.send(Failed(handle=handle, phase=phase, code=code, detail=detail, retry=retry))
+        handle = held.handle
+        failed = Failed(handle=handle, phase=phase, code=code, detail=detail, retry=retry)
+        held.failure = failed
+        self._end(held)
+        held.tell(failed)
+        if held.link is None and not held.tokens:
+            self._book.close(held)  # there is nothing to adopt
 
-    def _hold(self, link: Link, spec: RequestSpec) -> Held:
-        return self._held.setdefault((link, spec.handle), Held())
-
-    def _forget_if_empty(self, link: Link, handle: int) -> None:
-        held = self._held.get((link, handle))
-        if held is not None and held.empty:
-            del self._held[link, handle]
+    def _close_if_over(self, held: Held) -> None:
+        if held.idle and not held.claim:
+            self._book.close(held)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from backends.host.ledger import Holder, Ledger
-from backends.host.work import Running, owner, sequences_of
-from backends.protocol import First, Link, RequestSpec
+from backends.host.work import Held, Running, sequences_of
+from backends.protocol import First, RequestSpec
 
 
 def share_out(
     ledger: Ledger,
     block_tokens: int,
-    link: Link,
+    held: Held,
     spec: RequestSpec,
     firsts: tuple[First, ...],
     blocks: list[int],
@@ -33,7 +33,7 @@ def share_out(
             continue
         if first is not None:
             sequence.generated.append(first.token)
-        holder = Holder("decode", f"{owner(link, spec)}/{one.index}")
+        holder = Holder("decode", f"{held.name}/{one.index}")
         table = list(blocks)
         if rest and started:
             table[full:] = ledger.take(1, holder)
@@ -43,8 +43,7 @@ def share_out(
             ledger.share(blocks, holder)
         started.append(
             Running(
-                link=link,
-                handle=spec.handle,
+                held=held,
                 index=one.index,
                 sequence=sequence,
                 blocks=table,

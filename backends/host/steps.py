@@ -276,7 +276,7 @@ class StepLoop:
             try:
                 running.blocks += self._ledger.take(1, running.holder)
             except PoolExhausted:
-                victim = max(self._running, key=lambda one: one.deadline)
+                victim = max(self._running, key=_slack)
                 self._outcome.lost(victim, "preempted", "the pool ran dry")
                 if victim is running:
                     return False
@@ -377,6 +377,11 @@ class StepLoop:
         if end == len(work.prefix):
             self._prefills.remove(work)
             self._outcome.prefilled(work, output)
+
+
+def _slack(running: Running) -> tuple[bool, float]:
+    """Who is preempted first: what nobody owns, then what has most time left."""
+    return running.held.link is None, running.deadline
 
 
 def _check(outputs: list[Output], rows: list[Row]) -> None:

@@ -1,21 +1,108 @@
 """What a worker is working on: prefixes being prefilled and sequences being decoded.
 
-Both are written on the event loop only. While `busy`, a step (or the copies before it) uses
-their blocks, and whoever ends them waits for that step before the blocks go free.
+All is written on the event loop only. While an item is `busy`, a step (or the copies before it)
+uses its blocks, and whoever ends it waits for that step before the blocks go free.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backends.api import Logprob, Sequence
 from backends.host.ledger import Holder
-from backends.protocol import FinishReason, Link, RequestSpec
+from backends.protocol import Failed, FinishReason, First, Link, Message, RequestSpec, Token
 
 if TYPE_CHECKING:
     from backends.host.handoff import Push
+
+
+@dataclass(slots=True, eq=False)
+class Track:
+    """The tokens of one sequence so far, kept for whoever adopts it.
+
+    `logprobs` are those of its last tokens, where they were asked for. `lost`: it cannot go on
+    here, and must be prefilled again from these tokens.
+    """
+
+    tokens: list[int]
+    logprobs: list[Logprob]
+    finish: FinishReason | None = None
+    lost: bool = False
+
+    def add(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> None:
+        """One more token."""
+        self.tokens.append(token)
+        self.finish = finish
+        if logprob is not None:
+            self.logprobs.append(logprob)
+
+    def rows(self, handle: int, index: int) -> list[Token]:
+        """All of it, as its owner gets it."""
+        unknown = len(self.tokens) - len(self.logprobs)
+        last = len(self.tokens) - 1
+        return [
+            Token(
+                handle,
+                index,
+                position,
+                token,
+                self.finish if position == last else None,
+                self.logprobs[position - unknown] if position >= unknown else None,
+            )
+            for position, token in enumerate(self.tokens)
+        ]
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """What one request holds here, and for whom.
+
+    `link` and `handle` are its owner's; they change when another gateway adopts it, and `link` is
+    None while nobody owns it. `name` is how the ledger calls it, unique on this worker. `epoch` is
+    the owner's, `born` that of its beginning. What is kept (`claim` is not empty) has a track for
+    each sequence, and stays until its owner lets go, nobody wants it, or `deadline` passes;
+    `failure` says why it cannot go on.
+    """
+
+    link: Link | None
+    handle: int
+    name: str
+    deadline: float = 0.0
+    claim: str = ""
+    keep_seconds: float = 0.0
+    born: int = 0
+    epoch: int = 0
+    tracks: dict[int, Track] = field(default_factory=dict)
+    failure: Failed | None = None
+    prefilling: Prefilling | None = None
+    landing: str | None = None
+    running: dict[int, Running] = field(default_factory=dict)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is computed, awaited or held in the pool for it."""
+        return self.prefilling is None and self.landing is None and not self.running
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are kept."""
+        return sum(len(track.tokens) for track in self.tracks.values())
+
+    def tell(self, message: Message) -> None:
+        """Send `message` to the owner, if there is one."""
+        if self.link is not None:
+            self.link.send(message)
+
+    def note(self, firsts: Iterable[First]) -> None:
+        """Keep the first tokens of sequences that are kept."""
+        for first in firsts:
+            track = self.tracks.get(first.index)
+            if track is not None and not track.tokens:
+                track.add(first.token, first.finish, first.logprob)
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +112,7 @@ class Prefilling:
     `reused` tokens of it were here already; while they are looked at again it is `checking`.
     """
 
-    link: Link
+    held: Held
     spec: RequestSpec
     prefix: list[int]
     holder: Holder
@@ -46,6 +133,21 @@ class Prefilling:
     busy: bool = False
     ended: bool = False
 
+    @classmethod
+    def of(cls, held: Held, spec: RequestSpec, *, decode_here: bool) -> Prefilling:
+        """A prefix that has just arrived."""
+        return cls(
+            held=held,
+            spec=spec,
+            prefix=spec.prefix,
+            holder=Holder("prefill", held.name),
+            headroom=Holder("headroom", held.name),
+            decode_here=decode_here,
+            arrived=time.monotonic(),
+            deadline=held.deadline,
+            sequences=sequences_of(spec),
+        )
+
     @property
     def bound(self) -> bool:
         """Whether the token after the prefix is known already and must not be sampled."""
@@ -56,8 +158,7 @@ class Prefilling:
 class Running:
     """A sequence that is decoded here."""
 
-    link: Link
-    handle: int
+    held: Held
     index: int
     sequence: Sequence
     blocks: list[int]
@@ -80,9 +181,11 @@ class Running:
         return (self.sequence.prompt + self.sequence.generated)[: self.start]
 
 
-def owner(link: Link, spec: RequestSpec) -> str:
-    """How the ledger names whom blocks are held for; unique on this worker."""
-    return f"{spec.request}#{spec.handle}@{id(link):x}"
+def given_up(handle: int, indexes: tuple[int, ...], code: str, detail: str) -> Failed:
+    """Some sequences cannot go on here; prefilling them again may help."""
+    return Failed(
+        handle=handle, phase="decode", code=code, detail=detail, retry=True, indexes=indexes
+    )
 
 
 def deadline_of(spec: RequestSpec) -> float:

@@ -1,7 +1,7 @@
 """The worker host: one control endpoint around one backend.
 
 It greets gateways and hands their messages on to `requests.py`. What a gateway holds here ends
-with its connection.
+with its connection, but for what is to be kept for another one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from backends.host.requests import Requests
 from backends.host.steps import DeviceHangs
 from backends.protocol import (
     CACHES,
+    Adopt,
     Cancel,
+    Disown,
     Door,
     Drain,
     Flow,
@@ -219,7 +221,7 @@ class WorkerHost:
         if link in self._links:
             self._links.discard(link)
             self._publisher.leave(link)
-            self._requests.cancel_all(link)
+            self._requests.lose(link)
             log.info("gateway.lost", reason=reason)
 
     def _greet(self, link: Link, message: Message) -> None:
@@ -276,14 +278,8 @@ class WorkerHost:
             case Reserve() | Prefill() if self.draining.is_set():
                 handle = message.spec.handle
                 link.send(Refused(handle=handle, kind="draining", detail="this worker drains"))
-            case Reserve():
-                self._requests.reserve(link, message)
-            case Prefill():
-                self._requests.prefill(link, message)
-            case Cancel():
-                self._requests.cancel(link, message)
-            case Flow():
-                self._requests.flow(link, message)
+            case Reserve() | Prefill() | Cancel() | Flow() | Disown() | Adopt():
+                self._requests.hear(link, message)
             case Meet() if (link, message.worker) in self._meeting:
                 pass  # a gateway asks again while a dead address keeps us waiting
             case Meet():

@@ -20,6 +20,9 @@ from backends.protocol.greeting import (
     DRAINS as DRAINS,
 )
 from backends.protocol.greeting import (
+    KEEPS as KEEPS,
+)
+from backends.protocol.greeting import (
     LOWEST as LOWEST,
 )
 from backends.protocol.greeting import (
@@ -53,6 +56,12 @@ from backends.protocol.messages import (
     MOST_MARKS as MOST_MARKS,
 )
 from backends.protocol.messages import (
+    Adopt as Adopt,
+)
+from backends.protocol.messages import (
+    Adopted as Adopted,
+)
+from backends.protocol.messages import (
     BackendInfo as BackendInfo,
 )
 from backends.protocol.messages import (
@@ -63,6 +72,9 @@ from backends.protocol.messages import (
 )
 from backends.protocol.messages import (
     Challenge as Challenge,
+)
+from backends.protocol.messages import (
+    Disown as Disown,
 )
 from backends.protocol.messages import (
     Drain as Drain,
@@ -119,6 +131,9 @@ from backends.protocol.messages import (
     Met as Met,
 )
 from backends.protocol.messages import (
+    Part as Part,
+)
+from backends.protocol.messages import (
     Phase as Phase,
 )
 from backends.protocol.messages import (
@@ -147,6 +162,9 @@ from backends.protocol.messages import (
 )
 from backends.protocol.messages import (
     SequenceSpec as SequenceSpec,
+)
+from backends.protocol.messages import (
+    Stage as Stage,
 )
 from backends.protocol.messages import (
     ToGateway as ToGateway,

@@ -32,6 +32,9 @@ CACHES = 3
 """The version from which on a worker says what it keeps of prefixes (`Cached`), and hands over only
 the rest."""
 
+KEEPS = 3
+"""The version from which on a worker keeps requests for others: `Disown`, `Adopt`."""
+
 LOWEST = 2
 """The oldest version that is spoken too: the one before, so that a rolling upgrade works."""
 

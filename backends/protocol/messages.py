@@ -24,6 +24,9 @@ TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 20)]
 Role = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length"]
 Phase = Literal["reserve", "prefill", "handoff", "decode"]
+Stage = Literal["prefilling", "landing", "decoding"]
+Claim = Annotated[str, msgspec.Meta(max_length=128)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 MOST_MARKS = 8192
 """In one message. More take several."""
@@ -40,11 +43,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults
 
 
 class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One sequence of a request: how it samples, and the tokens it has already (binding)."""
+    """One sequence of a request: how it samples, and the tokens it has already (binding).
+
+    `logprobs` are those of the last of these tokens; for a request that is kept, where wanted.
+    """
 
     index: int
     seed: int
     generated: TokenIds = []
+    logprobs: Annotated[tuple[Logprob, ...], msgspec.Meta(max_length=1 << 20)] = ()
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -57,6 +64,11 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     KV of full blocks is kept for, and taken from, requests with the same `salt` (see `chain.py`);
     without one it is neither.
+
+    With a `claim`, what the request has here is kept for `keep_seconds` when its connection is
+    lost or it is disowned: it goes on, and any gateway that shows a higher `epoch` may adopt it.
+    A claim names one request of one client, however many attempts there are at it; each of them
+    has an epoch of its own.
     """
 
     handle: int
@@ -68,6 +80,9 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     deadline_seconds: float
     prompt_logprobs: int | None = None
     salt: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    claim: Claim = ""
+    epoch: Count = 0
+    keep_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
 
     @property
     def prefix(self) -> list[int]:
@@ -129,10 +144,32 @@ class Prefill(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """Stop this request, or those of its sequences that `indexes` names, and free its blocks."""
+    """Stop this request, or those of its sequences that `indexes` names, and free its blocks.
+
+    What is kept under a claim keeps the tokens of sequences that are named; a cancel without
+    names ends that too.
+    """
 
     handle: int
     indexes: tuple[int, ...] | None = None
+
+
+class Disown(Message, frozen=True):
+    """This gateway's client has left: keep what has a claim for whoever adopts it."""
+
+    handle: int
+
+
+class Adopt(Message, frozen=True):
+    """Give what is kept under `claim` to this gateway, and nobody with a lower epoch any more.
+
+    The answer is `Adopted`, then all tokens so far. A part whose first sequence is `index` has
+    the handle `handle + index` from then on; whoever had it gets `Failed` with code `fenced`.
+    """
+
+    handle: int
+    claim: Claim
+    epoch: Count
 
 
 class Flow(Message, frozen=True):
@@ -260,6 +297,26 @@ class Landed(Message, frozen=True):
     verify: float
 
 
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """What one worker keeps of one attempt, which began under `epoch`, at some sequences.
+
+    A prefill and a decode worker have each a part of an attempt whose handoff is under way.
+    """
+
+    handle: int
+    epoch: int
+    stage: Stage
+    indexes: tuple[int, ...]
+
+
+class Adopted(Message, frozen=True):
+    """Answer to `Adopt`. An `epoch` as high as the asked one, or higher: it is another's."""
+
+    handle: int
+    epoch: int
+    parts: tuple[Part, ...] = ()
+
+
 class Token(msgspec.Struct, frozen=True, array_like=True):
     """One generated token. `position` counts generated tokens of the sequence from 0."""
 
@@ -337,7 +394,9 @@ class Ledger(Message, frozen=True):
     note: str = ""
 
 
-ToWorker = Hello | Proof | Meet | Reserve | Prefill | Cancel | Flow | Drain | Inspect
+ToWorker = (
+    Hello | Proof | Meet | Reserve | Prefill | Cancel | Flow | Drain | Inspect | Disown | Adopt
+)
 ToGateway = (
     Challenge
     | Welcome
@@ -353,4 +412,5 @@ ToGateway = (
     | Load
     | Cached
     | Ledger
+    | Adopted
 )

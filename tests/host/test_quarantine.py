@@ -16,6 +16,7 @@ from backends.host.janitor import Janitor
 from backends.host.landings import Landings
 from backends.host.ledger import Ledger
 from backends.host.reuse import Reuse
+from backends.host.work import Held
 from backends.protocol import Link, RequestSpec, SequenceSpec, ToWorker
 from transfer.contract import Arrival
 from transfer.layout import Endpoint
@@ -82,7 +83,12 @@ class Desk:
             max_tokens=1,
             deadline_seconds=9,
         )
-        return self.landings.reserve(self._link, spec, prefill=prefill, transport=transport)
+        return self.landings.reserve(
+            Held(self._link, spec.handle, str(spec.handle)),
+            spec,
+            prefill=prefill,
+            transport=transport,
+        )
 
     def withdraw(self, reserved: Any) -> None:
         self.landings.withdraw(reserved.landing.id)

@@ -72,7 +72,7 @@ async def test_a_sequence_given_up_while_no_worker_is_there_goes_on_once(redis_u
         made.hosts["d"].drain()
         await made.until(lambda: all(view.draining for view in made.fleet.snapshot().workers[1:]))
         requests = made.hosts["d"]._requests
-        (held,) = requests._held.values()
+        (held,) = requests._book
         requests.lost(held.running[0], "preempted", "on purpose")
         await asyncio.sleep(0.05)
         await made.kill("d")
@@ -113,7 +113,7 @@ async def test_a_paused_sequence_stays_paused_when_its_worker_dies(redis_url: st
         await made.kill("d")
         await made.start("d", "decode", **DECODE)
         requests = made.hosts["d"]._requests
-        await made.until(lambda: any(held.running for held in requests._held.values()))
+        await made.until(lambda: any(held.running for held in requests._book))
         before = len(heard.tokens[0])
         await asyncio.sleep(0.1)
         assert len(heard.tokens[0]) <= before + 3

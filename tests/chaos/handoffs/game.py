@@ -146,7 +146,7 @@ class Game:
 
     def handoff(self, work: Prefilling) -> Handoff:
         """Whose work it is."""
-        link: Any = work.link
+        link: Any = work.held.link
         assert isinstance(link, Handoff)
         return link
 

@@ -18,7 +18,7 @@ from backends.host.landings import Landings, Reserved
 from backends.host.ledger import Holder, Ledger
 from backends.host.reuse import Reuse
 from backends.host.sharing import share_out
-from backends.host.work import Prefilling, Running, deadline_of, owner, sequences_of
+from backends.host.work import Held, Prefilling, Running, deadline_of, sequences_of
 from tests.chaos.handoffs import truth
 from tests.chaos.handoffs.plot import (
     COMMIT_SECONDS,
@@ -47,6 +47,12 @@ def info_of(layout: KVLayout, blocks: int) -> BackendInfo:
         continuation="exact",
         sampling=frozenset(),
     )
+
+
+def held_by(handoff: Handoff) -> Held:
+    """What a handoff holds; it stands where the connection of a gateway would."""
+    link: Any = handoff
+    return Held(link, handoff.spec.handle, f"{handoff.spec.request}#{handoff.spec.handle}")
 
 
 class Worker:
@@ -131,13 +137,13 @@ class Prefill(Worker):
     def begin(self, handoff: Handoff, landing: Landing) -> bool:
         """Compute and push the prefix; False when there is no room for it here."""
         spec = handoff.spec
-        link: Any = handoff
+        held = held_by(handoff)
         work = Prefilling(
-            link=link,
+            held=held,
             spec=spec,
             prefix=spec.prefix,
-            holder=Holder("prefill", owner(link, spec)),
-            headroom=Holder("headroom", owner(link, spec)),
+            holder=Holder("prefill", held.name),
+            headroom=Holder("headroom", held.name),
             decode_here=False,
             arrived=0.0,
             deadline=deadline_of(spec),
@@ -237,8 +243,7 @@ class Decode(Worker):
 
     def reserve(self, handoff: Handoff) -> Reserved:
         """As `Landings.reserve`."""
-        link: Any = handoff
-        reserved = self.landings.reserve(link, handoff.spec)
+        reserved = self.landings.reserve(held_by(handoff), handoff.spec)
         self.game.checks.books(self)
         return reserved
 
@@ -265,7 +270,7 @@ class Decode(Worker):
 
     def _admit(self, reserved: Reserved, arrival: Arrival) -> None:
         """What `Requests` does with an arrival, and the look at the pool that it cannot take."""
-        handoff: Any = reserved.link
+        handoff: Any = reserved.held.link
         firsts = decode_note(arrival.note)
         handoff.received_ended("admitted")
         self.game.checks.arrival(self, handoff, firsts)
@@ -273,7 +278,7 @@ class Decode(Worker):
         started, copies = share_out(
             self.ledger,
             self.info.layout.block_tokens,
-            reserved.link,
+            reserved.held,
             reserved.spec,
             firsts,
             list(reserved.landing.blocks),
@@ -290,7 +295,7 @@ class Decode(Worker):
         loop.call_later(handoff.decode_seconds / 2, self.game.strike, handoff, "decode")
 
     def _failed(self, reserved: Reserved, code: str, detail: str) -> None:
-        handoff: Any = reserved.link
+        handoff: Any = reserved.held.link
         handoff.received_ended(f"failed: {code}")
         self.game.checks.books(self)
 
