@@ -96,7 +96,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     and what the HTTP side adds before and after; `exposed_transfer` and `verify` belong to the
     first gap, as does `first_step` (from the admission to the second token here);
     `overlapped_transfer` costs nothing and is shown apart. The KV of the prompt's first
-    `cached_tokens` did not have to be computed. `unaccounted` is what of
+    `cached_tokens` did not have to be computed, that of its first `present_tokens` not be sent. `unaccounted` is what of
     `first_token` the other durations do not explain.
     """
 
@@ -111,6 +111,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     first_step: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
+    present_tokens: int = 0
     retries: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""

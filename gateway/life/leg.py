@@ -190,7 +190,9 @@ class Leg:
         if self._over in done:
             self._over.result()
         self._run.timeline.reserve = time.monotonic() - began
-        return self._granted.result()
+        landing = self._granted.result()
+        self._run.timeline.present_tokens = landing.present
+        return landing
 
     # ---- what workers say (`worker.LegPort`)
 
