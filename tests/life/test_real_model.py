@@ -108,3 +108,51 @@ async def test_three_sequences_share_one_handoff_and_repeat_with_their_seed(pair
     assert pair.hosts["d"]._requests.landings._count == before + 1
     assert len({tuple(line) for line in first.values()}) == 3
     assert await say(pair, prompt, **job) == first
+
+
+def families() -> list[list[int]]:
+    """Prompts that share beginnings of unlike lengths, each of them a few times."""
+    dice = np.random.default_rng(11)
+    roots = [dice.integers(3, 49000, length).tolist() for length in (33, 70, 161, 400)]
+    tails = (2, 9, 31, 64)
+    return [
+        [*root[: len(root) - cut], *dice.integers(3, 49000, tail).tolist()]
+        for cut in (0, 7)
+        for root in roots
+        for tail in tails
+    ]
+
+
+async def test_text_is_the_same_with_kv_that_was_there_already(
+    pair: Cluster, redis_url: str, engines: dict[str, EmulationBackend]
+) -> None:
+    """Asked twice: the second time nearly all of each prompt is there, on both sides."""
+    asked = families()
+    jobs = [{"sampling": GREEDY, "max_tokens": 6}, {"sampling": WARM, "max_tokens": 6}]
+    async with cluster(redis_url) as made:
+        await made.start("b", "both", backend=Kept(engines["b"]), host={**CHUNK, "reuse": "off"})
+        await made.until(lambda: made.fleet.workers)
+        texts = [(await say(made, prompt, **jobs[i % 2]))[0] for i, prompt in enumerate(asked)]
+    cached = present = 0
+    desk = Desk(engines["b"])
+    for round_ in range(2):
+        for i, prompt in enumerate(asked):
+            heard = Heard()
+            timeline = await pair.carry(pair.job(prompt, seconds=300.0, **jobs[i % 2]), heard)
+            cached += timeline.cached_tokens
+            present += timeline.present_tokens
+            assert timeline.retries == 0
+            if round_:
+                assert timeline.cached_tokens == (len(prompt) - 2) // 32 * 32
+                assert timeline.present_tokens == (len(prompt) - 1) // 16 * 16
+            assert_same_or_near_tie(
+                heard.tokens[0],
+                texts[i],
+                prompt=prompt,
+                logits_after=desk.logprobs_after,
+                temperature=float(i % 2),
+                seed=7,
+            )
+    assert cached > 5000
+    assert present > 5000
+    await pair.balanced()
