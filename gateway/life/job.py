@@ -96,8 +96,8 @@ class Timeline(msgspec.Struct, kw_only=True):
     and what the HTTP side adds before and after; `exposed_transfer` and `verify` belong to the
     first gap, as does `first_step` (from the admission to the second token here);
     `overlapped_transfer` costs nothing and is shown apart. The KV of the prompt's first
-    `cached_tokens` did not have to be computed, that of its first `present_tokens` not be sent. `unaccounted` is what of
-    `first_token` the other durations do not explain.
+    `cached_tokens` did not have to be computed, that of its first `present_tokens` not to be sent.
+    `unaccounted` is what of `first_token` the other durations do not explain.
     """
 
     queue: float | None = None
