@@ -1,0 +1,128 @@
+"""Those who ask, and what they must hear: the whole right text, or why not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+
+from loadtest.sse import Events
+from tests.storm.site import MODEL
+
+End = Literal["whole", "error", "broken", "cut"]
+ATTEMPTS = 5
+PAUSE_SECONDS = 0.1
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """One completion: a prompt of token ids, and how it is continued."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    n: int = 1
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As it is posted."""
+        return {
+            "model": MODEL,
+            "prompt": list(self.prompt),
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "n": self.n,
+            "stream": True,
+            "return_token_ids": True,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+
+
+@dataclass
+class Answer:
+    """What one client heard.
+
+    `end` is `whole`, a typed `error`, a connection that was `broken` for all to see, or a stream
+    that was `cut` and looks like an end, which must never be.
+    """
+
+    end: End = "broken"
+    code: str = ""
+    detail: str = ""
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    text: dict[int, str] = field(default_factory=dict)
+    finish: dict[int, str] = field(default_factory=dict)
+    attempts: int = 0
+    resumed: int = 0
+    longest_pause: float = 0.0
+    began: float = 0.0
+
+
+class Ordinary:
+    """Streams, and knows several gateways: one that it cannot connect to is passed over."""
+
+    def __init__(self, http: aiohttp.ClientSession, urls: Sequence[str]) -> None:
+        self._http = http
+        self._urls = urls
+        self._turn = 0
+
+    async def ask(self, ask: Ask) -> Answer:
+        """One answer, however it ends."""
+        answer = Answer(began=time.monotonic())
+        while answer.attempts < ATTEMPTS:
+            answer.attempts += 1
+            self._turn += 1
+            url = self._urls[self._turn % len(self._urls)]
+            try:
+                async with self._http.post(f"{url}/v1/completions", json=ask.body) as got:
+                    await hear(got, answer)
+            except aiohttp.ClientConnectorError as error:
+                answer.detail = f"not connected: {error}"
+                await asyncio.sleep(PAUSE_SECONDS)
+                continue
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                answer.detail = f"{url}: {type(error).__name__}: {error}"
+            break
+        return answer
+
+
+async def hear(got: aiohttp.ClientResponse, answer: Answer) -> None:
+    """Take one response in; a connection that breaks raises."""
+    if got.status != 200:
+        body = await got.json()
+        answer.end, answer.code = "error", body["error"]["code"]
+        answer.detail = f"{got.status}: {body['error']['message']}"
+        return
+    events = Events()
+    last = time.monotonic()
+    async for piece in got.content.iter_any():
+        for data in events.feed(piece):
+            now = time.monotonic()
+            answer.longest_pause = max(answer.longest_pause, now - last)
+            last = now
+            take(data, answer)
+    if answer.end == "broken":
+        answer.end = "cut"
+
+
+def take(data: str, answer: Answer) -> None:
+    """One event of a stream."""
+    if data == "[DONE]":
+        answer.end = "whole"
+        return
+    event = msgspec.json.decode(data)
+    if "error" in event:
+        answer.end, answer.code = "error", event["error"]["code"]
+        answer.detail = event["error"]["message"]
+        return
+    for choice in event["choices"]:
+        index = choice["index"]
+        answer.text[index] = answer.text.get(index, "") + choice["text"]
+        answer.tokens.setdefault(index, []).extend(choice.get("token_ids") or ())
+        if choice["finish_reason"]:
+            answer.finish[index] = choice["finish_reason"]
