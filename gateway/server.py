@@ -180,6 +180,7 @@ def workers(fleet: Fleet) -> dict[str, Any]:
                 "axes": layouts[worker.id].axes,
                 "transports": [it.transport for it in worker.welcome.endpoints],
                 "left_out": worker.welcome.left_out,
+                "breaker": fleet.breakers.shown(worker.id),
                 "load": msgspec.structs.asdict(worker.load) if worker.load is not None else None,
             }
             for worker in sorted(connected.values(), key=lambda worker: worker.id)
@@ -193,6 +194,7 @@ def workers(fleet: Fleet) -> dict[str, Any]:
                 "plan": met.plan,
                 "refusal": met.refusal,
                 "shunned": prefill in connected[decode].shunned,
+                "breaker": fleet.breakers.shown((prefill, decode)),
                 "unlike_weights": layouts[prefill].weights != layouts[decode].weights,
             }
             for prefill, decode, met in sorted(fleet.pairs, key=lambda pair: pair[:2])

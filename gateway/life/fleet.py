@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -33,6 +33,7 @@ from backends.protocol import (
 )
 from gateway.admission.registry import WorkerRecord
 from gateway.errors import BadRequest, DeadlineExceeded, NoSuchWorker
+from gateway.life.breakers import Breakers
 from gateway.life.pairs import Pairs
 from gateway.life.worker import Worker, connect
 from gateway.placement import Booking, Books, Placement, Snapshot, Wish, WorkerView
@@ -71,6 +72,7 @@ class Fleet:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._workers: dict[str, Worker] = {}
         self._pairs = Pairs(self._workers, self._notify)
+        self.breakers = Breakers(_now, _later, self._notify)
         self._tasks = asyncio.TaskGroup()
         self._runs = False  # until `run`, which follows what was learnt before
         self._changed = asyncio.Event()
@@ -95,6 +97,7 @@ class Fleet:
     def update(self, records: Mapping[str, WorkerRecord]) -> None:
         """The registry's news: connect to these, and to no others once they are gone."""
         self._records = dict(records)
+        self.breakers.forget({*self._records, *self._workers})
         self._follow()
 
     def worker(self, worker_id: str) -> Worker | None:
@@ -115,7 +118,9 @@ class Fleet:
         """All that placement looks at."""
         now = asyncio.get_running_loop().time()
         views = [self._view(worker, now) for worker in self._workers.values()]
-        return self._books.snapshot(views, self._pairs.usable)
+        able = self._pairs.able
+        left_alone = {pair: why for pair in able if (why := self.breakers.why(pair))}
+        return self._books.snapshot(views, able - left_alone.keys(), left_alone)
 
     def book(self, placement: Placement, wish: Wish) -> Booking:
         """Book a placement of connected workers, so that the next snapshot has it."""
@@ -221,6 +226,7 @@ class Fleet:
         if worker.draining and not worker.legs:
             log.info("worker.left", worker=worker.id)
         else:
+            self.breakers.failed(worker.id, f"it was lost: {reason}", _now())
             log.warning("worker.lost", worker=worker.id, reason=reason, legs=len(worker.legs))
         if self._workers.get(worker.id) is worker:
             del self._workers[worker.id]
@@ -285,6 +291,7 @@ class Fleet:
             welcome.info,
             now,
             draining=worker.draining,
+            left_alone=self.breakers.why(worker.id),
             step_tokens=welcome.step_tokens,
             kept=worker.cached.marks,
         )
@@ -292,3 +299,11 @@ class Fleet:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _later(at: float, call: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_at(at, call)

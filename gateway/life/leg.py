@@ -30,6 +30,7 @@ from backends.protocol import (
     SequenceSpec,
     Token,
 )
+from gateway.life.breakers import Breaker, culprit
 from gateway.life.fleet import Fleet
 from gateway.life.line import Line, Run
 from gateway.life.placing import Placed
@@ -43,6 +44,7 @@ class LegFailed(Exception):
     """The leg cannot go on.
 
     `full`: a worker had no room, and nothing is wrong with it; `draining`: it is about to leave.
+    `avoid` are the workers that may have to do with it.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class LegFailed(Exception):
         cause: str,
         *,
         retry: bool,
+        avoid: frozenset[str] = frozenset(),
         full: bool = False,
         draining: bool = False,
     ) -> None:
@@ -60,6 +63,7 @@ class LegFailed(Exception):
         self.worker = worker
         self.cause = cause
         self.retry = retry
+        self.avoid = avoid
         self.full = full
         self.draining = draining
 
@@ -100,6 +104,8 @@ class Leg:
         self._stopped = False
         self._timed = False
         self._told: set[int] = set()
+        self._trials: list[Breaker] = []
+        self._began = loop.time()
 
     async def go(self) -> None:
         """Bring every line to its end.
@@ -137,12 +143,19 @@ class Leg:
     def _workers(self) -> tuple[Worker, ...]:
         return (self._prefill,) if self._decode is None else (self._prefill, self._decode)
 
+    @property
+    def _others(self) -> tuple[str | tuple[str, str], ...]:
+        """The breakers that concern the handoff: the decode worker's, and the pair's."""
+        decode = self._decode
+        return () if decode is None else (decode.id, (self._prefill.id, decode.id))
+
     def _enter(self) -> None:
         for worker in self._workers:
             worker.legs[self._handle] = self
         for line in self._lines.values():
             line.leg = self
             line.early.clear()
+        self._trials = self._fleet.breakers.enter(self._prefill.id, *self._others)
 
     def _leave(self, *, clean: bool) -> None:
         for worker in self._workers:
@@ -150,6 +163,7 @@ class Leg:
             if not clean:
                 worker.send(Cancel(handle=self._handle))
         self._booking.end(asyncio.get_running_loop().time())
+        self._fleet.breakers.leave(self._trials)
         for future in (self._granted, self._over):
             future.cancel()
 
@@ -229,12 +243,13 @@ class Leg:
             case Landed():
                 self._landed = time.monotonic()
                 self._booking.landed()
+                self._fleet.breakers.succeeded(*self._others)
                 self._become(State.DECODING)
                 self._pause_again()
             case Refused():
                 phase = "reserve" if worker is self._decode else "prefill"
                 retry = message.kind != "invalid"
-                self._fail(phase, worker, message.detail, retry=retry, full=message.kind == "full")
+                self._fail(phase, worker, message.kind, message.detail, retry=retry)
             case Failed():
                 self._on_failed(worker, message)
 
@@ -243,12 +258,13 @@ class Leg:
         if self._gave_all(worker):
             return
         phase = "decode" if worker is self._decode else "prefill"
-        self._fail(phase, worker, f"the worker was lost: {reason}", retry=True)
+        self._fail(phase, worker, "lost", f"the worker was lost: {reason}", retry=True)
 
     def _on_first(self, message: FirstToken) -> None:
         run = self._run
         self._booking.prefilled(message.prefill, asyncio.get_running_loop().time(), message.cached)
         run.prefilled(message)
+        self._fleet.breakers.succeeded(self._prefill.id)
         here = self._decode is None
         self._become(State.DECODING if here else State.HANDING_OVER)
         if here:
@@ -268,8 +284,9 @@ class Leg:
             return
         if message.indexes is None:
             detail = f"{message.code}: {message.detail}"
-            self._fail(message.phase, worker, detail, retry=message.retry)
+            self._fail(message.phase, worker, message.code, detail, retry=message.retry)
             return
+        self._blame(message.phase, worker, message.code, message.detail)
         given_up = [
             line
             for index in message.indexes
@@ -335,11 +352,25 @@ class Leg:
         if self._life.state not in (state, State.DECODING, State.DONE) or state is State.DONE:
             self._life.become(state)
 
-    def _fail(
-        self, phase: str, worker: Worker, cause: str, *, retry: bool, full: bool = False
-    ) -> None:
-        if not self._over.done():
-            failure = LegFailed(
-                phase, worker.id, cause, retry=retry, full=full, draining=worker.draining
-            )
-            self._over.set_exception(failure)
+    def _fail(self, phase: str, worker: Worker, code: str, cause: str, *, retry: bool) -> None:
+        if self._over.done():
+            return
+        self._blame(phase, worker, code, cause)
+        failure = LegFailed(
+            phase,
+            worker.id,
+            cause,
+            retry=retry,
+            avoid=frozenset(one.id for one in self._workers if one is worker or phase == "handoff"),
+            full=code == "full",
+            draining=worker.draining,
+        )
+        self._over.set_exception(failure)
+
+    def _blame(self, phase: str, worker: Worker, code: str, cause: str) -> None:
+        match culprit(phase, code):
+            case "pair" if self._decode is not None:
+                pair = (self._prefill.id, self._decode.id)
+                self._fleet.breakers.failed(pair, cause, self._began)
+            case "worker" | "pair":
+                self._fleet.breakers.failed(worker.id, cause, self._began)

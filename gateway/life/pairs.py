@@ -33,8 +33,8 @@ class Pairs:
         )
 
     @property
-    def usable(self) -> frozenset[tuple[str, str]]:
-        """Pairs that a request can be placed on."""
+    def able(self) -> frozenset[tuple[str, str]]:
+        """Pairs that can hand over."""
         return frozenset(
             (prefill, decode)
             for prefill, decode, met in self.met

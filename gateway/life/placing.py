@@ -35,7 +35,7 @@ class Placing:
         self._worker_wait = worker_wait_seconds
         self._line = asyncio.Lock()
 
-    async def place(self, run: Run, lines: list[Line], avoid: set[str]) -> Placed:
+    async def place(self, run: Run, lines: list[Line], avoid: frozenset[str]) -> Placed:
         """Choose workers, waiting for some to be there and to have room.
 
         Raises:
@@ -55,7 +55,7 @@ class Placing:
         return placed
 
     async def _attempt(
-        self, run: Run, lines: list[Line], avoid: set[str], *, waits: bool
+        self, run: Run, lines: list[Line], avoid: frozenset[str], *, waits: bool
     ) -> Placed | None:
         """One place, or None where there is no room and it is not to be waited for."""
         loop = asyncio.get_running_loop()
@@ -121,7 +121,7 @@ def _marks(run: Run, seen: Snapshot) -> dict[str, tuple[int, ...]]:
     return run.marks
 
 
-def _wish(run: Run, lines: list[Line], avoid: set[str], seen: Snapshot, now: float) -> Wish:
+def _wish(run: Run, lines: list[Line], avoid: frozenset[str], seen: Snapshot, now: float) -> Wish:
     job = run.job
     generated = len(lines[0].generated)
     left = job.max_tokens - generated
@@ -134,6 +134,6 @@ def _wish(run: Run, lines: list[Line], avoid: set[str], seen: Snapshot, now: flo
         first_token_seconds=_due(run) - now if run.first_token is None else inf,
         gap_seconds=job.gap_seconds,
         decodes=left > 1 or generated > 0,
-        avoid=frozenset(avoid),
+        avoid=avoid,
         marks=_marks(run, seen),
     )

@@ -154,14 +154,14 @@ class Relay:
     ) -> None:
         """Start legs for `lines` until they have ended."""
         failures = 0
-        avoid: set[str] = set()
+        avoid: frozenset[str] = frozenset()
         while lines:
             placed = await self._placing.place(run, lines, avoid)
             leg = Leg(self._fleet, run, life, lines, placed, apart)
             try:
                 await leg.go()
             except LegFailed as failure:
-                avoid = {failure.worker}
+                avoid = failure.avoid
                 if failure.full:
                     await self._until_room(run, life, failure)
                 else:

@@ -8,7 +8,7 @@ caller's clock, in seconds. How long things take is learnt on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from enum import Enum
 
@@ -184,6 +184,7 @@ class Books:
         now: float,
         *,
         draining: bool = False,
+        left_alone: str = "",
         step_tokens: int = 0,
         kept: AbstractSet[int] = frozenset(),
     ) -> WorkerView:
@@ -203,6 +204,7 @@ class Books:
             context=it.context,
             free_blocks=min(told - since, info.pool_blocks - it.blocks),
             draining=draining,
+            left_alone=left_alone,
             step_tokens=step_tokens or STEP_TOKENS,
             prefill=prefill,
             step=self.estimates.step(worker),
@@ -210,14 +212,17 @@ class Books:
         )
 
     def snapshot(
-        self, workers: Iterable[WorkerView], pairs: frozenset[tuple[str, str]]
+        self,
+        workers: Iterable[WorkerView],
+        pairs: frozenset[tuple[str, str]],
+        left_alone: Mapping[tuple[str, str], str] = {},
     ) -> Snapshot:
-        """The workers, the pairs of them that can hand over, and what that costs."""
+        """The workers, the pairs of them that can hand over, what that costs, and other pairs."""
         links = {
             pair: LinkView(cost=self.estimates.link(*pair), queued_seconds=self._links.get(pair, 0))
             for pair in pairs
         }
-        return Snapshot(tuple(workers), pairs, links)
+        return Snapshot(tuple(workers), pairs, links, left_alone)
 
     # ---- for bookings
 

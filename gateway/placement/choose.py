@@ -44,7 +44,9 @@ def place(snapshot: Snapshot, wish: Wish) -> Placement | Unplaceable:
         return _nobody(snapshot, able, refusals, wish)
     roomy = [option for option in options if not _full(option, wish)]
     if not roomy:
-        return Unplaceable("no worker has room now", kind="full", left_out=_left_out(refusals))
+        return Unplaceable(
+            "no worker has room now", kind="full", left_out=_left_out(snapshot, refusals)
+        )
     scored = [_score(snapshot, option, wish) for option in roomy]
     best = nsmallest(SHOWN, scored, key=lambda one: one[0])
     chosen = best[0][1]
@@ -54,11 +56,13 @@ def place(snapshot: Snapshot, wish: Wish) -> Placement | Unplaceable:
         return Unplaceable(
             f"its first token would take {soonest:.2f} s and is due in {left:.2f} s",
             kind="late",
-            left_out=_left_out(refusals),
+            left_out=_left_out(snapshot, refusals),
         )
     full = [(_named(option), "no room now") for option in options if _full(option, wish)]
     summary = _summary(chosen, len(scored))
-    reason = Reason(summary, tuple(one for _, one in best), (*_left_out(refusals), *full)[:SHOWN])
+    reason = Reason(
+        summary, tuple(one for _, one in best), (*_left_out(snapshot, refusals), *full)[:SHOWN]
+    )
     return Placement(chosen.prefill, chosen.decode, chosen.forecast, reason)
 
 
@@ -91,6 +95,8 @@ def _refusal(worker: WorkerView, wish: Wish) -> Unplaceable | None:
     info = worker.info
     if worker.draining:
         return Unplaceable(f"{worker.id} is draining")
+    if worker.left_alone:
+        return Unplaceable(f"{worker.id} is left alone: {worker.left_alone}")
     for name in info.unsupported(wish.sampling):
         return Unplaceable(f"{name} is not supported by {worker.id}", field=name)
     if wish.tokens >= info.context_tokens:
@@ -131,17 +137,19 @@ def _nobody(
     told = [refusal for refusal in refusals.values() if refusal is not None]
     if told and len(told) == len(snapshot.workers):
         return told[0]
-    missing = _missing(able)
+    missing = _missing(snapshot, able)
     return Unplaceable(
-        f"{missing}; {told[0].reason}" if told else missing, left_out=_left_out(refusals)
+        f"{missing}; {told[0].reason}" if told else missing, left_out=_left_out(snapshot, refusals)
     )
 
 
-def _missing(able: dict[str, WorkerView]) -> str:
+def _missing(snapshot: Snapshot, able: dict[str, WorkerView]) -> str:
     roles = {worker.role for worker in able.values()}
     for role in ("prefill", "decode"):
         if role not in roles and "both" not in roles:
             return f"no {role} worker is connected"
+    for (prefill, decode), why in snapshot.left_alone.items():
+        return f"{prefill} -> {decode} is left alone: {why}"
     return "no prefill worker has met a decode worker yet"
 
 
@@ -194,8 +202,12 @@ def _named(option: Option) -> str:
     return prefill.id if decode is None else f"{prefill.id} -> {decode.id}"
 
 
-def _left_out(refusals: dict[str, Unplaceable | None]) -> tuple[tuple[str, str], ...]:
-    return tuple((i, it.reason) for i, it in refusals.items() if it is not None)[:SHOWN]
+def _left_out(
+    snapshot: Snapshot, refusals: dict[str, Unplaceable | None]
+) -> tuple[tuple[str, str], ...]:
+    workers = [(i, it.reason) for i, it in refusals.items() if it is not None]
+    pairs = [(f"{p} -> {d}", f"left alone: {why}") for (p, d), why in snapshot.left_alone.items()]
+    return (*workers, *pairs)[:SHOWN]
 
 
 def _summary(chosen: Candidate, count: int) -> str:

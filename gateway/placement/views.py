@@ -22,6 +22,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     `queued_tokens` wait for prefill there, which will take `queued_seconds`. `running` sequences
     are decoded there or will be, looking back on `context` tokens in all. `kept` are the marks of
     the prefixes whose KV it keeps (`backends.chain`), as far as it has said so.
+    `left_alone` says why it has failed too often to be given work for the time being.
     """
 
     id: str
@@ -33,6 +34,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     queued_seconds: float = 0.0
     context: int = 0
     draining: bool = False
+    left_alone: str = ""
     step_tokens: int = STEP_TOKENS
     prefill: PrefillCost = PrefillCost()
     step: StepCost = StepCost()
@@ -47,11 +49,15 @@ class LinkView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The connected workers, and the pairs of ids that have met and can hand over."""
+    """The connected workers, and the pairs of ids that have met and can hand over.
+
+    `left_alone` says of other pairs why they are not among them for the time being.
+    """
 
     workers: tuple[WorkerView, ...]
     pairs: frozenset[tuple[str, str]]
     links: Mapping[tuple[str, str], LinkView] = {}
+    left_alone: Mapping[tuple[str, str], str] = {}
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):

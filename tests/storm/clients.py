@@ -66,6 +66,8 @@ class Answer:
 class Ordinary:
     """Streams, and knows several gateways: one that it cannot connect to is passed over."""
 
+    steady = False
+
     def __init__(self, http: aiohttp.ClientSession, urls: Sequence[str]) -> None:
         self._http = http
         self._urls = urls

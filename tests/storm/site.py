@@ -158,7 +158,8 @@ class Site:
         """Keys in Redis that would stay for ever."""
         async with Redis.from_url(self.redis_url, protocol=2) as redis:
             keys = [key async for key in redis.scan_iter(count=1000)]
-            return sorted(key.decode() for key in keys if await redis.pttl(key) == -1)
+            lifetimes = [await redis.pttl(key) for key in keys]
+        return [key.decode() for key, ms in zip(keys, lifetimes, strict=True) if ms == -1]
 
     def logs(self) -> str:
         """The last lines of every part."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.storm.clients import Answer, Ask, Ordinary
 from tests.storm.site import Part, Site, site, synthetic
-from tests.storm.truth import asks, same
+from tests.storm.truth import asks, learn, same
 
 STREAMS = 24
 
@@ -27,10 +27,7 @@ class Crowd:
 
     async def learn(self) -> None:
         """What the answers are while nothing happens."""
-        client = Ordinary(self._http, self._urls)
-        answers = await asyncio.gather(*map(client.ask, self._questions))
-        self.right = dict(zip(self._questions, answers, strict=True))
-        assert {answer.end for answer in answers} == {"whole"}
+        self.right = await learn(Ordinary(self._http, self._urls), self._questions)
 
     async def press(self, stop: asyncio.Event) -> None:
         """Keep all streams going until `stop`."""

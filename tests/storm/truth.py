@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 
 from backends.api import Row, Sampling
 from backends.api import Sequence as Line
 from backends.emulation.synthetic import SyntheticBackend
-from tests.storm.clients import Answer, Ask
+from tests.storm.clients import Answer, Ask, Ordinary
 
 VOCABULARY = 49152
 
@@ -25,6 +26,13 @@ def asks(seed: int, count: int, *, tokens: tuple[int, int] = (20, 120)) -> list[
         )
         for _ in range(count)
     ]
+
+
+async def learn(client: Ordinary, questions: list[Ask]) -> dict[Ask, Answer]:
+    """The answers while nothing happens; of the synthetic backend they are known beforehand."""
+    answers = await asyncio.gather(*map(client.ask, questions))
+    assert {answer.end for answer in answers} == {"whole"}, answers
+    return dict(zip(questions, answers, strict=True))
 
 
 class Formula:
