@@ -49,13 +49,14 @@ class GatewaySection(Section, frozen=True):
     """`[gateway]`: the HTTP side."""
 
     host: Annotated[
-        str, about("Address to listen on. Beyond loopback it needs API keys.", min_length=1)
+        str, about("Address to listen on. Beyond loopback there must be an API key.", min_length=1)
     ] = "127.0.0.1"
     port: Annotated[int, about("TCP port; 0 takes a free one.", ge=0, le=65535)] = 8000
     api_keys: Annotated[
         tuple[str, ...],
         about(
-            "Keys that clients may show, each `KEY` or `TENANT:KEY`. Empty: no key is asked for.",
+            "Keys that clients may show, each `KEY` or `TENANT:KEY`, besides those of `baton keys`."
+            " On loopback no key is asked for as long as there is none at all.",
             secret=True,
         ),
     ] = ()

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import structlog
 from aiohttp import web
+from redis.asyncio import Redis
 
 from backends.protocol import Sampling
 from gateway.admission import Admission, Limits, Registry, WorkerRecord, open_redis
@@ -27,7 +28,9 @@ from gateway.life.fleet import Fleet
 from gateway.life.relay import Relay
 from gateway.metrics import Metrics
 from gateway.placement import Placement, Wish, place
-from gateway.settings import api_keys
+from gateway.settings import api_keys, is_loopback
+from gateway.tenants import Keyring
+from gateway.tenants.door import require_keys
 from gateway.text import Vocabulary, load_text
 
 log = structlog.get_logger()
@@ -41,12 +44,22 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
     `ready` is called with the address once connections are accepted.
 
     Raises:
+        ConfigError: others would reach it, and there is no key.
         OSError: the address cannot be listened on, or a certificate not be read.
     """
     text = await asyncio.to_thread(load_text, Path(config.model.source))
     gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
     structlog.contextvars.bind_contextvars(gateway=gateway_id)
-    async with open_redis(config.redis) as redis, asyncio.TaskGroup() as tasks:
+    async with open_redis(config.redis) as redis:
+        await require_keys(config, redis)
+        await _run(config, text, redis, gateway_id, ready)
+
+
+async def _run(
+    config: Config, text: Vocabulary, redis: Redis, gateway_id: str, ready: Callable[[str], None]
+) -> None:
+    keyring = Keyring(api_keys(config), trusting=is_loopback(config.gateway.host))
+    async with asyncio.TaskGroup() as tasks:
         admission = Admission(redis, config.deployment, gateway_id, Limits.of(config))
         registry = Registry(
             redis,
@@ -70,10 +83,17 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
 
         parts = [
             tasks.create_task(part)
-            for part in (admission.run(), registry.watch(learn), fleet.run())
+            for part in (
+                admission.run(),
+                registry.watch(learn),
+                fleet.run(),
+                keyring.watch(
+                    redis, config.deployment, timeout_seconds=config.redis.timeout_seconds
+                ),
+            )
         ]
         try:
-            service = _service(config, text, relay, fleet, admission)
+            service = _service(config, text, relay, fleet, admission, keyring)
             await _serve_http(config, build_app(service), relay, ready)
         finally:
             await admission.flush()
@@ -82,7 +102,12 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
 
 
 def _service(
-    config: Config, text: Vocabulary, relay: Relay, fleet: Fleet, admission: Admission
+    config: Config,
+    text: Vocabulary,
+    relay: Relay,
+    fleet: Fleet,
+    admission: Admission,
+    keyring: Keyring,
 ) -> Service:
     metrics = Metrics()
     metrics.watch(
@@ -97,7 +122,7 @@ def _service(
         carrier=relay,
         text=text,
         models=(config.model.name,),
-        api_keys=frozenset(f"{tenant}:{key}" for key, tenant in api_keys(config).items()),
+        keyring=keyring,
         admin_keys=frozenset(config.gateway.admin_keys),
         max_body_bytes=config.gateway.max_body_bytes,
         body_timeout_seconds=config.gateway.body_timeout_seconds,
@@ -110,7 +135,7 @@ def _service(
         first_token_seconds_per_1000=config.gateway.first_token_seconds_per_1000,
         gap_seconds=config.gateway.gap_seconds,
         share_prefixes=config.gateway.share_prefixes,
-        ready=lambda: not_ready(relay, admission, fleet),
+        ready=lambda: not_ready(relay, admission, fleet, keyring),
         ledger=lambda: ledgers(fleet),
         workers=lambda: workers(fleet),
         drain=fleet.drain,
@@ -120,11 +145,11 @@ def _service(
     )
 
 
-def not_ready(relay: Relay, admission: Admission, fleet: Fleet) -> str | None:
+def not_ready(relay: Relay, admission: Admission, fleet: Fleet, keyring: Keyring) -> str | None:
     """Why a request would not be answered now; None when it would."""
     if relay.draining:
         return "this gateway is shutting down"
-    if not admission.available:
+    if not (admission.available and keyring.known):
         return "Redis does not answer"
     chosen = place(fleet.snapshot(), Wish(tokens=1, sequences=1, sampling=Sampling()))
     return None if isinstance(chosen, Placement) else chosen.reason

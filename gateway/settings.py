@@ -251,16 +251,9 @@ def _contradictions(config: Config, origins: dict[str, str]) -> Iterator[Problem
         return Problem(path, _origin(path, origins), message)
 
     try:
-        keys = api_keys(config)
+        api_keys(config)
     except ConfigError as error:
         yield from error.problems
-        keys = {"?": "?"}
-    if not keys and not is_loopback(config.gateway.host):
-        yield problem(
-            "gateway.host",
-            f"{config.gateway.host} is reachable from outside, so gateway.api_keys or"
-            " gateway.api_keys_file must be set",
-        )
     if config.redis.url and not config.redis.url.startswith(("redis://", "rediss://", "unix://")):
         yield problem("redis.url", "expected redis://, rediss:// or unix://")
     files = {name: getattr(config.security, name) for name in TLS_FILES}

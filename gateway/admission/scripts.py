@@ -9,9 +9,13 @@ from typing import Literal
 
 import msgspec
 
-ScriptName = Literal["enqueue", "leave", "requeue", "renew", "publish", "withdraw", "roster"]
+ScriptName = Literal[
+    "enqueue", "leave", "requeue", "renew", "publish", "withdraw", "roster", "keys"
+]
+ALONE: tuple[ScriptName, ...] = ("roster", "keys")
 SCRIPTS: tuple[ScriptName, ...] = (
-    *("enqueue", "leave", "requeue", "renew", "publish", "withdraw", "roster"),
+    *("enqueue", "leave", "requeue", "renew", "publish", "withdraw"),
+    *ALONE,
 )
 SHARED = ("book", "order", "credit", "quota", "grant")
 
@@ -27,7 +31,7 @@ class Script(msgspec.Struct, frozen=True):
 def script(name: ScriptName) -> Script:
     """The script of that name, preceded by what all scripts of the queue share."""
     folder = files("gateway.admission")
-    names = (name,) if name == "roster" else (*SHARED, name)
+    names = (name,) if name in ALONE else (*SHARED, name)
     source = "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in names)
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
@@ -61,6 +65,11 @@ class Keys(msgspec.Struct, frozen=True):
     def grants(self, gateway: str) -> str:
         """The channel on which that gateway hears of its grants."""
         return f"{self.prefix}grants:{gateway}"
+
+    @property
+    def api_keys(self) -> tuple[str, str, str]:
+        """The version of the API keys, the keys by digest, and the tenants by name."""
+        return f"{self.prefix}keys_version", f"{self.prefix}keys", f"{self.prefix}tenants"
 
     @property
     def nudges(self) -> str:

@@ -14,8 +14,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from structlog.contextvars import bind_contextvars
 
-from gateway.api.endpoints import JOB, TALLY, Endpoints
+from gateway.api.endpoints import JOB, QUOTA, TALLY, Endpoints
 from gateway.api.errors import code_of, error_response, http_response, internal_error
+from gateway.api.limits import quota_headers
 from gateway.api.pages import Pages
 from gateway.api.service import Service
 from gateway.api.tally import Tally
@@ -57,9 +58,15 @@ def build_app(service: Service) -> web.Application:
 
 
 async def _name(request: web.Request, response: web.StreamResponse) -> None:
-    """Every answer says whose it is: the client's id if it may stand in a header and a log."""
+    """Every answer says whose it is, and what is left to its tenant.
+
+    Its name is the client's, if that may stand in a header and a log.
+    """
     response.headers["Server"] = "baton"
     response.headers[REQUEST_ID] = request.get(NAME) or _request_id(request, secrets.token_hex(16))
+    quota = request.get(QUOTA)
+    if quota is not None:
+        response.headers.update(quota_headers(quota))
 
 
 def _request_id(request: web.Request, otherwise: str) -> str:
@@ -89,6 +96,8 @@ async def _answered(request: web.Request, handler: Handler, tally: Tally) -> web
         response = await handler(request)
     except GatewayError as error:
         response = error_response(error)
+        if error.quota is not None:
+            request[QUOTA] = error.quota
         level = "warning" if response.status >= 500 else "info"
         getattr(log, level)("request.refused", code=code_of(error), error=str(error))
     except web.HTTPException as error:

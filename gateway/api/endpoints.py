@@ -8,6 +8,7 @@ from aiohttp import web
 from gateway.api.body import read_body
 from gateway.api.checks import check_ids
 from gateway.api.errors import JSON
+from gateway.api.limits import timeout_of
 from gateway.api.messages import plain_messages
 from gateway.api.schema import (
     ChatRequest,
@@ -22,10 +23,13 @@ from gateway.api.tally import Tally
 from gateway.api.whole import answer_whole
 from gateway.api.wishes import Caller, Wish, chat_wish, completion_wish
 from gateway.errors import BadRequest
+from gateway.quota import Quota
+from gateway.tenants import Tenant
 from gateway.text import TemplateFailed, TemplateMissing
 
 JOB = web.RequestKey("job", str)
 TALLY = web.RequestKey("tally", Tally)
+QUOTA = web.RequestKey("quota", Quota)
 
 
 class Endpoints:
@@ -89,12 +93,17 @@ class Endpoints:
         text = self._service.text.decode(wanted.tokens, skip_special_tokens=False)
         return _json({"prompt": text})
 
-    def _tenant(self, request: web.Request) -> str:
+    def _tenant(self, request: web.Request) -> Tenant:
         return self._service.tenant(request.headers.get("Authorization", ""))
 
     def _caller(self, request: web.Request, tally: Tally) -> Caller:
-        deadline = tally.arrived + self._service.request_timeout_seconds
-        return Caller(self._tenant(request), request[JOB], tally.arrived, deadline)
+        tenant = self._tenant(request)
+        seconds = timeout_of(request.headers, self._service.request_timeout_seconds)
+
+        def told(quota: Quota) -> None:
+            request[QUOTA] = quota
+
+        return Caller(tenant, request[JOB], tally.arrived, tally.arrived + seconds, told)
 
     async def _body(self, request: web.Request) -> bytes:
         service = self._service

@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry
 
 from gateway.errors import Forbidden, ModelNotFound, Unauthorized
 from gateway.life.job import Carrier, Timeline
+from gateway.tenants import Keyring, Tenant
+from gateway.tenants.records import digest_of
 from gateway.text import Vocabulary
 
-ANYONE = "default"
 SALT_BYTES = 16
 
 
@@ -45,8 +46,8 @@ class Service:
     """Everything behind the routes; `build_app` makes an application of it.
 
     `models` are the names under which the one model is asked for, the first its own. `ready`
-    says why a request would not be answered now, or None. `api_keys` are `KEY` or `TENANT:KEY`;
-    with none, no key is asked for. `admin_keys` open what shows all tenants' work.
+    says why a request would not be answered now, or None. `keyring` knows whose key it is that a
+    client shows; `admin_keys` open what shows all tenants' work.
     `keep_alive_seconds` is how long a stream waits for its first token before its headers go
     out all the same, and how often it shows a sign of life from then on: before, a failure is a
     plain status; afterwards it is an event in the stream.
@@ -66,7 +67,7 @@ class Service:
     request: Callable[[str], Any]
     registry: CollectorRegistry
     observe: Observe
-    api_keys: frozenset[str] = field(default=frozenset(), repr=False)
+    keyring: Keyring = field(repr=False)
     admin_keys: frozenset[str] = field(default=frozenset(), repr=False)
     max_body_bytes: int = 4 * 1024 * 1024
     body_timeout_seconds: float = 30.0
@@ -89,31 +90,18 @@ class Service:
         """The model's own name."""
         return self.models[0]
 
-    @cached_property
-    def _tenants(self) -> dict[bytes, str]:
-        tenants = {}
-        for entry in self.api_keys:
-            tenant, colon, key = entry.partition(":")
-            tenants[_digest(key if colon else entry)] = tenant if colon else ANYONE
-        return tenants
-
-    def tenant(self, authorization: str) -> str:
+    def tenant(self, authorization: str) -> Tenant:
         """Whose key the `Authorization` header shows.
 
         Raises:
             Unauthorized: nobody's.
+            QueueUnavailable: it cannot be told before Redis answers.
         """
-        if not self.api_keys:
-            return ANYONE
-        # looked up by digest: how long it takes says nothing about the keys
-        tenant = self._tenants.get(_digest(_bearer(authorization)))
-        if tenant is None:
-            raise Unauthorized("a valid API key is needed: `Authorization: Bearer KEY`")
-        return tenant
+        return self.keyring.tenant_of(_bearer(authorization))
 
     @cached_property
-    def _admins(self) -> frozenset[bytes]:
-        return frozenset(map(_digest, self.admin_keys))
+    def _admins(self) -> frozenset[str]:
+        return frozenset(map(digest_of, self.admin_keys))
 
     def check_admin(self, authorization: str) -> None:
         """Refuse what shows all tenants' work to whoever has no key for it.
@@ -122,12 +110,12 @@ class Service:
             Unauthorized: the header shows no key of any kind.
             Forbidden: the key is a tenant's, or none is configured although tenants have theirs.
         """
-        if not (self.admin_keys or self.api_keys):
+        if not (self.admin_keys or self.keyring.asks):
             return
         key = _bearer(authorization)
         if not key:
             raise Unauthorized("an administrator's key is needed: `Authorization: Bearer KEY`")
-        if _digest(key) not in self._admins:
+        if digest_of(key) not in self._admins:
             self.tenant(authorization)
             raise Forbidden("this page needs a key of `gateway.admin_keys`")
 
@@ -159,7 +147,3 @@ def _bearer(authorization: str) -> str:
     """The key that the header shows; empty when it shows none."""
     scheme, _, key = authorization.partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()

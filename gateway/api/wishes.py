@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -19,6 +19,8 @@ from gateway.api.schema import ChatRequest, CompletionRequest
 from gateway.api.service import Service
 from gateway.errors import BadRequest, PromptTooLong
 from gateway.life.job import Job
+from gateway.quota import Quota
+from gateway.tenants import Tenant
 from gateway.text import TemplateFailed, TemplateMissing
 from gateway.text.stops import StopStrings
 
@@ -67,12 +69,16 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is, under which id, when it came and until when it must be answered."""
+    """Whose request it is, under which id, when it came and until when it must be answered.
 
-    tenant: str
+    `told` hears what is left to the tenant.
+    """
+
+    tenant: Tenant
     id: str
     arrived: float
     deadline: float
+    told: Callable[[Quota], None]
 
 
 async def chat_wish(service: Service, request: ChatRequest, caller: Caller) -> Wish:
@@ -172,7 +178,7 @@ def _wish(
     seed = secrets.randbits(63) if request.seed is None else request.seed
     seeds = tuple(derive_seed(seed, index) for index in range(n))
     style = _style(request, sampling)
-    salt = service.salt(caller.tenant, request.cache_salt or "")
+    salt = service.salt(caller.tenant.name, request.cache_salt or "")
     jobs = []
     for number, prompt in enumerate(prompts):
         tokens = _max_tokens(service, request, prompt, limit)
@@ -180,7 +186,7 @@ def _wish(
             Job(
                 id=caller.id if len(prompts) == 1 else f"{caller.id}-{number}",
                 model=service.model,
-                tenant=caller.tenant,
+                tenant=caller.tenant.name,
                 prompt=prompt,
                 seeds=seeds,
                 sampling=sampling,
@@ -191,7 +197,10 @@ def _wish(
                 decode_estimate=tokens
                 if sampling.ignore_eos
                 else min(tokens, service.expected_output_tokens),
-                priority=request.priority or 0,
+                priority=caller.tenant.priority if request.priority is None else request.priority,
+                terms=caller.tenant.terms,
+                counts=number == 0,
+                told=caller.told,
                 prompt_logprobs=sampling.logprobs if style.echo else None,
                 salt=salt,
             )

@@ -1,4 +1,4 @@
-"""The command line: `baton serve | gateway | worker | check | settings | layout`.
+"""The command line: `baton serve | gateway | worker | keys | check | settings | layout`.
 
 Exit codes: 0 when it was told to stop, 1 when something failed, 2 when the configuration is
 wrong. This is the only place that knows both the gateway and the worker host.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.admission import RedisUnsuitable
+from gateway.cli.keys import add_arguments as add_key_arguments
 from gateway.config import Config
 from gateway.logs import configure
 from gateway.redis_server import DataDirInUse, RedisNotFound
@@ -48,11 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"baton: {error}", file=sys.stderr)
         return BAD_CONFIG
     except ExceptionGroup as group:
-        unsuitable, others = group.split(RedisUnsuitable)
-        if unsuitable is None or others is not None:
+        known, others = group.split((RedisUnsuitable, ConfigError))
+        if known is None or others is not None:
             raise
-        reporter.failed(_first(unsuitable))
-        print(f"baton: {_first(unsuitable)}", file=sys.stderr)
+        reporter.failed(_first(known))
+        print(f"baton: {_first(known)}", file=sys.stderr)
         return BAD_CONFIG
     except KeyboardInterrupt:
         return 130
@@ -70,6 +71,10 @@ def _run(options: argparse.Namespace, config: Config, reporter: Any) -> int:
             return _serve(config)
         case "check":
             return _check(config)
+        case "keys":
+            from gateway.cli.keys import run_keys
+
+            return run_keys(options, config)
         case "gateway":
             from gateway.cli.check import port_problem
             from gateway.cli.front import run_gateway
@@ -185,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "check", parents=[common, web], help="say what is wrong with the configuration"
     )
+    keys = commands.add_parser("keys", help="add, list and revoke API keys")
+    add_key_arguments(keys, common)
     commands.add_parser("settings", help="print the table of all settings")
     layout = commands.add_parser("layout", help="say how one KV layout becomes another")
     explain = layout.add_subparsers(required=True, metavar="explain").add_parser(

@@ -21,6 +21,7 @@ from gateway.config import Config
 from gateway.credentials import credentials_of
 from gateway.redis_server import RedisNotFound, find_server
 from gateway.settings import TLS_FILES, Problem
+from gateway.tenants.door import missing_keys
 
 BACKENDS = "baton.backends"
 
@@ -125,7 +126,7 @@ def _port(config: Config) -> Iterator[Problem]:
 def _redis(config: Config) -> Iterator[Problem]:
     try:
         if config.redis.url:
-            asyncio.run(_ask_redis(config))
+            yield from filter(None, [asyncio.run(_ask_redis(config))])
         else:
             find_server()
     except (RedisNotFound, RedisUnsuitable) as error:
@@ -134,8 +135,9 @@ def _redis(config: Config) -> Iterator[Problem]:
         yield Problem("redis.url", "", f"Redis cannot be reached: {error}")
 
 
-async def _ask_redis(config: Config) -> None:
+async def _ask_redis(config: Config) -> Problem | None:
     async with asyncio.timeout(config.redis.timeout_seconds), open_redis(config.redis) as redis:
         # The client has already parsed this answer; the queue's own connection reads its text.
         facts = await redis.info("server")
-    check_server("\n".join(f"{name}:{value}" for name, value in facts.items()).encode())
+        check_server("\n".join(f"{name}:{value}" for name, value in facts.items()).encode())
+        return await missing_keys(config, redis)

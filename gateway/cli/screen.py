@@ -11,6 +11,7 @@ from typing import TextIO
 
 from gateway.cli.child import Child
 from gateway.config import Config
+from gateway.settings import is_loopback
 
 BAR_WIDTH = 24
 UP_AND_CLEAR = "\x1b[{lines}A\x1b[J"
@@ -96,4 +97,5 @@ def welcome(config: Config, address: str, logs: str) -> str:
 
 
 def _needs_key(config: Config) -> bool:
-    return bool(config.gateway.api_keys or config.gateway.api_keys_file)
+    gateway = config.gateway
+    return bool(gateway.api_keys or gateway.api_keys_file) or not is_loopback(gateway.host)

@@ -12,6 +12,7 @@ from backends.protocol import FinishReason, Logprob
 from gateway.api import Service, build_app
 from gateway.errors import NoSuchWorker
 from gateway.life.job import Job, Listener, Timeline
+from gateway.tenants import ANYONE, Keyring
 from gateway.text import Vocabulary
 
 MODEL = "smollm2"
@@ -97,9 +98,20 @@ class Served:
         self.observed: list[dict[str, Any]] = []
 
 
+def keyring(api_keys: frozenset[str]) -> Keyring:
+    """Keys as the configuration writes them, `KEY` or `TENANT:KEY`, and none besides."""
+    pairs = (key.rpartition(":") for key in api_keys)
+    keys = {key: tenant or ANYONE for tenant, _, key in pairs}
+    return Keyring(keys, trusting=True, elsewhere=False)
+
+
 @asynccontextmanager
 async def serving(
-    vocabulary: Vocabulary, *, said: str = SAID, **settings: Any
+    vocabulary: Vocabulary,
+    *,
+    said: str = SAID,
+    api_keys: frozenset[str] = frozenset(),
+    **settings: Any,
 ) -> AsyncIterator[Served]:
     """The HTTP side on a port of its own, under the runner that production uses."""
     carrier = ScriptedCarrier(vocabulary.encode(said, add_special_tokens=False))
@@ -130,6 +142,7 @@ async def serving(
             "request": lambda _: None,
             "registry": CollectorRegistry(),
             "observe": observe,
+            "keyring": keyring(api_keys),
             **settings,
         }
     )
