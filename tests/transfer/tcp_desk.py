@@ -1,17 +1,18 @@
-"""Both ends of a TCP handoff, played by hand."""
+"""Both ends of a handoff, played by hand: over TCP, and as far as they are alike over others."""
 
 import asyncio
 import contextlib
 import hashlib
 import hmac
-import socket
 
 import msgspec
 import numpy as np
 
 from transfer.contract import Source
 from transfer.layout import Epoch, KVLayout, Landing
+from transfer.nixl import wire as nixl
 from transfer.session import wire as session
+from transfer.shm import wire as shm
 from transfer.tcp import wire
 
 EVERYTHING = msgspec.msgpack.Decoder(session.Greeting | session.ToReceiver | session.ToSender)
@@ -32,8 +33,8 @@ WIDE = KVLayout(
 class Owner:
     """Expects a landing in WIDE and remembers what it is told."""
 
-    def __init__(self, receiver, blocks=(3, 1, 0), tokens=24, heads=None):
-        self.pool = np.zeros(4 * WIDE.block_bytes, np.uint8)
+    def __init__(self, receiver, blocks=(3, 1, 0), tokens=24, heads=None, pool=None):
+        self.pool = np.zeros(4 * WIDE.block_bytes, np.uint8) if pool is None else pool
         self.touches, self.arrivals, self.failures = 0, [], []
         self.landing = Landing(
             id="wide",
@@ -61,17 +62,23 @@ class Owner:
 
 
 class Stranger:
-    """A client that speaks the protocol byte by byte."""
+    """A client that speaks the protocol byte by byte. `lane` is its further connection, if any."""
 
     def __init__(self, receiver):
-        self._where = wire.host_and_port(receiver.endpoint)
+        self._endpoint = receiver.endpoint
         self._layout = receiver.layout
         self._lanes = []
+        self.lane = None
 
     async def __aenter__(self):
-        self._socket = socket.create_connection(self._where)
-        self.reader, self.writer = await asyncio.open_connection(sock=self._socket)
+        self.reader, self.writer = await self._dial()
         return self
+
+    async def _dial(self):
+        if self._endpoint.transport == "shm":
+            return await asyncio.open_unix_connection(shm.path_of(self._endpoint))
+        host, _, port = self._endpoint.address.rpartition(":")
+        return await asyncio.open_connection(host, int(port))
 
     async def __aexit__(self, *exit_):
         for writer in (self.writer, *self._lanes):
@@ -80,21 +87,26 @@ class Stranger:
                 await writer.wait_closed()
 
     async def greeted(self, secret=b""):
-        """Be welcomed, and open a data connection."""
+        """Be welcomed, and open a further connection where the transport has one."""
+        blob = b""
+        if self._endpoint.transport == "nixl":
+            blob = msgspec.msgpack.encode(nixl.Greeting("c", nixl.Process.here(), True))
         said = hashlib.sha256(b"baton session")
         hello = session.Hello(session.VERSION, self._layout.fingerprint, b"n")
         self.say(hello)
         said.update(session.frame(hello))
         said.update(session.frame(await self.hear()))
-        mac = hmac.digest(secret, b"sender" + said.digest(), "sha256")
-        self.say(session.Proof(mac, b""))
+        mac = hmac.digest(secret, b"sender" + said.digest() + blob, "sha256")
+        self.say(session.Proof(mac, blob))
         welcome = await self.hear()
         assert isinstance(welcome, session.Welcome)
-        self.lane = await self.join(welcome.token)
+        self.welcome = welcome
+        if self._endpoint.transport != "shm":
+            self.lane = await self.join(welcome.token)
         return self
 
     async def join(self, token):
-        _, lane = await asyncio.open_connection(*self._where)
+        _, lane = await self._dial()
         self._lanes.append(lane)
         lane.write(session.frame(session.Join(token)))
         return lane

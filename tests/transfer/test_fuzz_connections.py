@@ -5,17 +5,22 @@ import contextlib
 import struct
 import threading
 
+import msgspec
 import numpy as np
 import pytest
+from ends import TRANSPORTS, receiver_of, sender_of
 from hypothesis import strategies as st
 from tcp_desk import WIDE, Owner, Stranger, opening, runs, wide_source
 
 from tests.support.garbage import examples, garbage
 from transfer.contract import whole
 from transfer.layout import Epoch, Landing
+from transfer.nixl import available
+from transfer.nixl import wire as nixl
 from transfer.session import wire as session
+from transfer.shared_memory import allocate
 from transfer.stage import eventually
-from transfer.tcp import TcpReceiver, TcpSender, wire
+from transfer.tcp import TcpReceiver, wire
 
 COUNT = 120
 STALL_SECONDS = 2.0
@@ -49,26 +54,53 @@ HEADS = [
 ]
 
 
+QUESTIONS = [
+    nixl.PREFIX.pack(len(body)) + body
+    for body in map(
+        msgspec.msgpack.encode,
+        (
+            nixl.Busy(True),
+            nixl.Where(0, False),
+            nixl.Where(0, True),
+            nixl.Ingest(0, 1, *(it.tobytes() for it in runs((2 * BLOCK, 64)))),
+            nixl.Ingest(0, nixl.SLOTS, *(it.tobytes() for it in runs((2 * BLOCK, 64)))),
+            nixl.Ingest(0, 0, *(it.tobytes() for it in runs((BLOCK, 64), (2**62, 2**62)))),
+        ),
+    )
+]
+KINDS = [("tcp", "session"), ("tcp", "data"), ("shm", "session")]
+KINDS += [
+    pytest.param("nixl", it, marks=pytest.mark.skipif(not available(), reason="needs NIXL"))
+    for it in ("session", "data")
+]
+
+
 def streams(messages):
     return examples(st.lists(garbage(messages), min_size=1, max_size=3).map(b"".join), COUNT)
 
 
+def threads():
+    """How many threads transports have."""
+    return sum(it.name.startswith("kv-") for it in threading.enumerate())
+
+
 @contextlib.asynccontextmanager
-async def undisturbed():
+async def undisturbed(transport="tcp"):
     """A receiver, and a handoff to it that begins before and ends well after what happens inside.
 
     Whatever happens, nothing outside the two landings is written to, and all threads end.
     """
-    threads = threading.active_count()
+    pool = allocate(4 * BLOCK)
+    before = threads()
     async with (
-        TcpReceiver(WIDE, stall_seconds=STALL_SECONDS) as receiver,
-        TcpSender(stall_seconds=STALL_SECONDS) as sender,
+        receiver_of(transport, WIDE, 4, pool, stall_seconds=STALL_SECONDS) as receiver,
+        sender_of(transport, stall_seconds=STALL_SECONDS) as sender,
     ):
-        owner, source = Owner(receiver, blocks=(3, 1, 0)), wide_source()
+        owner, source = Owner(receiver, blocks=(3, 1, 0), pool=pool), wide_source()
         writer = await sender.open(owner.landing, source)
         parts = whole(WIDE.layers, 24)
         await writer.write(parts[0])
-        yield receiver
+        yield receiver, pool
         for part in parts[1:]:
             await writer.write(part)
         await writer.commit(b"", STALL_SECONDS)
@@ -77,14 +109,18 @@ async def undisturbed():
             assert (owner.pool[there * BLOCK : (there + 1) * BLOCK] == ours).all()
         assert not owner.pool[2 * BLOCK : 3 * BLOCK].any()
         assert not owner.failures
-    await eventually(lambda: threading.active_count() <= threads, "a thread is left")
+    await eventually(lambda: threads() <= before, "a thread is left")
 
 
 class Second:
-    """A landing of which the peer that sends garbage knows the secret: blocks 1 and 2 of 4."""
+    """A landing of which the peer that sends garbage knows the secret: blocks 1 and 2 of 4.
 
-    def __init__(self, receiver):
+    Where there is but one `pool`, it is block 2 alone, which nobody else has.
+    """
+
+    def __init__(self, receiver, pool=None):
         self.pool = np.zeros(4 * BLOCK, np.uint8)
+        blocks = (1, 2) if pool is None else (2,)
         self.ends = []
         self.landing = Landing(
             id="theirs",
@@ -94,14 +130,14 @@ class Second:
             endpoints=(receiver.endpoint,),
             layout=WIDE,
             pool_blocks=4,
-            blocks=(1, 2),
-            tokens=16,
+            blocks=blocks,
+            tokens=8 * len(blocks),
             lease_seconds=60.0,
         )
         self.receiver = receiver
         receiver.expect(
             self.landing,
-            self.pool,
+            self.pool if pool is None else pool,
             touched=lambda: None,
             arrived=lambda _: self.ends.append("arrived") or b"",
             failed=lambda error: self.ends.append(type(error).__name__),
@@ -124,21 +160,23 @@ def say_all(writer, data):
         writer.write_eof()
 
 
-async def test_strangers_who_send_garbage_disturb_nobody():
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_strangers_who_send_garbage_disturb_nobody(transport):
     garbled = streams(GREETINGS)  # beforehand, as it takes its time
-    async with undisturbed() as receiver:
+    async with undisturbed(transport) as (receiver, _):
         for data in garbled:
             async with Stranger(receiver) as stranger:
                 say_all(stranger.writer, data)
                 assert await stranger.closed(), data
 
 
-@pytest.mark.parametrize("lane", [False, True], ids=["session", "data"])
-async def test_peers_who_send_garbage_are_lost_and_disturb_nobody(lane):
-    garbled = streams(HEADS if lane else SAYINGS)
-    async with undisturbed() as receiver:
+@pytest.mark.parametrize(("transport", "kind"), KINDS)
+async def test_peers_who_send_garbage_are_lost_and_disturb_nobody(transport, kind):
+    lane = kind == "data"
+    garbled = streams((HEADS if transport == "tcp" else QUESTIONS) if lane else SAYINGS)
+    async with undisturbed(transport) as (receiver, pool):
         for data in garbled:
-            second = Second(receiver)
+            second = Second(receiver, None if transport == "tcp" else pool)
             async with Stranger(receiver) as peer:
                 await peer.greeted()
                 if lane:

@@ -117,11 +117,13 @@ class Way:
         """Where the landing of a ticket lies.
 
         Raises:
-            OSError: the peer cannot be reached any more.
+            OSError: the peer cannot be reached any more, or does not say.
         """
         wire.say(self._desk, wire.Where(ticket, direct))
         while not isinstance(answer := self._hear(), wire.There):
             pass
+        if direct and answer.mark and not answer.starts:
+            raise ConnectionAbortedError("it does not say where the landing lies")
         if answer.metadata:
             self.agent.learn(answer.metadata)
         return answer

@@ -16,6 +16,7 @@ import hashlib
 import os
 import socket
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -158,7 +159,19 @@ def hear_receiver(connection: socket.socket) -> ToSender:
     head = _exactly(connection, PREFIX.size)
     if head is None:
         raise ConnectionResetError("the connection was closed")
-    return decode(_to_sender, _body(connection, head))
+    message = decode(_to_sender, _body(connection, head))
+    if isinstance(message, There):
+        _check_regions(message)
+    return message
+
+
+def _check_regions(there: There) -> None:
+    """Every offset is in one of the regions, if there are any, and each of those somewhere."""
+    starts = there.starts
+    if len(there.bases) != len(starts):
+        raise PeerMisbehaved(f"{len(starts)} regions at {len(there.bases)} addresses")
+    if starts and (starts[0] or any(it >= other for it, other in pairwise(starts))):
+        raise PeerMisbehaved("regions that do not lie one after the other")
 
 
 def decode(decoder: msgspec.msgpack.Decoder[Kind], body: bytes) -> Kind:

@@ -1,13 +1,14 @@
-"""The other worker over TCP, in a process of its own that a test may stop, kill or starve.
+"""The other worker, in a process of its own that a test may stop, kill or starve.
 
-    python tcp_far.py send|receive STALL_SECONDS
+    python far.py tcp|shm|nixl STALL_SECONDS
 
 It reads a command a line, and says in a line how each of them ended:
 
-    hand HEX      (send) write into this landing and commit
-    half HEX      (send) write the first half of the layers, then wait for `rest`
-    rest          (send) write the other half and commit
-    loop HEX      (send) write all layers again and again until that fails
+    expect        say a new landing, later that somebody writes to it, and how it ended
+    hand HEX      write into this landing and commit
+    half HEX      write the first half of the layers, then wait for `rest`
+    rest          write the other half and commit
+    loop HEX      write all layers again and again until that fails
     cut N         shut the N-th connection down, in the order in which they were made
     starve BYTES  let the process have so much more memory, and no more
     feed          lift that limit
@@ -26,11 +27,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import structlog
+from ends import receiver_of, sender_of
 
 from transfer.contract import Source, whole
 from transfer.kernels import warm_up
 from transfer.layout import Epoch, KVLayout, Landing
-from transfer.tcp import TcpReceiver, TcpSender
+from transfer.shared_memory import allocate
 
 # 4 MiB a layer for 1,024 tokens, in runs of 64 KiB.
 LAYOUT = KVLayout(
@@ -133,10 +135,11 @@ async def told(work):
         say(type(error).__name__)
 
 
-async def main(role, stall_seconds):
+async def main(transport, stall_seconds):
     warm_up()  # as a worker does: what is compiled or loaded while memory is short ends the process
-    receiver = TcpReceiver(LAYOUT, stall_seconds=stall_seconds)
-    sender = TcpSender(stall_seconds=stall_seconds)
+    pool = allocate(POOL_BYTES)
+    receiver = receiver_of(transport, LAYOUT, BLOCKS, pool, stall_seconds=stall_seconds)
+    sender = sender_of(transport, stall_seconds=stall_seconds)
     data, half, given = source(), asyncio.Event(), 0
     async with receiver, sender, asyncio.TaskGroup() as group:
         say("ready")
@@ -164,10 +167,11 @@ async def main(role, stall_seconds):
                     landing = landing_at(receiver.endpoint, given)
                     receiver.expect(
                         landing,
-                        np.zeros(POOL_BYTES, np.uint8),
+                        pool,
                         touched=lambda: None,
                         arrived=lambda _: say("arrived") or b"",
                         failed=lambda error: say("failed", type(error).__name__),
+                        claimed=lambda: say("claimed"),
                     )
                     say(msgspec.msgpack.encode(landing).hex())
                 case "cut":
