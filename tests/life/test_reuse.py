@@ -134,7 +134,7 @@ async def test_damage_to_what_was_kept_costs_time_and_no_token(
 
 @pytest.mark.parametrize("fault", ["flip_bit@*", "missing_page@*", "swapped_layer@*"])
 async def test_nothing_of_a_landing_that_failed_is_kept(redis_url: str, fault: str) -> None:
-    async with cluster(redis_url) as made:
+    async with cluster(redis_url, max_retries=0) as made:
         await pair(made, prefill={"faults": fault})
         for _ in range(2):
             with pytest.raises(WorkerFailed, match="handoff"):
