@@ -116,6 +116,11 @@ class Requests:
         """Whether no request holds anything."""
         return not len(self._book)
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is computed or moved any more; tokens may still be kept."""
+        return all(held.idle for held in self._book)
+
     # ---- messages
 
     def hear(self, link: Link, message: ForRequests) -> None:
@@ -194,7 +199,9 @@ class Requests:
     def give_back(self, code: str, detail: str) -> None:
         """End everything here, so that it goes on elsewhere from the tokens that were sent."""
         for held in self._book:
-            if held.prefilling is not None:
+            if held.link is None:
+                self.keeper.give_up(held)
+            elif held.prefilling is not None:
                 self._fail(held, "prefill", code, detail)
             elif held.landing is not None:
                 self._fail(held, "handoff", code, detail)

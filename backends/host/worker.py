@@ -155,24 +155,25 @@ class WorkerHost:
         return (0 if role == "decode" else under_way, 0 if role == "prefill" else capacity)
 
     async def _wind_down(self) -> None:
-        if not await self._done_within(self.config.drain_seconds):
-            self._requests.give_back("draining", "this worker drains")
-            await self._done_within(GIVE_BACK_SECONDS)
+        requests = self._requests
+        if not await self._within(self.config.drain_seconds, lambda: requests.idle):
+            requests.give_back("draining", "this worker drains")
+            await self._within(GIVE_BACK_SECONDS, lambda: requests.quiet)
 
-    async def _done_within(self, seconds: float) -> bool:
+    async def _within(self, seconds: float, done: Callable[[], bool]) -> bool:
+        """Wait until `done`, and no errand is left; False: not in time."""
         try:
             async with asyncio.timeout(seconds):
-                while not self._done:  # noqa: ASYNC110 -- three parts must be idle at once
+                while not (done() and not self._errands):  # noqa: ASYNC110 -- three parts
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             return False
         return True
 
     @property
-    def _done(self) -> bool:
+    def _errands(self) -> int:
         # Not waiting for senders that stand still: with this process, its pool is nobody's.
-        left = self._janitor.errands - self._requests.landings.quiescing
-        return self._requests.idle and not left
+        return self._janitor.errands - self._requests.landings.quiescing
 
     async def _step(self) -> None:
         try:

@@ -13,6 +13,7 @@ from backends.protocol import (
     Adopted,
     Cancel,
     Disown,
+    Drain,
     Failed,
     FirstToken,
     Granted,
@@ -323,3 +324,23 @@ async def test_bound_tokens_of_a_prefill_are_there_for_whoever_adopts_it() -> No
         rows = await hear_tokens(second, 9)
         assert by_index(rows)[2][:3] == [11, 12, 13]
         assert rows[-1].finish == "length"
+
+
+async def test_a_worker_that_drains_does_not_wait_for_ever_for_new_owners() -> None:
+    async for it in site(slow(), drain_seconds=0.2, orphan_run_seconds=60.0):
+        peer = await greeted(it)
+        await begin(peer, kept([1, 2, 3], max_tokens=4000), 5)
+        peer.writer.close()
+        other = await greeted(it)
+        other.send(Drain())
+        assert await other.ended()
+
+
+async def test_a_worker_that_drains_gives_back_what_would_be_kept() -> None:
+    async for it in site(slow(), drain_seconds=0.2):
+        peer = await greeted(it)
+        await begin(peer, kept([1, 2, 3], max_tokens=4000), 5)
+        peer.send(Drain())
+        failed: Failed = await peer.hear(Failed)
+        assert (failed.code, failed.indexes, failed.retry) == ("draining", (0,), True)
+        assert await peer.ended()
