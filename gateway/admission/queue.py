@@ -185,16 +185,17 @@ class Admission:
 
     async def _enqueue(self, turn: Turn, *, again: bool = False) -> None:
         ticket = turn.ticket
-        left = ticket.deadline - asyncio.get_running_loop().time()
-        patience = left - ticket.needs_seconds
-        if patience <= 0:
+        now = asyncio.get_running_loop().time()
+        if turn.due <= now:
             raise DeadlineExceeded("queued")
+        # What is granted at once is not called late here: how long it takes will be measured.
+        patience = max(0.0, turn.latest - now)
         turn.asked = True
         wish = Enqueue(
             id=turn.name,
             ticket=turn.words,
             patience=int(patience * 1000) + 1,
-            deadline=int(left * 1000) + 1,
+            deadline=int((turn.due - now) * 1000) + 1,
             max_waiting=self._limits.max_waiting,
             again=again,
         )
@@ -213,15 +214,14 @@ class Admission:
         """Return once it is granted; raise what keeps it from being."""
         loop = asyncio.get_running_loop()
         ticket = turn.ticket
-        latest = ticket.deadline - ticket.needs_seconds
         hope = loop.time() + self._limits.worker_wait_seconds
         while not turn.granted.done():
-            until = min(latest, hope)
+            until = min(turn.latest, hope)
             await asyncio.wait([turn.granted], timeout=max(0.0, until - loop.time()))
             if turn.granted.done():
                 break
             staffed = self._staffed.get(ticket.model, False)
-            if loop.time() >= latest:
+            if loop.time() >= turn.latest:
                 if staffed:
                     raise DeadlineExceeded("queued")
                 raise NoWorkers(f"no workers serve {ticket.model}")
@@ -240,7 +240,10 @@ class Admission:
         """
         turn.refusals += 1
         turn.wait()
-        wish = Requeue(turn.name, turn.epoch, worker, kind, turn.prefill_tokens)
+        patience = max(0.0, turn.latest - asyncio.get_running_loop().time())
+        wish = Requeue(
+            turn.name, turn.epoch, worker, kind, turn.prefill_tokens, int(patience * 1000) + 1
+        )
         pause = min(REFUSED_PAUSE_SECONDS * 2**turn.refusals, LONGEST_PAUSE_SECONDS)
         try:
             report, state = await self._script("requeue", turn.ticket.model, wish)

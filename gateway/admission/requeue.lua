@@ -5,7 +5,7 @@
 local id = wish.id
 local ticket = ticket_of(id)
 if ticket and ticket.gateway == me and ticket.epoch == wish.epoch and release(id, ticket) then
-  ticket.prefill = wish.prefill
+  ticket.prefill, ticket.gives_up = wish.prefill, now + wish.patience
   note(id, ticket)
   shrink(wish.worker, wish.kind, ticket)
   line_up_again(id, ticket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Self
 
 import msgspec
@@ -26,7 +27,10 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
-    """A wish to run one request. `deadline` is a time of this process's event-loop clock.
+    """A wish to run one request.
+
+    `deadline` is a time of this process's event-loop clock, and so is `first_token_by`, after
+    which nobody needs the first token.
 
     `prefill_tokens` are computed first, `decode_tokens` are the most KV that it will hold and what
     its tenant's share is counted in; `expected_tokens` of them are to be generated, which are
@@ -45,6 +49,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     decode_tokens: int
     deadline: float
     expected_tokens: int = 0
+    first_token_by: float = inf
     needs_seconds: float = 0.0
     priority: int = 0
     terms: Terms = Terms()

@@ -20,7 +20,7 @@ class Turn:
     """
 
     __slots__ = (
-        *("asked", "epoch", "granted", "held", "name", "prefill_tokens"),
+        *("asked", "begun", "epoch", "granted", "held", "name", "prefill_tokens"),
         *("refusals", "ticket", "told"),
     )
 
@@ -33,6 +33,7 @@ class Turn:
         self.epoch = 0
         self.refusals = 0
         self.asked = False
+        self.begun = False
         self.held = False
         self.wait()
 
@@ -53,6 +54,17 @@ class Turn:
         """It will not run, unless it does already."""
         if not self.granted.done():
             self.granted.set_result(error)
+
+    @property
+    def due(self) -> float:
+        """When its first token must be there, or, once that is, its last one."""
+        ticket = self.ticket
+        return ticket.deadline if self.begun else min(ticket.deadline, ticket.first_token_by)
+
+    @property
+    def latest(self) -> float:
+        """Until when a grant is of use."""
+        return self.due if self.begun else self.due - self.ticket.needs_seconds
 
     @property
     def words(self) -> TicketWords:
@@ -88,6 +100,7 @@ class Grant:
     def prefilled(self) -> None:
         """Prefill is done: the next one may have its room. Safe to call twice."""
         turn = self._turn
+        turn.begun = True
         if turn.prefill_tokens and turn.held:
             turn.prefill_tokens = 0
             self._leaving.put_nowait(Left(turn.ticket.model, turn.name, epoch=turn.epoch))

@@ -52,13 +52,14 @@ class Leave(msgspec.Struct, frozen=True):
 
 
 class Requeue(msgspec.Struct, frozen=True):
-    """`worker` had no room of `kind` (`prefill` or `decode`)."""
+    """`worker` had no room of `kind` (`prefill` or `decode`). Patience is in milliseconds."""
 
     id: str
     epoch: int
     worker: str
     kind: str
     prefill: int
+    patience: int
 
 
 class Renew(msgspec.Struct, frozen=True):

@@ -12,11 +12,22 @@ import structlog
 from backends.protocol import chain, mark
 from gateway.errors import BadRequest, DeadlineExceeded, NoWorkers
 from gateway.life.fleet import Fleet
+from gateway.life.job import Job
 from gateway.life.line import Line, Run
 from gateway.life.worker import Worker
-from gateway.placement import Booking, Placement, Snapshot, Unplaceable, Wish, place
+from gateway.placement import (
+    Booking,
+    Placement,
+    Snapshot,
+    Unplaceable,
+    Wish,
+    least_seconds,
+    place,
+)
 
 log = structlog.get_logger()
+
+HURRY_SECONDS = 120.0  # no prompt takes longer, and an estimate for each costs time
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -34,6 +45,19 @@ class Placing:
         self._fleet = fleet
         self._worker_wait = worker_wait_seconds
         self._line = asyncio.Lock()
+
+    def needs(self, job: Job) -> float:
+        """The least time, in seconds, that its first token needs; 0 when there is no hurry."""
+        due = min(job.deadline, job.first_token_by)
+        if due - asyncio.get_running_loop().time() > HURRY_SECONDS:
+            return 0.0
+        wish = Wish(
+            tokens=len(job.prompt),
+            sequences=job.n,
+            sampling=job.sampling,
+            decodes=job.max_tokens > 1,
+        )
+        return least_seconds(self._fleet.snapshot(), wish)
 
     async def place(self, run: Run, lines: list[Line], avoid: frozenset[str]) -> Placed:
         """Choose workers, waiting for some to be there and to have room.

@@ -83,7 +83,9 @@ class Relay:
             async with (
                 asyncio.timeout_at(job.deadline) as run.timer,
                 self._admission.turn(
-                    _ticket(job), told=job.told, generated=lambda: run.generated_tokens
+                    _ticket(job, self._placing.needs(job)),
+                    told=job.told,
+                    generated=lambda: run.generated_tokens,
                 ) as grant,
             ):
                 run.timeline.queue = time.monotonic() - began
@@ -211,7 +213,7 @@ class Relay:
             run.timeline.queue = (run.timeline.queue or 0.0) + time.monotonic() - entered
 
 
-def _ticket(job: Job) -> Ticket:
+def _ticket(job: Job, needs_seconds: float) -> Ticket:
     return Ticket(
         id=job.id,
         model=job.model,
@@ -220,6 +222,8 @@ def _ticket(job: Job) -> Ticket:
         decode_tokens=len(job.prompt) + job.n * job.decode_estimate,
         expected_tokens=job.n * job.decode_estimate,
         deadline=job.deadline,
+        first_token_by=job.first_token_by,
+        needs_seconds=needs_seconds,
         priority=job.priority,
         terms=job.terms,
         counts=job.counts,

@@ -147,9 +147,31 @@ async def test_a_deadline_that_cannot_be_met_any_more_ends_the_wait(redis: Redis
             with pytest.raises(DeadlineExceeded, match="queued"):
                 async with admission.turn(ticket(seconds=30, needs_seconds=31)):
                     pass
+            soon = loop.time() + 0.1
+            with pytest.raises(DeadlineExceeded, match="queued"):
+                async with admission.turn(ticket(seconds=30, first_token_by=soon)):
+                    pass
             await admission.flush()
             assert await waiting(redis) == 0
         assert line.order == []
+
+
+async def test_what_is_granted_at_once_is_not_called_late_by_an_estimate(redis: Redis) -> None:
+    async with (
+        workers(redis, decode=COST),
+        gateway(redis, limits=LASTING) as admission,
+        admission.turn(ticket(seconds=30, needs_seconds=31)),
+    ):
+        pass
+
+
+async def test_once_the_first_token_is_there_only_the_deadline_counts(redis: Redis) -> None:
+    async with workers(redis, decode=COST), gateway(redis, limits=LASTING) as admission:
+        soon = asyncio.get_running_loop().time() + 0.1
+        async with admission.turn(ticket(seconds=30, first_token_by=soon)) as grant:
+            grant.prefilled()
+            await asyncio.sleep(0.15)
+            await asyncio.wait_for(grant.again("decode", "decode"), 5)
 
 
 async def test_what_waits_is_counted_out_when_it_leaves(redis: Redis) -> None:
