@@ -308,6 +308,14 @@ class WorkerSection(Section, frozen=True):
             le=1,
         ),
     ] = 0.5
+    reuse: Annotated[
+        Literal["auto", "on", "off"],
+        about(
+            "Whether KV of finished prompts and answers is kept for later prompts that begin alike,"
+            " until its room is needed. `auto`: where that changes no text (float32, or a backend"
+            " that is exact)."
+        ),
+    ] = "auto"
     faults: Annotated[str, about("Faults to inject, for tests of recovery. Empty: none.")] = ""
     options: Annotated[
         dict[str, Any], about("Options of the backend, passed to it as keyword arguments.")

@@ -45,6 +45,14 @@ class Metrics:
         self._prompt = Counter(
             "baton_prompt_tokens", "Prompt tokens of answered requests.", registry=self.registry
         )
+        self._cached = Counter(
+            "baton_cached_prompt_tokens", "Prompt tokens whose KV did not have to be computed.",
+            registry=self.registry,
+        )  # fmt: skip
+        self._present = Counter(
+            "baton_present_prompt_tokens", "Prompt tokens whose KV did not have to be sent.",
+            registry=self.registry,
+        )  # fmt: skip
         self._generated = Counter(
             "baton_generation_tokens", "Tokens sent to clients.", registry=self.registry
         )
@@ -79,6 +87,8 @@ class Metrics:
         if timeline is not None:
             if timeline.retries:
                 self._retries.inc(timeline.retries)
+            self._cached.inc(timeline.cached_tokens)
+            self._present.inc(timeline.present_tokens)
             for phase, histogram in self._phase.items():
                 seconds = getattr(timeline, phase)
                 if seconds is not None:

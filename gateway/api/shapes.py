@@ -14,12 +14,19 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Anything that is answered."""
 
 
+class PromptTokens(Shape, frozen=True, omit_defaults=False):
+    """How many tokens of the prompt did not have to be computed."""
+
+    cached_tokens: int
+
+
 class Usage(Shape, frozen=True):
     """Tokens in and out."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens | None = None
 
 
 class TopLogprob(Shape, frozen=True):
@@ -115,12 +122,14 @@ class Logged(msgspec.Struct, frozen=True):
     offset: int
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> Usage:
-    """The three numbers."""
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> Usage:
+    """The three numbers; at the end also how much of the prompts was there already."""
+    details = PromptTokens(cached_tokens=cached_tokens) if cached_tokens is not None else None
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=details,
     )
 
 

@@ -305,7 +305,8 @@ class Stream:
     async def _finish(self) -> web.StreamResponse:
         tail = DONE
         if self.wish.style.usage:
-            usage = usage_of(self.wish.prompt_tokens, self._count())
+            cached = self._tally.cached_tokens
+            usage = usage_of(self.wish.prompt_tokens, self._count(), cached)
             tail = self.chunks.summary(usage) + DONE
         self._tally.status = 200
         return await self._close(tail)

@@ -48,6 +48,11 @@ class Tally:
         if self._first is None:
             self._first = time.perf_counter() - self._began
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that did not have to be computed."""
+        return sum(timeline.cached_tokens for timeline in self.timelines)
+
     def report(self, observe: Observe) -> None:
         """Tell of the request, now that it is over."""
         observe(

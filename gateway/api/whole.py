@@ -18,6 +18,7 @@ from gateway.api.shapes import (
     CompletionAnswer,
     CompletionChoice,
     CompletionLogprobs,
+    Usage,
     usage_of,
 )
 from gateway.api.tally import Tally
@@ -74,10 +75,12 @@ async def answer_whole(service: Service, wish: Wish, tally: Tally) -> bytes:
     check_finished(choices, tally)
     for choice in choices:
         choice.begin()
-    return _chat(wish, choices) if wish.style.chat else _completion(wish, choices)
+    usage = usage_of(wish.prompt_tokens, tally.count(), tally.cached_tokens)
+    make = _chat if wish.style.chat else _completion
+    return make(wish, choices, usage)
 
 
-def _completion(wish: Wish, choices: Sequence[Choice]) -> bytes:
+def _completion(wish: Wish, choices: Sequence[Choice], usage: Usage) -> bytes:
     told = []
     for choice in choices:
         logprobs = choice.logprobs()
@@ -99,12 +102,12 @@ def _completion(wish: Wish, choices: Sequence[Choice]) -> bytes:
             created=wish.created,
             model=wish.model,
             choices=told,
-            usage=usage_of(wish.prompt_tokens, sum(c.continuation.count for c in choices)),
+            usage=usage,
         )
     )
 
 
-def _chat(wish: Wish, choices: Sequence[Choice]) -> bytes:
+def _chat(wish: Wish, choices: Sequence[Choice], usage: Usage) -> bytes:
     told = []
     for choice in choices:
         logprobs = choice.logprobs()
@@ -125,7 +128,7 @@ def _chat(wish: Wish, choices: Sequence[Choice]) -> bytes:
             created=wish.created,
             model=wish.model,
             choices=told,
-            usage=usage_of(wish.prompt_tokens, sum(c.continuation.count for c in choices)),
+            usage=usage,
             prompt_token_ids=wish.jobs[0].prompt if wish.style.token_ids else None,
         )
     )

@@ -85,6 +85,7 @@ async def _serve(
         quarantine_share=worker.quarantine_share,
         socket_dir=str(run_dir(Path(config.data_dir))),
         faults=worker.faults,
+        reuse=worker.reuse,
     )
     host = WorkerHost(host_config, backend)
     listening = asyncio.Event()

@@ -17,6 +17,7 @@ from gateway.text import Vocabulary
 
 MODEL = "smollm2"
 SAID = "Hello there, 🙃 friend."
+CACHED = 1  # token of each prompt was there already
 END = 2
 DRAINABLE = "d0"
 
@@ -47,7 +48,9 @@ class ScriptedCarrier:
             await self._decode(job, listener)
         finally:
             self.running -= 1
-        return Timeline(prefill_worker="p0", decode_worker="d0", first_token=0.001)
+        return Timeline(
+            prefill_worker="p0", decode_worker="d0", first_token=0.001, cached_tokens=CACHED
+        )
 
     def pause(self, job: Job, index: int, paused: bool) -> None:
         self.pauses.append((job.id, index, paused))

@@ -5,7 +5,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from carrier import MODEL, SAID, Served
+from carrier import CACHED, MODEL, SAID, Served
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": MODEL, "prompt": "one two", "max_tokens": 3}
@@ -37,7 +37,12 @@ async def test_a_completion_has_every_required_field(http: aiohttp.ClientSession
     assert told["choices"] == [
         {"index": 0, "text": "Hello there,", "logprobs": None, "finish_reason": "length"}
     ]
-    assert told["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert told["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 3,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": CACHED},
+    }
 
 
 async def test_bytes_that_never_became_a_character_are_shown_as_such(http: aiohttp.ClientSession):
@@ -104,7 +109,9 @@ async def test_choices_are_numbered_through_all_prompts(http: aiohttp.ClientSess
         *[(0, "a"), (1, "a")],
         *[(2, "b"), (3, "b")],
     ]
-    assert told["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    usage = told["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 12)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2 * CACHED}
 
 
 async def test_token_ids_are_told_on_request(served: Served, http: aiohttp.ClientSession):

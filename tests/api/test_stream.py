@@ -5,7 +5,7 @@ import json
 
 import aiohttp
 import pytest
-from carrier import MODEL, SAID, Served, serving, until
+from carrier import CACHED, MODEL, SAID, Served, serving, until
 from events import events, finishes, said
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -59,6 +59,7 @@ async def test_usage_is_null_until_it_is_told(http: aiohttp.ClientSession):
     assert last["choices"] == []
     usage = last["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": CACHED}
 
 
 async def test_without_being_asked_for_usage_is_not_told(http: aiohttp.ClientSession):
