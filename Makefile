@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
 .PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-engine bench-transfer \
-	bench-interference loadtest soak clean
+	bench-interference bench-reuse loadtest soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -67,6 +67,9 @@ bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, N
 
 bench-interference: $(VENV)/.runtime ## Measure what a long prompt does to running streams
 	@exec $(BIN)/python -m loadtest.interference
+
+bench-reuse: $(VENV)/.runtime ## Measure what a prompt gains whose beginning was there already
+	@exec $(BIN)/python -m loadtest.reuse
 
 loadtest: $(VENV)/.loadtest ## Stream chats at a running Baton with locust
 	@exec $(BIN)/locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000 \
