@@ -59,6 +59,15 @@ def test_a_stalled_sender_keeps_its_landing_in_quarantine_until_it_is_dead() -> 
     assert gone < dead < quiet
 
 
+def test_rivals_are_quicker_or_not_and_some_worker_is_shunned() -> None:
+    """What is checked of them is worth nothing unless it happens."""
+    scenario = Handoffs()
+    stories = ["\n".join(played(scenario, scenario.schedule(seed))[1]) for seed in range(100)]
+    assert any("was quicker" in it for it in stories)
+    assert any("rival at" in it and "was quicker" not in it for it in stories)
+    assert any("shuns p" in it and "shuns nobody any more" in it for it in stories)
+
+
 def test_a_mutant_is_shown_by_a_short_story() -> None:
     with MUTANTS["skips the quarantine"].played() as scenario:
         failure = explore(scenario, range(SCHEDULES))

@@ -5,6 +5,7 @@ Each check blames the handoff or worker at once, so that the story ends where th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ class Checks:
         held = worker.ledger._held
         mine = {
             *held.get(handoff.reserved.holder, ()),
-            *held.get(Holder("quarantine", entry.landing.id), ()),
+            *held.get(handoff.quarantine, ()),
         }
         for block in blocks_of(frame, self._block_of_item, self._layout.item_bytes):
             if block not in mine:
@@ -76,7 +77,7 @@ class Checks:
     def arrival(self, worker: Decode, handoff: Handoff, firsts: tuple[First, ...]) -> None:
         """A prefix is admitted: it must be right to the bit, and by its own proof."""
         assert handoff.reserved is not None
-        if handoff.forged:
+        if handoff.forged and not handoff.outrun:
             self._game.blame(f"{handoff}: admitted on a proof that is not its own")
         if firsts != handoff.firsts:
             self._game.blame(f"{handoff}: admitted with the first tokens {firsts}")
@@ -96,7 +97,7 @@ class Checks:
         """Every block is free or has one owner, or several sequences that share it."""
         if worker.dead:
             return
-        wrong = worker.ledger.audit()
+        wrong = worker.ledger.audit() + over_the_cap(worker)
         owners: dict[int, Holder] = {}
         for holder, blocks in worker.ledger._held.items():
             if holder.reason != "decode":
@@ -117,6 +118,22 @@ class Checks:
         good = (handoff.sent, handoff.received) == ("handed", "admitted")
         if not good and not (handoff.disturbed or (handoff.sent == "refused" and struck)):
             raise Violation(f"{ended}, although nothing struck it")
+
+
+def over_the_cap(worker: Worker) -> list[str]:
+    """Which prefill workers may write to more of a pool than they may, landings and quarantine."""
+    written: Counter[str] = Counter()
+    landings = getattr(worker, "landings", None)
+    for reserved in landings._open.values() if landings is not None else ():
+        written[reserved.prefill] += len(reserved.landing.blocks)
+    for holder, blocks in worker.ledger._held.items():
+        if holder.reason == "quarantine":
+            written[holder.owner.rpartition(" ")[2]] += len(blocks)
+    return [
+        f"{who} may write to {count} blocks"
+        for who, count in written.items()
+        if count > plot.CAP_BLOCKS
+    ]
 
 
 def blocks_of(frame: Frame, block_of_item: Any, item_bytes: int) -> Iterable[int]:

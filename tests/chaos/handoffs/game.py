@@ -21,13 +21,14 @@ from tests.chaos.handoffs import plot, truth
 from tests.chaos.handoffs.checks import Checks
 from tests.chaos.handoffs.forgeries import Forger
 from tests.chaos.handoffs.handoff import Handoff
+from tests.chaos.handoffs.rival import Rival
 from tests.chaos.handoffs.wire import LONG_SECONDS
 from tests.chaos.handoffs.workers import Decode, Prefill, Worker
 from tests.chaos.machine import Faults, Violation
 from tests.chaos.schedule import Fault, Schedule, draw
 from transfer.errors import TransferError
 from transfer.landings import Landings
-from transfer.layout import Epoch
+from transfer.layout import Epoch, Landing
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
 
 WORKERS = 2  # of either kind
@@ -82,6 +83,7 @@ class Game:
         self.forger = Forger(self)
         self.by_landing: dict[str, Handoff] = {}
         self.damage: dict[str, list[Fault]] = {}
+        self.rivals: dict[object, Prefill] = {}
         self.mangled: dict[str, tuple[str, Epoch, bytes]] = {}
         self._partitions: dict[tuple[str, str, bool], float] = {}
         self._detached: set[asyncio.Task[Any]] = set()
@@ -214,6 +216,13 @@ class Game:
             await asyncio.sleep(0.02)
         handoff.sent_ended("never began")
 
+    def rival(self, handoff: Handoff, landing: Landing) -> None:
+        """Another worker begins the same handoff."""
+        worker = next(it for it in self.prefills if it.name != handoff.prefill)
+        rival = Rival(self, worker, handoff, landing)
+        worker.sender.writers.append(rival)
+        self.spawn(rival.run())
+
     def cancel_decode(self, handoff: Handoff) -> None:
         """Tell the decode worker that nobody wants it any more."""
         if handoff.landing_worker is not None:
@@ -231,7 +240,9 @@ class Game:
 
     def strike(self, handoff: Handoff, point: str) -> list[Fault]:
         """`handoff` passes `point`: the world's faults happen, those of its message returned."""
-        faults = self._faults.passing(handoff.number, point, handoff.state)
+        faults = self._faults.passing(
+            handoff.number, point, lambda: "outrun" if handoff.outrun else handoff.state()
+        )
         mine = []
         for fault in faults:
             self.tell(f"{handoff}, {handoff.state()}: {fault.kind} at {point}")

@@ -45,6 +45,7 @@ class Handoff:
         self.closed = 0
         self.finished = False
         self.forged = False
+        self.outrun = False
         self.disturbed = False
         self.over = asyncio.Event()
         self._latencies: defaultdict[str, int] = defaultdict(int)
@@ -70,6 +71,11 @@ class Handoff:
         """The id of its landing, once it has one."""
         return self.reserved.landing.id if self.reserved is not None else ""
 
+    @property
+    def quarantine(self) -> Holder:
+        """For whom the ledger holds its blocks once it has ended badly."""
+        return Holder("quarantine", f"{self.landing_id} from {self.prefill}")
+
     def state(self) -> str:
         """One of `plot.STATES`."""
         worker = self.landing_worker
@@ -85,8 +91,7 @@ class Handoff:
             return "verifying"
         if live:
             return "written" if any(it.writer is not None for it in live) else "granted"
-        held = Holder("quarantine", self.landing_id) in worker.ledger._held
-        return "quarantined" if held else "freed"
+        return "quarantined" if self.quarantine in worker.ledger._held else "freed"
 
     def latency(self, purpose: str, seconds: float = 0.004) -> float:
         """A short time, never twice the same; longer on the way to a worker that is far away."""

@@ -51,10 +51,37 @@ class AnyNumberOfWriters(Landings):
         return super().claim(landing_id, epoch, secret, writer)
 
 
+class AnyNumberOfWorkers(Landings):
+    def claim(self, landing_id: str, epoch: Epoch, secret: bytes, writer: Any) -> Expected:
+        entry = self._book.get(landing_id)
+        if entry is not None and isinstance(entry.writer, MemoryWriter):
+            first: Any = entry.writer._ended
+            if first.__self__ is not writer._ended.__self__:
+                entry.writer = None
+        return super().claim(landing_id, epoch, secret, writer)
+
+
+class CapsQuarantineAlone(HostLandings):
+    def _full(self, prefill: str, wanted: int, headroom: int) -> str:
+        exposed, self._exposed = self._exposed, self._quarantined
+        try:
+            return super()._full(prefill, wanted, headroom)
+        finally:
+            self._exposed = exposed
+
+
+class CountsWhatHasArrivedForEver(HostLandings):
+    def _tally(self, what: Any, reserved: Reserved, sign: int) -> None:
+        if sign > 0 or what is self._quarantined:
+            super()._tally(what, reserved, sign)
+
+
 class SkipsQuarantine(HostLandings):
     def withdraw(self, landing_id: str) -> None:
+        reserved = self._open.get(landing_id)
         super().withdraw(landing_id)
-        self._ledger.release(Holder("quarantine", landing_id))
+        if reserved is not None:
+            self._ledger.release(Holder("quarantine", f"{landing_id} from {reserved.prefill}"))
 
 
 class FreesAtAbort(HostLandings):
@@ -241,6 +268,15 @@ MUTANTS = {
     "drops the epoch check": Mutant({"book": AnyEpoch}),
     "drops the secret check": Mutant({"book": AnySecret}),
     "lets anybody claim a landing again": Mutant({"book": AnyNumberOfWriters}),
+    "lets another worker claim a landing too": Mutant(
+        {"book": AnyNumberOfWorkers}, cause="a second writer was accepted"
+    ),
+    "caps what is in quarantine alone": Mutant(
+        {"landings": CapsQuarantineAlone}, cause="may write to"
+    ),
+    "never counts down what can be written to": Mutant(
+        {"landings": CountsWhatHasArrivedForEver}, cause="although nothing struck it"
+    ),
     "skips the quarantine": Mutant({"landings": SkipsQuarantine}),
     "frees at the abort, not at quiesce": Mutant({"landings": FreesAtAbort}),
     "withdraws at one receiver only": Mutant({"landings": TellsOneReceiver}),

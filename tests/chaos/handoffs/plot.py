@@ -20,6 +20,8 @@ LONG_WAYS = frozenset({"open", "write", "frame", "commit", "verify", "answer", "
 
 SOURCE_BLOCKS = 10
 TARGET_BLOCKS = 16
+CAP_BLOCKS = 8
+"""What one prefill worker may be able to write to; no prefix takes more than five."""
 RAILS = 2
 """Receivers of each decode worker: a sender may use any of them."""
 
@@ -39,9 +41,19 @@ WORLD = (
 
 MENU = {
     "grant": WORLD,
-    "open": ("drop", "delay", "duplicate", "truncate", "corrupt", *WORLD),
+    "open": ("drop", "delay", "duplicate", "truncate", "corrupt", "rival", *WORLD),
     "compute": WORLD,
-    "write": ("drop", "delay", "duplicate", "truncate", "corrupt", "reorder", "late", *WORLD),
+    "write": (
+        "drop",
+        "delay",
+        "duplicate",
+        "truncate",
+        "corrupt",
+        "reorder",
+        "late",
+        "rival",
+        *WORLD,
+    ),
     "flight": WORLD,
     "commit": ("drop", "delay", "duplicate", "truncate", "corrupt", "replay", *WORLD),
     "verify": WORLD,
@@ -56,8 +68,10 @@ MENU = {
 slice is computed, `flight` while a frame is between its posting and its landing, `quiesce` when a
 quarantine begins to wait, `decode` while admitted sequences run; the others are the messages.
 `late` delivers a write after the landing has ended; `replay` commits with the digest of another
-landing; `reorder` lets later writes and the commit overtake a write. A sender that is stalled
-acknowledges nothing any more, and what it has under way lands when it likes, until it is killed.
+landing; `reorder` lets later writes and the commit overtake a write. A `rival` is another worker
+that writes the same prefix into the same landing, before this one or beside it. A sender that is
+stalled acknowledges nothing any more, and what it has under way lands when it likes, until it is
+killed.
 """
 
 TOLD_DECODE = ("cancel", 0.01)
@@ -150,4 +164,7 @@ EXCUSES = (
         ("granted", "written", "verifying", "quarantined", "freed"),
     ),
 )
-"""Why the other combinations cannot occur. Two are promises: hitting them is a failure."""
+"""Why the other combinations cannot occur. Two are promises: hitting them is a failure.
+
+Once a rival was quicker the landing is its, and says nothing of where this handoff is.
+"""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tests.chaos.handoffs.plot import STALL_SECONDS
+from tests.chaos.handoffs.rival import Rival
 from tests.chaos.schedule import Fault
 from transfer.contract import KVSlice, Receipt, Source
 from transfer.convert import Frame
@@ -102,7 +103,7 @@ class Chaos(MemoryReceiver):
     def acknowledge(self, writer: MemoryWriter) -> None:
         """It travels, too. The stalled do not say it; of the dead it is known in the end."""
         handoff = self._game.by_landing[writer._landing.id]
-        sender = handoff.push_worker
+        sender = self._game.rivals.get(writer, handoff.push_worker)
         release = partial(super().acknowledge, writer)
         if sender is not None and sender.stalled and not sender.dead:
             sender.unacknowledged.append(release)
@@ -125,7 +126,7 @@ class Chaos(MemoryReceiver):
             self._game.later(seconds, self._land, entry, frame, data, landed)
             return
         handoff = self._game.by_landing[entry.landing.id]
-        sender = handoff.push_worker
+        sender = self._game.rivals.get(entry.writer, handoff.push_worker)
         if sender is not None and sender.stalled and landed not in self._lingering:
             self._lingering.add(landed)
             seconds = handoff.latency("linger", 2.0)
@@ -151,7 +152,7 @@ class ChaoticSender:
         self.game = game
         self.worker = worker
         self.inner: MemorySender = game.parts.sender(game.network)
-        self.writers: list[ChaoticWriter] = []
+        self.writers: list[ChaoticWriter | Rival] = []
 
     async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
         """As `Sender.connect`."""
@@ -189,6 +190,9 @@ class ChaoticWriter:
         """Show the right to the landing, perhaps damaged, perhaps twice."""
         game, handoff = self._game, self.handoff
         faults = await self._travel("open", STALL_SECONDS)
+        if "rival" in faults:
+            game.rival(handoff, _by(landing, handoff.rail if faults["rival"] < 0.5 else 0))
+            await asyncio.sleep(0)  # it is quicker
         for kind in ("corrupt", "truncate"):
             if kind in faults:
                 game.mangled[landing.id] = game.forger.right(handoff, kind, faults[kind])
@@ -205,6 +209,8 @@ class ChaoticWriter:
         """As `Writer.write`."""
         faults = await self._travel("write", None, drops=False)
         inner = self._live()
+        if "rival" in faults:
+            self._game.rival(self.handoff, inner._landing)
         damage = self._game.damage
         damage[inner._landing.id] = [Fault(0, "write", 1, k, a) for k, a in faults.items()]
         try:

@@ -21,6 +21,7 @@ from backends.host.sharing import share_out
 from backends.host.work import Held, Prefilling, Running, deadline_of, sequences_of
 from tests.chaos.handoffs import truth
 from tests.chaos.handoffs.plot import (
+    CAP_BLOCKS,
     COMMIT_SECONDS,
     LEASE_SECONDS,
     SOURCE_BLOCKS,
@@ -70,6 +71,7 @@ class Worker:
             lease_seconds=LEASE_SECONDS,
             commit_timeout_seconds=COMMIT_SECONDS,
             landing_share=1.0,
+            quarantine_share=CAP_BLOCKS / TARGET_BLOCKS,
         )
         self.info = info_of(layout, blocks)
         self.ledger: Ledger = game.parts.ledger(blocks)
@@ -236,6 +238,7 @@ class Decode(Worker):
             admit=self._admit,
             failed=self._failed,
             freed=lambda: game.checks.books(self),
+            shunned=self._shunned,
         )
         self.landings.receivers = [*self.receivers]
         self.spawn(self.landings.reap())
@@ -243,7 +246,7 @@ class Decode(Worker):
 
     def reserve(self, handoff: Handoff) -> Reserved:
         """As `Landings.reserve`."""
-        reserved = self.landings.reserve(held_by(handoff), handoff.spec)
+        reserved = self.landings.reserve(held_by(handoff), handoff.spec, prefill=handoff.prefill)
         self.game.checks.books(self)
         return reserved
 
@@ -293,6 +296,9 @@ class Decode(Worker):
         self._running[handoff.number] = (started, timer)
         self.game.checks.books(self)
         loop.call_later(handoff.decode_seconds / 2, self.game.strike, handoff, "decode")
+
+    def _shunned(self) -> None:
+        self.game.tell(f"{self}: shuns {', '.join(self.landings.shunned) or 'nobody any more'}")
 
     def _failed(self, reserved: Reserved, code: str, detail: str) -> None:
         handoff: Any = reserved.held.link
