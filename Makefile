@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
 .PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-engine bench-transfer \
-	bench-interference bench-reuse loadtest soak clean
+	bench-interference bench-reuse bench-cancel chaos loadtest soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,9 @@ test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (
 soak: $(VENV)/.dev ## Play 100,000 schedules of faults against the handoff (25 minutes)
 	@exec $(BIN)/python -m tests.chaos --count 100000
 
+chaos: $(VENV)/.dev ## Kill and stop real processes under load (5 minutes, then 5 with the real model)
+	@exec $(BIN)/python -m tests.storm
+
 test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 minutes; root and Debian)
 	@tests/rdma/run.sh $(abspath $(BIN))/python
 
@@ -64,6 +67,9 @@ bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, N
 	@$(BIN)/python -m tests.bench.transfer
 	@$(BIN)/python -m tests.bench.overhead
 	@$(BIN)/python -m tests.bench.layerwise
+
+bench-cancel: $(VENV)/.dev ## Measure how soon a cancel frees all blocks, state by state
+	@exec $(BIN)/python -m tests.life.cancels
 
 bench-interference: $(VENV)/.runtime ## Measure what a long prompt does to running streams
 	@exec $(BIN)/python -m loadtest.interference
