@@ -15,8 +15,10 @@ from loadtest.sse import Events
 from tests.storm.site import MODEL
 
 End = Literal["whole", "error", "broken", "cut"]
-ATTEMPTS = 5
-PAUSE_SECONDS = 0.1
+PATIENCE_SECONDS = 20.0
+"""How long a client looks for a gateway that it can connect to."""
+
+PAUSE_SECONDS = 0.2
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -64,7 +66,10 @@ class Answer:
 
 
 class Ordinary:
-    """Streams, and knows several gateways: one that it cannot connect to is passed over."""
+    """Streams, and knows several gateways: one that it cannot connect to is passed over.
+
+    After an error it leaves the gateways alone for a moment, as it is asked to.
+    """
 
     steady = False
 
@@ -76,21 +81,24 @@ class Ordinary:
     async def ask(self, ask: Ask) -> Answer:
         """One answer, however it ends."""
         answer = Answer(began=time.monotonic())
-        while answer.attempts < ATTEMPTS:
+        while True:
             answer.attempts += 1
             self._turn += 1
             url = self._urls[self._turn % len(self._urls)]
             try:
                 async with self._http.post(f"{url}/v1/completions", json=ask.body) as got:
                     await hear(got, answer)
+                    wait = float(got.headers.get("Retry-After", 0))
             except aiohttp.ClientConnectorError as error:
                 answer.detail = f"not connected: {error}"
-                await asyncio.sleep(PAUSE_SECONDS)
-                continue
+                if time.monotonic() - answer.began < PATIENCE_SECONDS:
+                    await asyncio.sleep(PAUSE_SECONDS)
+                    continue
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 answer.detail = f"{url}: {type(error).__name__}: {error}"
-            break
-        return answer
+            else:
+                await asyncio.sleep(wait)
+            return answer
 
 
 async def hear(got: aiohttp.ClientResponse, answer: Answer) -> None:
