@@ -210,6 +210,17 @@ def workers(fleet: Fleet) -> dict[str, Any]:
             }
             for worker in sorted(connected.values(), key=lambda worker: worker.id)
         ],
+        "unreachable": [
+            {
+                "worker": record.id,
+                "role": record.role,
+                "address": record.address,
+                "layout": record.layout,
+                "transports": record.transports,
+                "cause": cause,
+            }
+            for record, cause in fleet.unreachable
+        ],
         "pairs": [
             {
                 "prefill": prefill,

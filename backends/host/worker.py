@@ -147,6 +147,11 @@ class WorkerHost:
             self._broadcast(self._load())
             log.info("worker.draining", worker=self.config.id, seconds=self.config.drain_seconds)
 
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """In which ways KV can reach it; known once it listens."""
+        return tuple(it.endpoint.transport for it in self._requests.landings.receivers)
+
     def record_load(self) -> tuple[int, int]:
         """The budgets to publish: tokens whose prefill may be under way, tokens of decode KV."""
         capacity = self._info.pool_blocks * self._info.layout.block_tokens

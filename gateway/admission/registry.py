@@ -29,8 +29,10 @@ POLL_SECONDS = 1.0
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker says of itself: where its control connection is, and what it offers.
 
+    `layout` is the fingerprint of how it cuts its pool, `transports` how KV can reach it.
     `prefill_tokens` and `decode_tokens` are how much it can hold of each at once; 0 for what its
-    role does not do. A greater `incarnation` of the same `id` replaces a smaller one.
+    role does not do. How much of that is granted, the queue keeps beside it. A greater
+    `incarnation` of the same `id` replaces a smaller one.
     """
 
     id: str
@@ -40,6 +42,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     prefill_tokens: int
     decode_tokens: int
+    layout: str = ""
+    transports: tuple[str, ...] = ()
 
 
 class Registration:

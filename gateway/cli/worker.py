@@ -107,6 +107,8 @@ async def _serve(
             address=_reachable(host.address, worker.data_host),
             prefill_tokens=prefill_tokens,
             decode_tokens=decode_tokens,
+            layout=backend.info.layout.fingerprint,
+            transports=host.transports,
         )
         registration = Registration(
             redis,

@@ -73,6 +73,7 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._pairs = Pairs(self._workers, self._notify)
         self.breakers = Breakers(_now, _later, self._notify)
+        self._unreachable: dict[str, str] = {}
         self._tasks = asyncio.TaskGroup()
         self._runs = False  # until `run`, which follows what was learnt before
         self._changed = asyncio.Event()
@@ -108,6 +109,15 @@ class Fleet:
     def workers(self) -> tuple[Worker, ...]:
         """All connected workers."""
         return tuple(self._workers.values())
+
+    @property
+    def unreachable(self) -> tuple[tuple[WorkerRecord, str], ...]:
+        """Workers that have registered and are not connected, and why."""
+        return tuple(
+            (self._records[worker_id], cause)
+            for worker_id, cause in sorted(self._unreachable.items())
+            if worker_id in self._records
+        )
 
     @property
     def pairs(self) -> tuple[tuple[str, str, Met], ...]:
@@ -199,13 +209,17 @@ class Fleet:
             try:
                 ended = await self._connect(record)
             except (OSError, TimeoutError, ConnectionError, ValueError) as error:
+                cause = str(error) or type(error).__name__
                 if not failures:
-                    log.warning("worker.unreachable", worker=worker_id, cause=str(error))
+                    log.warning("worker.unreachable", worker=worker_id, cause=cause)
+                self._unreachable[worker_id] = cause
                 failures += 1
             else:
+                self._unreachable.pop(worker_id, None)
                 failures = 0
                 await ended
             await asyncio.sleep(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)])
+        self._unreachable.pop(worker_id, None)
 
     async def _connect(self, record: WorkerRecord) -> asyncio.Future[None]:
         caller = Caller(self._gateway_id, self._secret, version=self._version)

@@ -15,6 +15,7 @@ from backends.emulation.synthetic import SyntheticBackend
 from backends.protocol import LENGTH, VERSION, Door, Load, Message, ToWorker, Welcome, frame
 from gateway.admission import WorkerRecord
 from gateway.life.fleet import Fleet
+from gateway.server import workers
 from tests.life.cluster import SHAPE
 
 INFO = SyntheticBackend(**SHAPE).info
@@ -100,9 +101,15 @@ async def refused(said: Welcome, **options: Any) -> str:
     """Why whoever greets so is not taken."""
     with structlog.testing.capture_logs() as logs:
         async with impostor(said, **options) as address, fleet(address) as made:
-            await until(lambda: any(it["event"] == "worker.unreachable" for it in logs))
+            await until(lambda: made.unreachable)
             assert made.workers == ()
-    return next(it["cause"] for it in logs if it["event"] == "worker.unreachable")
+            (shown,) = workers(made)["unreachable"]
+            assert (shown["worker"], shown["address"]) == ("w", address)
+            made.update({})
+            assert made.unreachable == ()
+    (logged,) = [it["cause"] for it in logs if it["event"] == "worker.unreachable"]
+    assert logged == shown["cause"]
+    return logged
 
 
 async def test_another_worker_behind_a_stale_address_is_not_taken_for_this_one() -> None:

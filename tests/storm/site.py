@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
+import msgspec
 import psutil
 from redis.asyncio import Redis
 
+from gateway.admission import WorkerRecord
 from gateway.leash import leashed
 from gateway.redis_server import command, find_server, wait_until_up
 from tests.e2e.site import DECODE, PREFILL, SYNTHETIC, free_port, toml
@@ -160,6 +162,12 @@ class Site:
             keys = [key async for key in redis.scan_iter(count=1000)]
             lifetimes = [await redis.pttl(key) for key in keys]
         return [key.decode() for key, ms in zip(keys, lifetimes, strict=True) if ms == -1]
+
+    async def records(self) -> list[WorkerRecord]:
+        """What the workers have registered."""
+        async with Redis.from_url(self.redis_url, protocol=2) as redis:
+            found = [await redis.get(key) async for key in redis.scan_iter("*worker:*")]
+        return [msgspec.msgpack.decode(one, type=WorkerRecord) for one in found]
 
     def logs(self) -> str:
         """The last lines of every part."""

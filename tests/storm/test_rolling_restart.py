@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from tests.storm.clients import Answer, Ask, Ordinary
-from tests.storm.site import Part, Site, site, synthetic
+from tests.storm.site import DECODES, Part, Site, site, synthetic
 from tests.storm.truth import asks, learn, same
 
 STREAMS = 24
@@ -96,6 +96,11 @@ async def test_a_rolling_restart_of_everything_fails_no_request(made: Site) -> N
             await restart(made, part, lambda part=part: part.send(signal.SIGTERM))
             await crowd.more(STREAMS)
         stop.set()
+    shown = await made.get(made.urls[0], "/admin/workers")
+    layouts = {one["worker"]: one["layout"] for one in shown["workers"]}
+    records = {record.id: record for record in await made.records()}
+    assert {name: record.layout for name, record in records.items()} == layouts
+    assert all(records[name].transports == ("shm", "tcp") for name in DECODES)
     failed = [answer for ask, answer in crowd.heard if not same(answer, crowd.right[ask])]
     assert not failed, failed[0]
     moved = [line for part in made.of("gateway") for line in part.events("sequence.preempted")]
