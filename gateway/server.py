@@ -22,7 +22,7 @@ from backends.protocol import Sampling
 from gateway.admission import Admission, Limits, Registry, WorkerRecord, open_redis
 from gateway.api.app import build_app
 from gateway.api.service import Service
-from gateway.config import Config
+from gateway.config import Config, RedisSection
 from gateway.credentials import credentials_of
 from gateway.life.fleet import Fleet
 from gateway.life.relay import Relay
@@ -94,11 +94,22 @@ async def _run(
         ]
         try:
             service = _service(config, text, relay, fleet, admission, keyring)
+            await _settle(admission, keyring, config.redis)
             await _serve_http(config, build_app(service), relay, ready)
         finally:
             await admission.flush()
             for part in parts:
                 part.cancel()
+
+
+async def _settle(admission: Admission, keyring: Keyring, redis: RedisSection) -> None:
+    """Know Redis before the first request comes; if it is away, start all the same."""
+    try:
+        async with asyncio.timeout(redis.connect_timeout_seconds + redis.timeout_seconds):
+            await admission.until_available()
+            await keyring.until_known()
+    except TimeoutError:
+        log.warning("gateway.alone", cause="Redis does not answer")
 
 
 def _service(

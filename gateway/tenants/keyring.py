@@ -41,6 +41,7 @@ class Keyring:
         self._version = NEVER if elsewhere else ""
         self._learned: dict[str, KeyRecord] = {}
         self._tenants: dict[str, Tenant] = {}
+        self._asked = asyncio.Event()
 
     @property
     def asks(self) -> bool:
@@ -51,6 +52,10 @@ class Keyring:
     def known(self) -> bool:
         """Whether Redis has been asked."""
         return self._version != NEVER
+
+    async def until_known(self) -> None:
+        """Return once Redis has been asked."""
+        await self._asked.wait()
 
     def tenant_of(self, key: str) -> Tenant:
         """Whose key it is; empty for none shown.
@@ -97,6 +102,7 @@ class Keyring:
             log.info("keys.learned", count=len(self._learned))
         if isinstance(version, bytes):
             self._version = version.decode()
+        self._asked.set()
 
 
 def _decoded(flat: bytes | list[bytes], kind: type[T]) -> dict[str, T]:
