@@ -160,7 +160,9 @@ class RedisSection(Section, frozen=True):
     url: Annotated[
         str,
         about(
-            "`redis://`, `rediss://` or `unix://` address. Empty: `baton serve` starts its own.",
+            "`redis://`, `rediss://` or `unix://` address, or"
+            " `redis+sentinel://HOST:PORT,HOST:PORT/NAME` for the primary that sentinels call NAME."
+            " Empty: `baton serve` starts its own.",
             secret=True,
         ),
     ] = ""

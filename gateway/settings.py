@@ -18,6 +18,7 @@ import msgspec
 
 from backends.protocol import split_address
 from gateway.config import Config, Section, WorkerSection, default_workers
+from gateway.redis_url import sentinels_of
 
 ENV_PREFIX = "BATON__"
 Tree = dict[str, Any]
@@ -254,8 +255,11 @@ def _contradictions(config: Config, origins: dict[str, str]) -> Iterator[Problem
         api_keys(config)
     except ConfigError as error:
         yield from error.problems
-    if config.redis.url and not config.redis.url.startswith(("redis://", "rediss://", "unix://")):
-        yield problem("redis.url", "expected redis://, rediss:// or unix://")
+    if config.redis.url:
+        try:
+            sentinels_of(config.redis.url)
+        except ValueError as error:
+            yield problem("redis.url", str(error))
     files = {name: getattr(config.security, name) for name in TLS_FILES}
     if any(files.values()):
         for name, file in files.items():

@@ -14,9 +14,9 @@
 -- A right to run is a lease and its epoch. Epochs grow with the server's clock, so that they go
 -- on growing when a server forgets its last writes; an actor with an older one is passed over.
 
-local prefix, model, me = ARGV[1], ARGV[2], ARGV[5]
+local prefix, model, me, server = ARGV[1], ARGV[2], ARGV[5], ARGV[6]
 local lifetime, lease = tonumber(ARGV[3]), tonumber(ARGV[4])
-local wish = cmsgpack.unpack(ARGV[6])
+local former, wish = ARGV[7], cmsgpack.unpack(ARGV[8])
 local AT_ONCE = 256 -- a call that finds more to do leaves the rest to the next one
 
 local room, tickets = KEYS[1], prefix .. 'tickets:' .. model
@@ -39,9 +39,21 @@ end
 
 -- Gateways call at least every third of a lease. A longer silence means that the server was away:
 -- nobody loses a lease before everybody had a full period to come back and claim theirs.
-local touched_before = book.touched_at
-if now - touched_before > lease / 2 then
+if now - book.touched_at > lease / 2 then
   book.grace_until = now + lease
+end
+
+-- A server that began anew may have forgotten its last second, or everything; callers say which
+-- run of it they talk to, and to which they talked before. Nothing is granted until every gateway
+-- that was alive has said what it holds, or had time to.
+local served_by = redis.call('HGET', room, 'server')
+if served_by ~= server then
+  redis.call('HSET', room, 'server', server)
+  if served_by or former ~= '' then
+    book.grace_until = now + lease
+    book.settle_until = now + lease / 2
+    book.restarted_at, book.alive_since = now, math.max(0, book.touched_at - lease)
+  end
 end
 book.touched_at = now
 
@@ -90,20 +102,10 @@ local function release(id, ticket)
   return true
 end
 
--- A server that began anew may have forgotten its last second. Nothing is granted until every
--- gateway that was alive has said what it holds, or had time to.
-local function meet_server(server)
-  if redis.call('HGET', room, 'server') == server then return end
-  redis.call('HSET', room, 'server', server)
-  if touched_before > 0 then
-    book.grace_until = now + lease
-    book.settle_until = now + lease / 2
-    book.restarted_at, book.alive_since = now, touched_before - lease
-  end
-end
 
 local function settling()
   if now >= book.settle_until then return false end
+  if book.alive_since == 0 then return true end
   local silent = redis.call('ZCOUNT', gateways, book.alive_since, '(' .. book.restarted_at)
   if silent > 0 then return true end
   book.settle_until = 0

@@ -9,11 +9,13 @@ from typing import Any
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from gateway.config import RedisSection
+from gateway.redis_url import Sentinels, sentinels_of
 
 log = structlog.get_logger()
 
@@ -25,18 +27,57 @@ class RedisUnsuitable(Exception):
 
 
 def open_redis(section: RedisSection, url: str = "") -> Redis:
-    """A client for `url`, or else for `redis.url`; connects when it is used, and never retries."""
+    """A client for `url`, or else for `redis.url`; connects when it is used, and never retries.
+
+    Where sentinels are named, each connection goes to whatever they call the primary just then.
+
+    Raises:
+        ValueError: the address is none.
+    """
     url = url or section.url
-    options: dict[str, Any] = {} if url.startswith("unix:") else {"socket_keepalive": True}
-    return Redis.from_url(
-        url,
-        protocol=2,
-        decode_responses=False,
-        socket_timeout=None,  # each user of the client has a deadline of its own
-        socket_connect_timeout=section.connect_timeout_seconds,
-        retry=Retry(NoBackoff(), 0),
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "decode_responses": False,
+        "socket_timeout": None,  # each user of the client has a deadline of its own
+        "socket_connect_timeout": section.connect_timeout_seconds,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if not url.startswith("unix:"):
+        options["socket_keepalive"] = True
+    sentinels = sentinels_of(url)
+    if sentinels is None:
+        return Redis.from_url(url, **options)
+    return _follow(sentinels, options)
+
+
+class _Following(Redis):
+    """Of the primary that sentinels name; their connections are closed with it."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        pool: Any = self.connection_pool
+        await pool.sentinel_manager.aclose()
+
+
+def _follow(sentinels: Sentinels, options: dict[str, Any]) -> Redis:
+    asking = {
+        **options,
+        # one that does not answer must not keep us from asking the others
+        "socket_timeout": options["socket_connect_timeout"],
+        "password": sentinels.sentinel_password,
+        "ssl": sentinels.tls,
+    }
+    manager: Any = Sentinel(sentinels.addresses, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+    client: Redis = manager.master_for(
+        sentinels.name,
+        redis_class=_Following,
+        db=sentinels.database,
+        username=sentinels.username,
+        password=sentinels.password,
+        ssl=sentinels.tls,
         **options,
     )
+    return client
 
 
 def check_server(info: bytes) -> str:

@@ -61,6 +61,7 @@ class Pipe:
         self._pending: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._cause = "not connected yet"
         self.server = ""  # which one it is: another one after each of its starts
+        self.former_server = ""  # the one before
 
     @property
     def ready(self) -> bool:
@@ -144,7 +145,10 @@ class Pipe:
         return answer
 
     async def _begin(self) -> None:
-        self.server = check_server(await self.ask("INFO", "server"))
+        server = check_server(await self.ask("INFO", "server"))
+        if self.server not in ("", server):
+            self.former_server = self.server
+        self.server = server
         await self._load()
         await self._greet()
         self._ready.set()

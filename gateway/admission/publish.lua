@@ -3,11 +3,10 @@
 
 local roster, record_key = prefix .. 'workers', prefix .. 'worker:' .. me
 
-local record = ARGV[7]
+local record = ARGV[9]
 local known = redis.call('HGET', credits, me)
 local offer = known and cmsgpack.unpack(known) or {}
 if known and offer.incarnation > wish.incarnation and offer.lapses > now then return 0 end
-meet_server(wish.server)
 if offer.incarnation ~= wish.incarnation then
   offer = {incarnation = wish.incarnation}
 end

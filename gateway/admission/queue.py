@@ -348,7 +348,6 @@ class Admission:
         # A turn that ended meanwhile is left out: its going is on its way, and must not be undone.
         turns = [turn for turn in turns if self._turns.get(turn.name) is turn]
         wish = Renew(
-            server=self._pipe.server,
             last=last,
             held=[(turn.name, turn.epoch, turn.words) for turn in turns if turn.held],
             waiting=[turn.name for turn in turns if not turn.held],
@@ -392,6 +391,8 @@ class Admission:
             lifetime_ms(lease_seconds),
             int(lease_seconds * 1000),
             self._gateway,
+            self._pipe.server,
+            self._pipe.former_server,
             _ENCODER.encode(wish),
         )
         return await self._pipe.ask_script(name, (self._keys.room(model),), *words)

@@ -92,7 +92,6 @@ class Registration:
     async def _publish(self) -> None:
         record = self._record
         wish = Publish(
-            server=self._pipe.server,
             incarnation=record.incarnation,
             prefill=record.prefill_tokens,
             decode=record.decode_tokens,
@@ -113,6 +112,8 @@ class Registration:
             lifetime_ms(self._lease_seconds),
             int(self._lease_seconds * 1000),
             self._record.id,
+            self._pipe.server,
+            self._pipe.former_server,
             msgspec.msgpack.encode(wish),
             *words,
         )

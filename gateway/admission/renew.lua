@@ -34,7 +34,6 @@ if wish.last then
   redis.call('ZADD', gateways, now, me)
 end
 redis.call('ZREMRANGEBYSCORE', gateways, '-inf', now - lifetime)
-meet_server(wish.server)
 for _, item in ipairs(wish.held) do
   claim(item[1], item[2], item[3])
 end

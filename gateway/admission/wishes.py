@@ -63,12 +63,8 @@ class Requeue(msgspec.Struct, frozen=True):
 
 
 class Renew(msgspec.Struct, frozen=True):
-    """What a gateway holds and waits for; `last` when no more of it follows.
+    """What a gateway holds and waits for; `last` when no more of it follows."""
 
-    `server` is the run of Redis that it talks to.
-    """
-
-    server: str
     last: bool
     held: list[tuple[str, int, TicketWords]]
     waiting: list[str]
@@ -77,7 +73,6 @@ class Renew(msgspec.Struct, frozen=True):
 class Publish(msgspec.Struct, frozen=True):
     """A worker's offer; its record is a word of its own."""
 
-    server: str
     incarnation: int
     prefill: int
     decode: int
