@@ -200,6 +200,38 @@ class QueueSection(Section, frozen=True):
     ] = 30.0
 
 
+class ResumeSection(Section, frozen=True):
+    """`[resume]`: requests that their clients may ask for again (`Idempotency-Key`)."""
+
+    keep_seconds: Annotated[
+        float,
+        about(
+            "How long workers keep a request whose client or gateway is gone.",
+            unit="s",
+            gt=0,
+            le=3600,
+        ),
+    ] = 30.0
+    answer_seconds: Annotated[
+        float,
+        about("How long a finished answer can be asked for again.", unit="s", gt=0, le=86400),
+    ] = 300.0
+    max_records: Annotated[
+        int, about("Most such requests that are kept in Redis; more get 503.", ge=1)
+    ] = 10_000
+    max_bytes: Annotated[
+        int,
+        about("Largest such request, and largest answer that is kept.", unit="bytes", ge=1024),
+    ] = 8 * 1024 * 1024
+    every_stream: Annotated[
+        bool,
+        about(
+            "Give every stream `id:` lines, so that it can be continued with `Last-Event-ID` alone."
+            " Clients that take every line for data break on them."
+        ),
+    ] = False
+
+
 class SecuritySection(Section, frozen=True):
     """`[security]`: who may talk to whom."""
 
@@ -342,6 +374,7 @@ class Config(Section, frozen=True):
     gateway: GatewaySection = msgspec.field(default_factory=GatewaySection)
     redis: RedisSection = msgspec.field(default_factory=RedisSection)
     queue: QueueSection = msgspec.field(default_factory=QueueSection)
+    resume: ResumeSection = msgspec.field(default_factory=ResumeSection)
     security: SecuritySection = msgspec.field(default_factory=SecuritySection)
     log: LogSection = msgspec.field(default_factory=LogSection)
     workers: dict[str, WorkerSection] = msgspec.field(default_factory=dict)

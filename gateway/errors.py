@@ -73,6 +73,21 @@ class TenantOverLimit(GatewayError):
         self.quota = quota
 
 
+class RequestUnknown(BadRequest):
+    """No such request of this tenant is known (any more). Asking for it again changes nothing."""
+
+
+class KeyReused(BadRequest):
+    """The idempotency key is that of another request. The client's fault."""
+
+
+class ContinuationLost(GatewayError):
+    """Tokens that the client has are known to nobody any more, and cannot be computed again alike.
+
+    Asking for the rest changes nothing.
+    """
+
+
 class TakenOver(GatewayError):
     """The request goes on elsewhere: somebody has asked for it again. Nothing is lost."""
 

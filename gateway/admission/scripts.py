@@ -10,9 +10,9 @@ from typing import Literal
 import msgspec
 
 ScriptName = Literal[
-    "enqueue", "leave", "requeue", "renew", "publish", "withdraw", "roster", "keys"
+    "enqueue", "leave", "requeue", "renew", "publish", "withdraw", "roster", "keys", "record"
 ]
-ALONE: tuple[ScriptName, ...] = ("roster", "keys")
+ALONE: tuple[ScriptName, ...] = ("roster", "keys", "record")
 SCRIPTS: tuple[ScriptName, ...] = (
     *("enqueue", "leave", "requeue", "renew", "publish", "withdraw"),
     *ALONE,
