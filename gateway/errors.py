@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateway.resume.claim import Claim
+
 from gateway.quota import Quota
 
 
@@ -86,6 +91,14 @@ class ContinuationLost(GatewayError):
 
     Asking for the rest changes nothing.
     """
+
+
+class Repeated(GatewayError):
+    """The request is not new; whoever catches this goes on with `claim`, which is theirs now."""
+
+    def __init__(self, claim: Claim) -> None:
+        super().__init__("the request was made before")
+        self.claim = claim
 
 
 class TakenOver(GatewayError):

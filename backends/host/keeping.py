@@ -16,6 +16,7 @@ from backends.host.book import Book
 from backends.host.config import HostConfig
 from backends.host.work import Held, given_up
 from backends.protocol import (
+    FENCED,
     Adopt,
     Adopted,
     Failed,
@@ -98,7 +99,7 @@ class Keeper:
         parts = tuple(
             Part(held.handle, held.born, _stage(held), tuple(sorted(held.tracks))) for held in moved
         )
-        link.send(Adopted(handle=message.handle, epoch=message.epoch, parts=parts))
+        link.send(Adopted(handle=message.handle, parts=parts))
         for held in moved:
             self.tell(held)
 
@@ -176,7 +177,7 @@ def _fence(handle: int) -> Failed:
     return Failed(
         handle=handle,
         phase="decode",
-        code="fenced",
+        code=FENCED,
         detail="another gateway has taken the request over",
         retry=False,
     )

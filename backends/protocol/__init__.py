@@ -53,6 +53,9 @@ from backends.protocol.link import (
     frame as frame,
 )
 from backends.protocol.messages import (
+    FENCED as FENCED,
+)
+from backends.protocol.messages import (
     MOST_MARKS as MOST_MARKS,
 )
 from backends.protocol.messages import (

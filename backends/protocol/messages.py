@@ -33,6 +33,9 @@ MOST_MARKS = 8192
 
 Marks = Annotated[bytes, msgspec.Meta(max_length=MOST_MARKS * MARK_BYTES)]
 
+FENCED = "fenced"
+"""Code of a `Failed` to whom a request does not belong any more: it must not try again."""
+
 NONCE_BYTES = 32
 Nonce = Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)]
 Mac = Annotated[bytes, msgspec.Meta(max_length=64)]
@@ -164,7 +167,7 @@ class Adopt(Message, frozen=True):
     """Give what is kept under `claim` to this gateway, and nobody with a lower epoch any more.
 
     The answer is `Adopted`, then all tokens so far. A part whose first sequence is `index` has
-    the handle `handle + index` from then on; whoever had it gets `Failed` with code `fenced`.
+    the handle `handle + index` from then on; whoever had it gets `Failed` with code `FENCED`.
     """
 
     handle: int
@@ -310,10 +313,10 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Adopted(Message, frozen=True):
-    """Answer to `Adopt`. An `epoch` as high as the asked one, or higher: it is another's."""
+    """Answer to `Adopt`. An `epoch` other than 0: it is another's, who has it under that one."""
 
     handle: int
-    epoch: int
+    epoch: int = 0
     parts: tuple[Part, ...] = ()
 
 

@@ -46,6 +46,7 @@ ANSWERS: Mapping[type[errors.GatewayError], Answer] = {
     errors.RequestUnknown: Answer(404, "invalid_request_error", "request_unknown"),
     errors.KeyReused: Answer(422, "invalid_request_error", "idempotency_key_reused"),
     errors.ContinuationLost: Answer(410, "server_error", "continuation_lost", retry=False),
+    errors.Repeated: Answer(409, "invalid_request_error", "request_under_way"),
     errors.TakenOver: Answer(409, "invalid_request_error", "taken_over", retry=False),
     errors.QueueUnavailable: Answer(503, "server_error", "queue_unavailable", retry_after=2),
     errors.NoWorkers: Answer(503, "server_error", "no_workers", retry_after=2),

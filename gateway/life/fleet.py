@@ -16,6 +16,7 @@ import structlog
 from backends.protocol import (
     DRAINS,
     VERSION,
+    Adopted,
     Cached,
     Caller,
     Drain,
@@ -100,6 +101,11 @@ class Fleet:
         self._records = dict(records)
         self.breakers.forget({*self._records, *self._workers})
         self._follow()
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Ids of the workers that the registry names, connected or not."""
+        return frozenset(self._records)
 
     def worker(self, worker_id: str) -> Worker | None:
         """The connected worker of that id."""
@@ -279,7 +285,15 @@ class Fleet:
                 future = self._tickets.get(message.ticket)
                 if future is not None and not future.done():
                     future.set_result(message)
-            case Granted() | Refused() | FirstToken() | HandedOver() | Landed() | Failed():
+            case (
+                Granted()
+                | Refused()
+                | FirstToken()
+                | HandedOver()
+                | Landed()
+                | Failed()
+                | Adopted()
+            ):
                 leg = worker.legs.get(message.handle)
                 if leg is not None:
                     leg.heard(worker, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from math import inf
 from typing import Protocol
@@ -11,6 +12,7 @@ import msgspec
 from backends.protocol import FinishReason, Logprob, Sampling
 from gateway.admission.ticket import Terms
 from gateway.quota import Quota
+from gateway.resume import JobClaim
 
 
 def _nobody(_: Quota) -> None:
@@ -28,7 +30,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     the answer will probably have, per sequence; the queue books it. The first token must be there
     by `first_token_by`, a time of the same clock, or nobody needs it; the gaps between tokens
     should be within `gap_seconds`. `terms` are the tenant's, and `told` hears what is left to it;
-    the second job of one request does not count as another.
+    the second job of one request does not count as another. With a `claim` its client may ask for
+    it again.
     """
 
     id: str
@@ -48,11 +51,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     salt: bytes = b""
     first_token_by: float = inf
     gap_seconds: float = inf
+    claim: JobClaim | None = None
 
     @property
     def n(self) -> int:
         """How many sequences continue the prompt."""
         return len(self.seeds)
+
+    @property
+    def late(self) -> bool:
+        """Whether its deadline has passed."""
+        return asyncio.get_running_loop().time() >= self.deadline
 
 
 Take = Callable[[int, FinishReason | None, Logprob | None], bool]
@@ -79,7 +88,8 @@ class Carrier(Protocol):
     async def carry(self, job: Job, listener: Listener) -> Timeline:
         """Take `job` through queue, prefill, handoff and decode; return when it has ended.
 
-        Cancelling this call frees everything the job held, on every worker.
+        Cancelling this call frees everything the job held, on every worker; one with a claim is
+        kept there for a while.
 
         Raises:
             GatewayError: one of the tree in `gateway.errors`, with phase, peer and cause.

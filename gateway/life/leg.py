@@ -15,7 +15,10 @@ import structlog
 
 from backends.protocol import (
     CACHES,
+    FENCED,
+    KEEPS,
     Cancel,
+    Disown,
     Failed,
     FirstToken,
     Flow,
@@ -30,6 +33,7 @@ from backends.protocol import (
     SequenceSpec,
     Token,
 )
+from gateway.errors import TakenOver
 from gateway.life.breakers import Breaker, culprit
 from gateway.life.fleet import Fleet
 from gateway.life.line import Line, Run
@@ -98,6 +102,8 @@ class Leg:
         self._orphaned = orphaned
         self._fleet = fleet
         self._handle = fleet.next_handle()
+        self._indexes = tuple(self._lines)
+        self._attempt = run.next_attempt()
         self._granted: asyncio.Future[Landing] = loop.create_future()
         self._over: asyncio.Future[None] = loop.create_future()
         self._landed: float | None = None
@@ -112,19 +118,20 @@ class Leg:
 
         Raises:
             LegFailed: see there; everything on the workers has been cancelled.
+            TakenOver: another gateway goes on with it.
         """
-        clean = False
         self._enter()
         try:
-            landing = await self._reserve()
-            self._life.become(State.PREFILLING)
-            decode_here = self._decode is None and self._prefill.welcome.role == "both"
-            self._prefill.send(Prefill(spec=self._spec(), landing=landing, decode_here=decode_here))
+            await self._begin()
             await self._over
-            # A landing whose sequences all ended with their first token is waited for by nobody.
-            clean = not self._stopped and (self._decode is None or self._landed is not None)
         finally:
-            self._leave(clean=clean)
+            self._leave()
+
+    async def _begin(self) -> None:
+        landing = await self._reserve()
+        self._life.become(State.PREFILLING)
+        decode_here = self._decode is None and self._prefill.welcome.role == "both"
+        self._prefill.send(Prefill(spec=self._spec(), landing=landing, decode_here=decode_here))
 
     def pause(self, index: int, paused: bool) -> None:
         """Stop or resume decoding one of its sequences."""
@@ -157,25 +164,53 @@ class Leg:
             line.early.clear()
         self._trials = self._fleet.breakers.enter(self._prefill.id, *self._others)
 
-    def _leave(self, *, clean: bool) -> None:
+    def _leave(self) -> None:
+        over = self._over
+        done = over.done() and not over.cancelled()
+        failure = over.exception() if done else None
+        # A landing whose sequences all ended with their first token is waited for by nobody.
+        landed = self._decode is None or self._landed is not None
+        clean = done and failure is None and landed and not self._stopped
         for worker in self._workers:
             worker.legs.pop(self._handle, None)
-            if not clean:
+            if self._run.kept and worker.welcome.version >= KEEPS:
+                self._part_with(worker, done, failure, clean)
+            elif not clean:
                 worker.send(Cancel(handle=self._handle))
         self._booking.end(asyncio.get_running_loop().time())
         self._fleet.breakers.leave(self._trials)
         for future in (self._granted, self._over):
             future.cancel()
 
+    def _part_with(
+        self, worker: Worker, done: bool, failure: BaseException | None, clean: bool
+    ) -> None:
+        """Leave a worker that keeps the job for whoever asks for it again."""
+        run, handle = self._run, self._handle
+        if done and failure is None:
+            if not clean:
+                worker.send(Cancel(handle=handle, indexes=self._indexes))
+            run.keepers.append((worker, handle))
+        elif isinstance(failure, LegFailed) or run.job.late:
+            worker.send(Cancel(handle=handle))
+        else:
+            worker.send(Disown(handle=handle))
+
     def _spec(self) -> RequestSpec:
         job = self._run.job
         wants = None if self._run.has_prompt_logprobs else job.prompt_logprobs
+        claim = job.claim if self._run.kept else None
         return RequestSpec(
             handle=self._handle,
             request=job.id,
             prompt=job.prompt,
             sequences=tuple(
-                SequenceSpec(index=line.index, seed=line.seed, generated=line.generated)
+                SequenceSpec(
+                    index=line.index,
+                    seed=line.seed,
+                    generated=line.generated,
+                    logprobs=tuple(line.logprobs),
+                )
                 for line in self._lines.values()
             ),
             sampling=job.sampling,
@@ -183,6 +218,9 @@ class Leg:
             deadline_seconds=max(0.0, job.deadline - asyncio.get_running_loop().time()),
             prompt_logprobs=wants,
             salt=job.salt,
+            claim=claim.name if claim is not None else "",
+            epoch=claim.epoch + self._attempt if claim is not None else 0,
+            keep_seconds=claim.keep_seconds if claim is not None else 0.0,
         )
 
     async def _reserve(self) -> Landing | None:
@@ -241,11 +279,9 @@ class Leg:
                 timeline.verify = message.verify
                 self._booking.handed_over(message.bytes, message.exposed + message.verify)
             case Landed():
-                self._landed = time.monotonic()
-                self._booking.landed()
                 self._fleet.breakers.succeeded(*self._others)
                 self._become(State.DECODING)
-                self._pause_again()
+                self._arrived()
             case Refused():
                 phase = "reserve" if worker is self._decode else "prefill"
                 retry = message.kind != "invalid"
@@ -274,12 +310,22 @@ class Leg:
                 Token(self._handle, first.index, 0, first.token, first.finish, first.logprob)
             )
 
+    def _arrived(self) -> None:
+        """The sequences are where they are decoded."""
+        self._landed = time.monotonic()
+        self._booking.landed()
+        self._pause_again()
+
     def _gave_all(self, worker: Worker) -> bool:
         """Whether it prefilled, the prefix has landed, and the first tokens are here."""
         landed = worker is self._prefill and self._landed is not None
         return landed and all(line.generated for line in self._lines.values())
 
     def _on_failed(self, worker: Worker, message: Failed) -> None:
+        if message.code == FENCED:
+            if not self._over.done():
+                self._over.set_exception(TakenOver(self._run.job.id))
+            return
         if self._gave_all(worker):
             return
         if message.indexes is None:

@@ -30,12 +30,28 @@ log = structlog.get_logger()
 HURRY_SECONDS = 120.0  # no prompt takes longer, and an estimate for each costs time
 
 
+class Unbooked:
+    """In the place of a booking, for what was placed by somebody else."""
+
+    def prefilled(self, seconds: float, now: float, cached: int = 0) -> None:
+        """See `Booking.prefilled`."""
+
+    def landed(self) -> None:
+        """See `Booking.landed`."""
+
+    def handed_over(self, count: int, seconds: float) -> None:
+        """See `Booking.handed_over`."""
+
+    def end(self, now: float) -> None:
+        """See `Booking.end`."""
+
+
 class Placed(msgspec.Struct, frozen=True):
     """The workers, and what is booked on them; whoever has it ends the booking."""
 
     prefill: Worker
     decode: Worker | None
-    booking: Booking
+    booking: Booking | Unbooked
 
 
 class Placing:

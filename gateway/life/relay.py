@@ -9,28 +9,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import structlog
 
 from gateway.admission import Admission, Ticket
 from gateway.errors import (
+    ContinuationLost,
     DeadlineExceeded,
     Draining,
     GatewayError,
     WorkerFailed,
 )
+from gateway.life.adoption import AdoptedLeg, Adoption, Found
 from gateway.life.fleet import Fleet
 from gateway.life.history import History
 from gateway.life.job import Job, Listener, Timeline
 from gateway.life.leg import Leg, LegFailed
 from gateway.life.line import Line, Run
-from gateway.life.placing import Placing
+from gateway.life.placing import Placed, Placing
 from gateway.life.states import Life, State
+from gateway.resume import JobClaim
 
 log = structlog.get_logger()
 
 ROOM_SECONDS = 1.0
+Apart = Callable[[list[Line]], None]
 GONE = "this gateway is shutting down"
 
 
@@ -48,6 +53,7 @@ class Relay:
         self._admission = admission
         self._fleet = fleet
         self._max_retries = max_retries
+        self._worker_wait = worker_wait_seconds
         self._placing = Placing(fleet, worker_wait_seconds=worker_wait_seconds)
         self.history = History()
         self.draining = False
@@ -80,17 +86,8 @@ class Relay:
         life = run.begin()
         began = time.monotonic()
         try:
-            async with (
-                asyncio.timeout_at(job.deadline) as run.timer,
-                self._admission.turn(
-                    _ticket(job, self._placing.needs(job)),
-                    told=job.told,
-                    generated=lambda: run.generated_tokens,
-                ) as grant,
-            ):
-                run.timeline.queue = time.monotonic() - began
-                run.grant = grant
-                await self._travel(run, life)
+            async with asyncio.timeout_at(job.deadline) as run.timer:
+                await self._bring_home(run, life)
         except TimeoutError:
             if self._gone.is_set():
                 run.end(State.FAILED)
@@ -102,6 +99,7 @@ class Relay:
             raise
         finally:
             run.end(State.CANCELLED)  # what has not ended otherwise
+            run.release(run.keepers, False)  # what has, on workers, if not all of it has
             del self._runs[job]
             self.history.end(job)
             if run.first_token is not None:
@@ -126,11 +124,75 @@ class Relay:
             if line.leg is not None:
                 line.leg.pause(index, paused)
 
+    # ---- ways to begin
+
+    async def _bring_home(self, run: Run, life: Life) -> None:
+        claim = run.job.claim
+        if claim is None:
+            await self._start(run, life, run.lines)
+            return
+        try:
+            if claim.resumed:
+                await self._resume(run, life, claim)
+            else:
+                await self._start_claimed(run, life, claim)
+        except ExceptionGroup as group:
+            raise _first_error(group) from None
+        keepers, run.keepers = run.keepers, []
+        claim.ended(run.answer, partial(run.release, keepers))
+
+    async def _start(self, run: Run, life: Life, lines: Sequence[Line]) -> None:
+        """Wait for the job's turn, then bring `lines` to their end."""
+        job, began = run.job, time.monotonic()
+        ticket = _ticket(job, self._placing.needs(job))
+        async with self._admission.turn(
+            ticket, told=job.told, generated=lambda: run.generated_tokens
+        ) as grant:
+            run.timeline.queue = time.monotonic() - began
+            run.grant = grant
+            if job.claim is not None:
+                await job.claim.secured()
+            life.become(State.PLACED)
+            await self._together(run, partial(self._finish, run, life, list(lines)))
+
+    async def _start_claimed(self, run: Run, life: Life, claim: JobClaim) -> None:
+        """As `_start`, while the record is being entered; ends when there is one already."""
+        async with asyncio.TaskGroup() as beside:
+            beside.create_task(claim.secured())
+            await self._start(run, life, run.lines)
+
+    async def _resume(self, run: Run, life: Life, claim: JobClaim) -> None:
+        """Go on with what workers keep; compute again what none does."""
+        if claim.answer is not None:
+            run.replay(claim.answer)
+            for state in (State.PLACED, State.DECODING, State.DONE):
+                life.become(state)
+            return
+        adoption = Adoption(self._fleet, claim, run.job.n)
+        try:
+            found = await adoption.find(self._worker_wait) if run.kept else []
+            await self._together(run, partial(self._go_on, run, life, found))
+        finally:
+            adoption.close()
+
+    async def _go_on(self, run: Run, life: Life, found: list[Found], apart: Apart) -> None:
+        adopted = {index for one in found for index in one.indexes}
+        missing = [line for line in run.lines if line.index not in adopted]
+        async with asyncio.TaskGroup() as tasks:
+            for one in found:
+                lines = [line for line in run.lines if line.index in one.indexes]
+                part = run.begin(State.PLACED)
+                leg = AdoptedLeg(self._fleet, run, part, lines, one, apart)
+                tasks.create_task(self._finish(run, part, lines, apart, leg))
+            if missing:
+                await self._start(run, life, missing)
+            else:
+                run.lives.remove(life)
+
     # ---- legs
 
-    async def _travel(self, run: Run, life: Life) -> None:
+    async def _together(self, run: Run, first: Callable[[Apart], Awaitable[None]]) -> None:
         """Bring all lines to their end; lines that must go apart do so side by side."""
-        life.become(State.PLACED)
         try:
             async with asyncio.TaskGroup() as journeys:
 
@@ -143,7 +205,7 @@ class Relay:
                         except RuntimeError:  # all journeys are being ended, and this one with them
                             journey.close()
 
-                await self._finish(run, life, list(run.lines), apart)
+                await first(apart)
         except ExceptionGroup as group:
             raise _first_error(group) from None
 
@@ -152,14 +214,17 @@ class Relay:
         run: Run,
         life: Life,
         lines: list[Line],
-        apart: Callable[[list[Line]], None],
+        apart: Apart,
+        leg: Leg | None = None,
     ) -> None:
-        """Start legs for `lines` until they have ended."""
+        """Start legs for `lines` until they have ended; `leg` is the first, if there is one."""
         failures = 0
         avoid: frozenset[str] = frozenset()
         while lines:
-            placed = await self._placing.place(run, lines, avoid)
-            leg = Leg(self._fleet, run, life, lines, placed, apart)
+            if leg is None:
+                placed = await self._placing.place(run, lines, avoid)
+                _check_exact(run, lines, placed)
+                leg = Leg(self._fleet, run, life, lines, placed, apart)
             try:
                 await leg.go()
             except LegFailed as failure:
@@ -172,6 +237,7 @@ class Relay:
                     run.timeline.retries += failure.counts
                 life.become(State.PLACED)
             lines = [line for line in lines if not line.ended and line.leg is leg]
+            leg = None
             if len(lines) > 1 and any(len(line.generated) > 1 for line in lines):
                 apart(lines)
                 break
@@ -213,6 +279,24 @@ class Relay:
             run.timeline.queue = (run.timeline.queue or 0.0) + time.monotonic() - entered
 
 
+def _check_exact(run: Run, lines: list[Line], placed: Placed) -> None:
+    """What the client has, and nobody knows any more, must come out the same again.
+
+    Raises:
+        ContinuationLost: these workers cannot promise that.
+    """
+    claim = run.job.claim
+    if claim is None or all(claim.knows(it.index) <= len(it.generated) for it in lines):
+        return
+    for worker in (placed.prefill, placed.decode):
+        info = worker.welcome.info if worker is not None else None
+        if info is not None and (info.rng, info.continuation) != ("positional", "exact"):
+            placed.booking.end(asyncio.get_running_loop().time())
+            raise ContinuationLost(
+                "the workers that had this request are gone, and no others give the same tokens"
+            )
+
+
 def _ticket(job: Job, needs_seconds: float) -> Ticket:
     return Ticket(
         id=job.id,
@@ -227,6 +311,7 @@ def _ticket(job: Job, needs_seconds: float) -> Ticket:
         priority=job.priority,
         terms=job.terms,
         counts=job.counts,
+        name=job.claim.name if job.claim is not None else "",
     )
 
 

@@ -6,7 +6,8 @@
       +---------+-------------+                                  it was full: wait again
 
 From each of these it may also end as failed, cancelled or expired. A request whose sequences
-must be placed apart (a worker died after they had diverged) goes on as several lives.
+must be placed apart (a worker died after they had diverged) goes on as several lives. One that is
+adopted is placed already, and may be anywhere from there on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ BAD_ENDS = frozenset({State.FAILED, State.CANCELLED, State.EXPIRED})
 # follow `prefilling`; a sequence may end with its first token, so that `done` can follow both.
 NEXT: Mapping[State, frozenset[State]] = {
     State.QUEUED: BAD_ENDS | {State.PLACED},
-    State.PLACED: BAD_ENDS | {State.QUEUED, State.PLACED, State.PREFILLING},
+    State.PLACED: BAD_ENDS
+    | {State.QUEUED, State.PLACED, State.PREFILLING, State.HANDING_OVER, State.DECODING},
     State.PREFILLING: BAD_ENDS
     | {State.QUEUED, State.HANDING_OVER, State.DECODING, State.DONE, State.PLACED},
     State.HANDING_OVER: BAD_ENDS | {State.DECODING, State.DONE, State.PLACED},

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from backends.errors import ProtocolError
 from backends.protocol import (
+    Adopted,
     Caller,
     Challenge,
     Failed,
@@ -33,7 +34,7 @@ from gateway.life.cached import Known
 PACE_STEPS = 8
 CONNECT_SECONDS = 5.0
 
-LegMessage = Granted | Refused | FirstToken | HandedOver | Landed | Failed
+LegMessage = Granted | Refused | FirstToken | HandedOver | Landed | Failed | Adopted
 
 
 class LegPort(Protocol):

@@ -5,7 +5,7 @@ it has not got yet. This package knows records, owners and epochs; where the seq
 not know (the workers do, see `gateway.life.adoption`). Start with `claim.py`.
 """
 
-from gateway.resume.claim import Claim, JobClaim, Repeated
+from gateway.resume.claim import Claim, JobClaim
 from gateway.resume.records import Records, Retention
 from gateway.resume.saved import Answer, Ended, JobAnswer, Saved
 
@@ -16,7 +16,6 @@ __all__ = [
     "JobAnswer",
     "JobClaim",
     "Records",
-    "Repeated",
     "Retention",
     "Saved",
 ]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from gateway.errors import DeadlineExceeded, Draining, GatewayError, TakenOver
+from gateway.errors import DeadlineExceeded, Draining, GatewayError, Repeated, TakenOver
 from gateway.resume.saved import Answer, JobAnswer, Saved
 
 if TYPE_CHECKING:
@@ -15,14 +15,6 @@ if TYPE_CHECKING:
 ATTEMPT_BITS = 16
 Release = Callable[[bool], None]
 """Have the workers let go of what they keep of a job that has ended; True: of its tokens too."""
-
-
-class Repeated(GatewayError):
-    """The request is not new: this gateway has taken over `claim`, and is to go on with it."""
-
-    def __init__(self, claim: Claim) -> None:
-        super().__init__("the request is under way")
-        self.claim = claim
 
 
 class Claim:
@@ -153,6 +145,10 @@ class JobClaim:
         """How it ended."""
         answer = self._claim.answer
         return answer.jobs[self._number] if answer is not None else None
+
+    def knows(self, index: int) -> int:
+        """How many tokens of that sequence the client has already."""
+        return self.told[index] if index < len(self.told) else 0
 
     async def secured(self) -> None:
         """See `Claim.secured`."""

@@ -24,10 +24,11 @@ from gateway.errors import (
     KeyReused,
     QueueFull,
     QueueUnavailable,
+    Repeated,
     RequestUnknown,
     TakenOver,
 )
-from gateway.resume.claim import Claim, Release, Repeated
+from gateway.resume.claim import Claim, Release
 from gateway.resume.saved import Answer, Saved
 
 log = structlog.get_logger()

@@ -58,6 +58,9 @@ class Heard:
 class Cluster:
     """Starts and stops workers; carries jobs."""
 
+    redis: Any
+    deployment: str
+
     def __init__(self, folder: Path, fleet: Fleet, relay: Relay, tasks: asyncio.TaskGroup) -> None:
         self.folder = folder
         self.fleet = fleet
@@ -157,6 +160,7 @@ async def cluster(
             await admission.until_available()
             await _say_there_are_workers(admission, redis, name)
             made = Cluster(Path(folder), workers, Relay(admission, workers, **settings), tasks)
+            made.redis, made.deployment = redis, name
             try:
                 yield made
             finally:

@@ -20,10 +20,11 @@ from gateway.errors import (
     NoWorkers,
     QueueFull,
     QueueUnavailable,
+    Repeated,
     RequestUnknown,
     TakenOver,
 )
-from gateway.resume import Answer, Claim, Ended, JobAnswer, Records, Repeated, Retention, Saved
+from gateway.resume import Answer, Claim, Ended, JobAnswer, Records, Retention, Saved
 from gateway.resume.records import body_digest
 
 
