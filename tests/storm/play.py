@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from tests.storm.clients import Answer, Ask
 from tests.storm.faults import Fate, Fault, schedule
 from tests.storm.site import Site
-from tests.storm.truth import same, wrong
 
 CALM_SECONDS = 60.0
 KILL_WINDOW_SECONDS = 0.5
@@ -30,6 +29,25 @@ class Client(Protocol):
         """One answer, however it ends; the client has a patience of its own."""
 
 
+class Judge(Protocol):
+    """Says what is wrong with an answer."""
+
+    def __call__(self, ask: Ask, answer: Answer, right: Answer) -> str:
+        """Empty when all that it says is right so far, and it is complete if it says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a storm goes: a fault each `every` seconds for `seconds`, then at most
+    `settle_seconds` until nothing is held any more.
+    """
+
+    seed: int
+    seconds: float
+    every: float = 1.0
+    settle_seconds: float = 45.0
+
+
 @dataclass
 class Record:
     """One request in the storm."""
@@ -44,8 +62,7 @@ class Record:
 class Outcome:
     """What came of a storm. `faults` and `complaints` are for people."""
 
-    seed: int
-    seconds: float
+    plan: Plan
     faults: list[Fault]
     records: list[Record]
     complaints: list[str] = field(default_factory=list)
@@ -63,18 +80,14 @@ async def storm(
     site: Site,
     clients: list[Client],
     right: Mapping[Ask, Answer],
-    *,
-    seed: int,
-    seconds: float,
-    every: float,
-    settle_seconds: float,
+    plan: Plan,
+    judge: Judge,
 ) -> Outcome:
-    """Let the clients ask while the schedule of `seed` is carried out; look at what is left."""
-    faults = schedule(seed, seconds, every)
-    fate = Fate(site, faults)
+    """Let the clients ask while the plan's faults come; look at what is left."""
+    fate = Fate(site, schedule(plan.seed, plan.seconds, plan.every))
     records: list[Record] = []
     stop = asyncio.Event()
-    questions = random.Random(seed)
+    questions = random.Random(plan.seed)
     known = list(right)
 
     async def press(client: Client) -> None:
@@ -88,26 +101,28 @@ async def storm(
             tasks.create_task(press(client))
         await fate.run()
         stop.set()
-    outcome = Outcome(seed, seconds, fate.done, records)
-    outcome.complaints += _complaints(records, right, fate)
-    outcome.complaints += await _left_over(site, settle_seconds)
+    outcome = Outcome(plan, fate.done, records)
+    outcome.complaints += _complaints(records, right, fate, judge)
+    outcome.complaints += await _left_over(site, plan.settle_seconds)
     return outcome
 
 
-def _complaints(records: list[Record], right: Mapping[Ask, Answer], fate: Fate) -> list[str]:
+def _complaints(
+    records: list[Record], right: Mapping[Ask, Answer], fate: Fate, judge: Judge
+) -> list[str]:
     """What no client may have heard."""
     gateways = [at for at, name in fate.kills if name.startswith("g")]
     found = []
     for record in records:
-        answer, truth = record.answer, right[record.ask]
-        detail = wrong(answer, truth)
+        answer = record.answer
+        detail = judge(record.ask, answer, right[record.ask])
         if detail:
             found.append(f"wrong: {detail} ({record.ask.seed})")
         elif answer.end == "cut":
             found.append(f"cut in silence: {answer}")
         elif answer.code in NO_EXCUSE:
             found.append(f"a bug: {answer.code} {answer.detail}")
-        elif record.steady and not same(answer, truth):
+        elif record.steady and answer.end != "whole":
             tries = f"{answer.attempts} tries"
             found.append(f"lost: {answer.end} {answer.code} {answer.detail}, {tries}")
         elif answer.end == "broken" and not _excused(record, gateways):
@@ -122,7 +137,7 @@ def _excused(record: Record, kills: list[float]) -> bool:
 
 async def _left_over(site: Site, settle_seconds: float) -> list[str]:
     """What does not balance when the storm is over."""
-    complaints = []
+    complaints = site.bugs()
     try:
         await site.ready(CALM_SECONDS)
         await site.balanced(settle_seconds)
@@ -136,12 +151,9 @@ async def _left_over(site: Site, settle_seconds: float) -> list[str]:
 
 def table(outcome: Outcome) -> str:
     """The outcome, for people."""
-    rows: list[str] = [
-        f"seed {outcome.seed}, {outcome.seconds:.0f} s",
-        "",
-        "| target | kill | stop |",
-    ]
-    rows.append("|---|---|---|")
+    plan = outcome.plan
+    rows = [f"seed {plan.seed}, {plan.seconds:.0f} s, a fault each {plan.every:.0f} s", ""]
+    rows += ["| target | kill | stop |", "|---|---|---|"]
     for target in sorted({fault.target for fault in outcome.faults}):
         kinds = Counter(fault.kind for fault in outcome.faults if fault.target == target)
         rows.append(f"| {target} | {kinds['kill']} | {kinds['stop']} |")

@@ -169,6 +169,18 @@ class Site:
             found = [await redis.get(key) async for key in redis.scan_iter("*worker:*")]
         return [msgspec.msgpack.decode(one, type=WorkerRecord) for one in found]
 
+    def bugs(self) -> list[str]:
+        """What nobody has foreseen: processes that have died by themselves, and tracebacks."""
+        dead = [
+            f"{part.name} has ended by itself" for part in self.parts.values() if not part.alive
+        ]
+        return dead + [
+            f"{part.name}: {line[:1500]}"
+            for part in self.parts.values()
+            for line in part.log.read_text(errors="replace").splitlines()
+            if "Traceback" in line or '"level":"critical"' in line.replace(" ", "")
+        ]
+
     def logs(self) -> str:
         """The last lines of every part."""
         return "\n".join(

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from backends.api import Row, Sampling
 from backends.api import Sequence as Line
+from backends.emulation import EmulationBackend
 from backends.emulation.synthetic import SyntheticBackend
+from gateway.api.wishes import derive_seed
+from gateway.cli.model import find_model
+from gateway.text import load_text
+from tests.emulation.desk import Desk
 from tests.storm.clients import Answer, Ask, Ordinary
-
-VOCABULARY = 49152
+from tests.support.margin import assert_same_or_near_tie
 
 
 def asks(seed: int, count: int, *, tokens: tuple[int, int] = (20, 120)) -> list[Ask]:
@@ -29,10 +34,25 @@ def asks(seed: int, count: int, *, tokens: tuple[int, int] = (20, 120)) -> list[
 
 
 async def learn(client: Ordinary, questions: list[Ask]) -> dict[Ask, Answer]:
-    """The answers while nothing happens; of the synthetic backend they are known beforehand."""
+    """The answers while nothing happens."""
     answers = await asyncio.gather(*map(client.ask, questions))
     assert {answer.end for answer in answers} == {"whole"}, answers
     return dict(zip(questions, answers, strict=True))
+
+
+def questions() -> list[Ask]:
+    """Requests for the real model."""
+    text = load_text(Path(find_model("bundled")))
+    starts = ("The capital of France is", "Once upon a time", "def add(a, b):", "Water boils at")
+    return [
+        Ask(
+            prompt=tuple(text.encode(start, add_special_tokens=False)),
+            max_tokens=length,
+            seed=length,
+        )
+        for start in starts
+        for length in (24, 48)
+    ]
 
 
 class Formula:
@@ -56,7 +76,15 @@ class Formula:
         return said
 
 
-def wrong(answer: Answer, right: Answer) -> str:
+def confirm(right: dict[Ask, Answer]) -> None:
+    """Make sure that what was learned is what the formula says."""
+    formula = Formula()
+    for ask, answer in right.items():
+        for index in range(ask.n):
+            assert answer.tokens[index] == formula.tokens(ask, derive_seed(ask.seed, index)), ask
+
+
+def wrong(_: Ask, answer: Answer, right: Answer) -> str:
     """What `answer` says that is not so; empty when all that it says is right so far."""
     for index, tokens in answer.tokens.items():
         if tokens != right.tokens[index][: len(tokens)]:
@@ -67,6 +95,41 @@ def wrong(answer: Answer, right: Answer) -> str:
     if answer.end == "whole" and not same(answer, right):
         return f"it ended at {lengths(answer)} of {lengths(right)}, {answer.finish}"
     return ""
+
+
+class NearTies:
+    """The judge of a float engine's answers."""
+
+    def __init__(self) -> None:
+        model = str(find_model("bundled"))
+        self._desk = Desk(
+            EmulationBackend(model=model, dtype="float32", threads=1, pool_tokens=2048)
+        )
+        self._text = load_text(Path(model))
+
+    def __call__(self, ask: Ask, answer: Answer, right: Answer) -> str:
+        """Another token is wrong where it was not as likely as the right one."""
+        if not wrong(ask, answer, right):
+            return ""
+        try:
+            for index, tokens in answer.tokens.items():
+                assert_same_or_near_tie(
+                    tokens,
+                    right.tokens[index][: len(tokens)],
+                    prompt=ask.prompt,
+                    logits_after=self._desk.logprobs_after,
+                )
+        except AssertionError as error:
+            return str(error)
+        return self._incomplete(answer, right) if answer.end == "whole" else ""
+
+    def _incomplete(self, answer: Answer, right: Answer) -> str:
+        if (lengths(answer), answer.finish) != (lengths(right), right.finish):
+            return f"it ended at {lengths(answer)} of {lengths(right)}, {answer.finish}"
+        for index, tokens in answer.tokens.items():
+            if self._text.decode(tokens) != answer.text[index]:
+                return f"choice {index}: {answer.text[index]!r} is not the text of its tokens"
+        return ""
 
 
 def same(answer: Answer, right: Answer) -> bool:
