@@ -46,6 +46,15 @@ class Unbooked:
         """See `Booking.end`."""
 
 
+OVERTAKEN_SECONDS = 1.0
+
+
+class _Wait(msgspec.Struct, frozen=True, eq=False):
+    """One that waits for room, and since when."""
+
+    since: float
+
+
 class Placed(msgspec.Struct, frozen=True):
     """The workers, and what is booked on them; whoever has it ends the booking."""
 
@@ -55,12 +64,17 @@ class Placed(msgspec.Struct, frozen=True):
 
 
 class Placing:
-    """Places for one gateway. Those that wait for room are served in the order they came."""
+    """Places for one gateway.
+
+    Those that wait for room try in the order they came, and one may go before another that needs
+    more of it; but not any more when that one has waited for `OVERTAKEN_SECONDS` and no limit on
+    its first token will end its wait.
+    """
 
     def __init__(self, fleet: Fleet, *, worker_wait_seconds: float) -> None:
         self._fleet = fleet
         self._worker_wait = worker_wait_seconds
-        self._line = asyncio.Lock()
+        self._patient: dict[_Wait, None] = {}  # those that no limit ends, in the order they came
 
     def needs(self, job: Job) -> float:
         """The least time, in seconds, that its first token needs; 0 when there is no hurry."""
@@ -83,36 +97,35 @@ class Placing:
             NoWorkers: none came in time.
             DeadlineExceeded: its first token would be late, or there was no room in time.
         """
-        entered = time.monotonic()
-        placed = None
-        if run.first_token is not None or not self._line.locked():
-            placed = await self._attempt(run, lines, avoid, waits=run.first_token is not None)
-        if placed is None:
-            async with self._line:
-                placed = await self._attempt(run, lines, avoid, waits=True)
-        assert placed is not None
+        entered, wait = time.monotonic(), _Wait(asyncio.get_running_loop().time())
+        try:
+            while not isinstance(answer := self._attempt(run, lines, avoid, wait), Placed):
+                if answer.kind == "full" and run.job.first_token_by == inf:
+                    self._patient[wait] = None
+                await self._until_changed(run, answer, wait.since)
+        finally:
+            self._patient.pop(wait, None)
         run.timeline.place = time.monotonic() - entered
-        return placed
+        return answer
 
-    async def _attempt(
-        self, run: Run, lines: list[Line], avoid: frozenset[str], *, waits: bool
-    ) -> Placed | None:
-        """One place, or None where there is no room and it is not to be waited for."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while True:
-            seen = self._fleet.snapshot()
-            wish = _wish(run, lines, avoid, seen, loop.time())
-            chosen = place(seen, wish)
-            if isinstance(chosen, Placement):
-                return self._book(run, chosen, wish)
-            if chosen.field is not None:
-                raise BadRequest(chosen.reason, field=chosen.field, code="unsupported_value")
-            if chosen.kind == "late":
-                raise DeadlineExceeded("queued", chosen.reason)
-            if chosen.kind == "full" and not waits:
-                return None
-            await self._until_changed(run, chosen, began)
+    def _attempt(
+        self, run: Run, lines: list[Line], avoid: frozenset[str], wait: _Wait
+    ) -> Placed | Unplaceable:
+        now = asyncio.get_running_loop().time()
+        first = next(iter(self._patient), wait)
+        held_up = first is not wait and run.first_token is None
+        if held_up and now - first.since > OVERTAKEN_SECONDS:
+            return Unplaceable("others have waited for room for longer", kind="full")
+        seen = self._fleet.snapshot()
+        wish = _wish(run, lines, avoid, seen, now)
+        chosen = place(seen, wish)
+        if isinstance(chosen, Placement):
+            return self._book(run, chosen, wish)
+        if chosen.field is not None:
+            raise BadRequest(chosen.reason, field=chosen.field, code="unsupported_value")
+        if chosen.kind == "late":
+            raise DeadlineExceeded("queued", chosen.reason)
+        return chosen
 
     async def _until_changed(self, run: Run, refusal: Unplaceable, began: float) -> None:
         loop = asyncio.get_running_loop()

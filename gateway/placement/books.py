@@ -14,8 +14,11 @@ from enum import Enum
 
 from backends.protocol import BackendInfo, Role
 from gateway.placement.costs import STEP_TOKENS
-from gateway.placement.estimates import Estimates
+from gateway.placement.estimates import Estimates, Work
 from gateway.placement.views import LinkView, Placement, Snapshot, Wish, WorkerView
+
+SHARED = 0.2
+"""A prompt that adds less than this part of its own time was computed in steps of another."""
 
 
 class Stage(Enum):
@@ -64,7 +67,7 @@ class Booking:
             # rows of others took their part of it, but never nearly all
             own = max(seconds - self._forecast.beside, seconds / 4)
             tokens = self.tokens + self._forecast.cached
-            self._books.estimates.prefilled(self.prefill, tokens, own, min(cached, tokens - 1))
+            self._books.learn_prefill(self.prefill, tokens, min(cached, tokens - 1), own, now)
             self._books.leave_prefill(self, now)
             self.stage = Stage.HANDOFF
             if self.decode is None:
@@ -101,10 +104,12 @@ class _Account:
     __slots__ = (
         *("blocks", "blocks_when_told", "busy_until", "context", "decoding", "decoding_context"),
         *("others_running", "others_tokens", "prefills", "rested", "sequences", "told_free"),
-        "tokens",
+        *("prefilled_at", "tokens", "work", "work_seconds"),
     )
 
     def __init__(self) -> None:
+        self.work, self.work_seconds = Work(), 0.0
+        self.prefilled_at = 0.0
         self.prefills: dict[Booking, None] = {}  # in the order of placement
         self.tokens = 0
         self.busy_until = 0.0
@@ -225,6 +230,23 @@ class Books:
         return Snapshot(tuple(workers), pairs, links, left_alone)
 
     # ---- for bookings
+
+    def learn_prefill(
+        self, worker: str, tokens: int, cached: int, seconds: float, now: float
+    ) -> None:
+        """A prompt took `seconds` up to now, perhaps in steps with others.
+
+        What lies before the end of the one that ended before is time of that one. Prompts that end
+        in the same step are learnt from together.
+        """
+        it = self._account(worker)
+        own = min(seconds, now - it.prefilled_at)
+        it.prefilled_at = now
+        if own > SHARED * seconds and it.work.prompts:
+            self.estimates.prefilled(worker, it.work, it.work_seconds)
+            it.work, it.work_seconds = Work(), 0.0
+        it.work = it.work.and_prompt(tokens, cached)
+        it.work_seconds += own
 
     def leave_prefill(self, booking: Booking, now: float) -> None:
         """It is prefilled, or will not be."""

@@ -24,6 +24,9 @@ from gateway.placement.views import (
 SHOWN = 8
 """How many candidates, and how many of those left out, a reason lists."""
 
+MARGIN = 0.9
+"""The part of the limit on gaps that is aimed at: what is held just at a limit often misses it."""
+
 Option = tuple[WorkerView, WorkerView | None]
 Score = tuple[int, int, float, int, str, str]
 Scored = tuple[Score, Candidate]
@@ -118,7 +121,7 @@ def _full(option: Option, wish: Wish) -> bool:
     if holder.free_blocks < wanted:
         return True
     gap = widest_gap(holder, wish, prefills=decode is None)
-    return holder.step.known and gap > wish.gap_seconds
+    return holder.step.known and gap > MARGIN * wish.gap_seconds
 
 
 def _nobody(
@@ -184,11 +187,11 @@ def _short(option: Option, forecast: Forecast, wish: Wish) -> str:
     if not wish.decodes:
         return ""
     gap = widest_gap(decode or prefill, wish, prefills=decode is None)
-    return "gap" if gap > wish.gap_seconds else ""
+    return "gap" if gap > MARGIN * wish.gap_seconds else ""
 
 
 def _hopeless(scored: list[Scored], wish: Wish) -> bool:
-    return all(
+    return wish.first_token_seconds <= 0 or all(
         one.forecast.wait > 0 and one.forecast.first_token > wish.first_token_seconds
         for _, one in scored
     )

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from gateway.placement.costs import LinkCost, PrefillCost, StepCost
 
 FORGET = 0.98
-LONGEST_SECONDS = 3600.0
+SHORTEST_SECONDS, LONGEST_SECONDS = 1e-9, 3600.0
 ENOUGH = 8
 LEAST_CREDIBLE = 0.3
 """Relative errors below this are never cut off."""
@@ -50,7 +51,7 @@ class Fit:
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
         """It took `seconds`; ignored when nothing can have taken that long."""
-        if not 0 < seconds <= LONGEST_SECONDS:  # NaN is not, either
+        if not SHORTEST_SECONDS <= seconds <= LONGEST_SECONDS:  # NaN is not, either
             return
         self.count += 1
         expected = max(self.predict(features), 1e-9)
@@ -60,11 +61,21 @@ class Fit:
         error = math.expm1(credible)
         spread = [_dot(row, relative) for row in self._doubt]
         scale = FORGET + _dot(spread, relative)
-        self.weights = [
-            max(0.0, w + s / scale * error) for w, s in zip(self.weights, spread, strict=True)
-        ]
+        self.weights = [w + s / scale * error for w, s in zip(self.weights, spread, strict=True)]
         if credible == told:  # what was not believed leaves as much doubt as there was
             self._narrow(spread, scale)
+        self._keep_positive()
+
+    def _keep_positive(self) -> None:
+        """Raise weights below 0 to it, and move the others as what is known of all of them says."""
+        for _ in self.weights:
+            i = min(range(len(self.weights)), key=self.weights.__getitem__)
+            short = -self.weights[i]
+            if short <= 0:
+                return
+            for j, doubt in enumerate(self._doubt[i]):
+                self.weights[j] += doubt / self._doubt[i][i] * short
+        self.weights = [max(0.0, weight) for weight in self.weights]
 
     def _credible(self, error: float) -> float:
         """As much of an error as is believed; errors are logarithms of ratios."""
@@ -96,6 +107,23 @@ class Fit:
                     self._doubt[j][i] *= shrink
 
 
+class Work(NamedTuple):
+    """Prompts that were prefilled together: how many, and sums over their tokens.
+
+    Each has tokens behind those that were cached; `squares` sums up the differences of squares.
+    """
+
+    prompts: int = 0
+    tokens: int = 0
+    squares: int = 0
+
+    def and_prompt(self, tokens: int, cached: int = 0) -> Work:
+        """This and another prompt, of so many tokens, the cached ones included."""
+        fresh = tokens - cached
+        squares = (tokens + cached) * fresh
+        return Work(self.prompts + 1, self.tokens + fresh, self.squares + squares)
+
+
 class Estimates:
     """What is known of every worker and pair, by the ids that the caller gives them."""
 
@@ -106,10 +134,9 @@ class Estimates:
 
     # ---- what was measured
 
-    def prefilled(self, worker: str, tokens: int, seconds: float, cached: int = 0) -> None:
-        """Prefilling `tokens` behind the first `cached` took so long, waiting not counted."""
-        fresh = tokens - cached
-        features = (1.0, fresh / KILO, (tokens + cached) * fresh / MEGA)
+    def prefilled(self, worker: str, work: Work, seconds: float) -> None:
+        """All of `work` took so long, waiting not counted."""
+        features = (float(work.prompts), work.tokens / KILO, work.squares / MEGA)
         self._of_prefill(worker).observe(features, seconds)
 
     def stepped(self, worker: str, sequences: float, context: float, seconds: float) -> None:

@@ -82,10 +82,14 @@ def _beside(worker: WorkerView, tokens: int) -> float:
 
 
 def _gap(worker: WorkerView, wish: Wish) -> float:
-    if not wish.decodes:
-        return worker.step.seconds(worker.running, worker.context)
-    context = worker.context + wish.sequences * wish.tokens
-    return worker.step.seconds(worker.running + wish.sequences, context)
+    """Between two tokens of a sequence, once this prefix is decoded there too."""
+    sequences, context = worker.running, worker.context
+    if wish.decodes:
+        sequences += wish.sequences
+        context += wish.sequences * wish.tokens
+    # those beyond the largest batch take turns with the others
+    turns = max(1.0, sequences / worker.info.max_batch)
+    return turns * worker.step.seconds(round(sequences / turns), round(context / turns))
 
 
 def _delay(worker: WorkerView, prefilling: float) -> float:

@@ -142,14 +142,30 @@ def test_ones_own_work_is_not_taken_for_that_of_others_when_it_ends() -> None:
 
 def test_prefill_teaches_what_prefill_takes() -> None:
     site = Site({"p1": "prefill", "d1": "decode"})
+    site.books.told("p1", waiting_tokens=0, running=0, free_blocks=4096)
     for _ in range(30):
         booking = site.place(wish(tokens=1000))
+        site.now += 0.5
         booking.prefilled(0.5, site.now)
         booking.handed_over(1 << 20, 0.25)
         booking.landed()
         booking.end(site.now)
     assert site.view("p1").prefill.seconds(1000) == pytest.approx(0.5, rel=0.1)
     assert site.snapshot().links["p1", "d1"].cost.seconds(1 << 20) == pytest.approx(0.25, rel=0.1)
+
+
+def test_prompts_that_share_a_step_are_not_each_taken_to_last_as_long_as_it() -> None:
+    site = Site({"p1": "prefill", "d1": "decode"})
+    site.books.told("p1", waiting_tokens=0, running=0, free_blocks=4096)
+    for _ in range(30):
+        together = [site.place(wish(tokens=100)) for _ in range(5)]
+        site.now += 0.5
+        for booking in together:
+            booking.prefilled(0.5, site.now)
+            booking.end(site.now)
+    for _ in range(5):
+        site.place(wish(tokens=100))
+    assert site.view("p1").queued_seconds == pytest.approx(0.5, rel=0.1)
 
 
 def test_steps_teach_while_sequences_are_decoded_and_not_over_a_rest() -> None:

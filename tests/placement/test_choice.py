@@ -126,8 +126,8 @@ def test_an_idle_worker_is_tried_however_late_it_is_thought_to_be() -> None:
 
 def test_a_batch_that_would_become_too_slow_takes_no_more() -> None:
     seen = snapshot(worker("p", "prefill"), worker("d", "decode", running=20))
-    assert chosen(seen, wish(gap_seconds=0.0411)) == ("p", "d")
-    answer = refused(seen, wish(gap_seconds=0.0409))
+    assert chosen(seen, wish(gap_seconds=0.0456)) == ("p", "d")
+    answer = refused(seen, wish(gap_seconds=0.0455))
     assert (answer.kind, answer.field) == ("full", None)
 
 
@@ -144,8 +144,8 @@ def test_an_unmeasured_worker_is_never_full_because_of_its_gap() -> None:
 
 def test_chunks_of_prefill_count_as_gaps_of_those_who_decode_there() -> None:
     both = worker("b", "both", running=2, step_tokens=1000)
-    assert chosen(snapshot(both), wish(gap_seconds=0.14)) == ("b", None)
-    assert refused(snapshot(both), wish(gap_seconds=0.13)).kind == "full"
+    assert chosen(snapshot(both), wish(gap_seconds=0.148)) == ("b", None)
+    assert refused(snapshot(both), wish(gap_seconds=0.147)).kind == "full"
 
 
 def test_a_pool_without_room_for_the_prompt_is_full() -> None:

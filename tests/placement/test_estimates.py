@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.placement.estimates import Estimates
+from gateway.placement.estimates import Estimates, Work
 
 ABSURD = (math.nan, math.inf, -1.0, 0.0, 1e9, 1e3, 1e-6)
 SIZES = (100, 1000, 8000)
@@ -23,7 +23,8 @@ def teach(
     for _ in range(count):
         tokens = int(rng.lognormvariate(6.8, 1)) + 1
         seconds = factor * truth(tokens) * rng.lognormvariate(0, 0.1)
-        learnt.prefilled("p", tokens, rng.choice(ABSURD) if rng.random() < absurd else seconds)
+        told = rng.choice(ABSURD) if rng.random() < absurd else seconds
+        learnt.prefilled("p", Work().and_prompt(tokens), told)
 
 
 def errors(learnt: Estimates, factor: float = 1.0) -> list[float]:
@@ -53,7 +54,7 @@ def test_one_absurd_measurement_moves_nothing_far(absurd: float) -> None:
     learnt = Estimates()
     teach(learnt, random.Random(1), 100)
     before = learnt.prefill("p")
-    learnt.prefilled("p", 1000, absurd)
+    learnt.prefilled("p", Work().and_prompt(1000), absurd)
     after = learnt.prefill("p")
     assert all(after.seconds(n) == pytest.approx(before.seconds(n), rel=0.05) for n in SIZES)
 
@@ -71,7 +72,8 @@ def test_tokens_that_were_kept_are_not_taken_for_fast_ones() -> None:
     for _ in range(200):
         tokens = rng.randrange(500, 8000)
         cached = rng.choice((0, tokens // 2, tokens - 1))
-        learnt.prefilled("p", tokens, truth(tokens) - truth(cached) + 0.012, cached)
+        took = truth(tokens) - truth(cached) + 0.012
+        learnt.prefilled("p", Work().and_prompt(tokens, cached), took)
     assert learnt.prefill("p").seconds(8000) == pytest.approx(truth(8000), rel=0.1)
     assert learnt.prefill("p").seconds(8000, 7999) < 0.1
 
@@ -87,6 +89,20 @@ def test_steps_grow_with_batch_and_context() -> None:
     assert cost.seconds(60, 200_000) == pytest.approx(0.032, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_small_batch_teaches_nothing_wrong_of_it_where_context_grows_with_it(seed: int) -> None:
+    """Batch and context cannot be told apart; what they do together must be right all the same."""
+    learnt, rng = Estimates(), random.Random(seed)
+    for number in range(300):
+        batch = 20 + number % 10
+        context = int(batch * 1250 * rng.uniform(0.8, 1.2))
+        took = 0.01 + 2e-5 * batch + 6e-8 * context
+        learnt.stepped("d", batch, context, took * rng.lognormvariate(0, 0.05))
+        if number > 50:
+            assert learnt.step("d").seconds(25, 25 * 1250) == pytest.approx(0.0124, rel=0.15)
+    assert learnt.step("d").seconds(100, 125_000) == pytest.approx(0.0195, rel=0.5)
+
+
 def test_links_are_learnt_apart() -> None:
     learnt = Estimates()
     for size in range(1, 40):
@@ -99,7 +115,7 @@ def test_links_are_learnt_apart() -> None:
 def test_a_worker_that_is_gone_is_forgotten() -> None:
     learnt = Estimates()
     for _ in range(10):
-        learnt.prefilled("w", 100, 9.0)
+        learnt.prefilled("w", Work().and_prompt(100), 9.0)
         learnt.stepped("w", 1, 100, 9.0)
         learnt.moved("w", "d", 1, 9.0)
         learnt.moved("p", "w", 1, 9.0)
@@ -122,7 +138,7 @@ def test_a_worker_that_is_gone_is_forgotten() -> None:
 def test_whatever_is_measured_a_prediction_is_a_duration(measured: list) -> None:
     learnt = Estimates()
     for tokens, seconds in measured:
-        learnt.prefilled("p", tokens, seconds)
+        learnt.prefilled("p", Work().and_prompt(tokens), seconds)
     for tokens in (1, 1000, 1 << 20):
         predicted = learnt.prefill("p").seconds(tokens)
         assert math.isfinite(predicted)
