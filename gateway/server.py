@@ -28,6 +28,7 @@ from gateway.life.fleet import Fleet
 from gateway.life.relay import Relay
 from gateway.metrics import Metrics
 from gateway.placement import Placement, Wish, place
+from gateway.resume import Records, Retention
 from gateway.settings import api_keys, is_loopback
 from gateway.tenants import Keyring
 from gateway.tenants.door import require_keys
@@ -76,9 +77,16 @@ async def _run(
             max_retries=config.gateway.max_retries,
             worker_wait_seconds=config.queue.worker_wait_seconds,
         )
+        records = Records(
+            redis,
+            config.deployment,
+            gateway_id,
+            Retention.of(config),
+            timeout_seconds=config.redis.timeout_seconds,
+        )
 
-        def learn(records: Mapping[str, WorkerRecord]) -> None:
-            mine = {i: r for i, r in records.items() if r.model == config.model.name}
+        def learn(workers: Mapping[str, WorkerRecord]) -> None:
+            mine = {i: r for i, r in workers.items() if r.model == config.model.name}
             fleet.update(mine)
 
         parts = [
@@ -87,27 +95,32 @@ async def _run(
                 admission.run(),
                 registry.watch(learn),
                 fleet.run(),
+                records.run(),
                 keyring.watch(
                     redis, config.deployment, timeout_seconds=config.redis.timeout_seconds
                 ),
             )
         ]
         try:
-            service = _service(config, text, relay, fleet, admission, keyring)
-            await _settle(admission, keyring, config.redis)
+            service = _service(config, text, relay, fleet, admission, keyring, records)
+            await _settle(admission, keyring, records, config.redis)
             await _serve_http(config, build_app(service), relay, ready)
         finally:
             await admission.flush()
+            await records.flush()
             for part in parts:
                 part.cancel()
 
 
-async def _settle(admission: Admission, keyring: Keyring, redis: RedisSection) -> None:
+async def _settle(
+    admission: Admission, keyring: Keyring, records: Records, redis: RedisSection
+) -> None:
     """Know Redis before the first request comes; if it is away, start all the same."""
     try:
         async with asyncio.timeout(redis.connect_timeout_seconds + redis.timeout_seconds):
             await admission.until_available()
             await keyring.until_known()
+            await records.until_available()
     except TimeoutError:
         log.warning("gateway.alone", cause="Redis does not answer")
 
@@ -119,6 +132,7 @@ def _service(
     fleet: Fleet,
     admission: Admission,
     keyring: Keyring,
+    records: Records,
 ) -> Service:
     metrics = Metrics()
     metrics.watch(
@@ -134,6 +148,8 @@ def _service(
         text=text,
         models=(config.model.name,),
         keyring=keyring,
+        records=records,
+        every_stream=config.resume.every_stream,
         admin_keys=frozenset(config.gateway.admin_keys),
         max_body_bytes=config.gateway.max_body_bytes,
         body_timeout_seconds=config.gateway.body_timeout_seconds,

@@ -10,6 +10,8 @@ from gateway.api.checks import check_ids
 from gateway.api.errors import JSON
 from gateway.api.limits import timeout_of
 from gateway.api.messages import plain_messages
+from gateway.api.progress import Progress
+from gateway.api.resuming import Asked, Resuming, owned
 from gateway.api.schema import (
     ChatRequest,
     CompletionRequest,
@@ -22,8 +24,10 @@ from gateway.api.stream import Stream
 from gateway.api.tally import Tally
 from gateway.api.whole import answer_whole
 from gateway.api.wishes import Caller, Wish, chat_wish, completion_wish
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, GatewayError, Repeated
 from gateway.quota import Quota
+from gateway.resume import Claim
+from gateway.resume.saved import Route
 from gateway.tenants import Tenant
 from gateway.text import TemplateFailed, TemplateMissing
 
@@ -37,21 +41,15 @@ class Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._resuming = Resuming(service)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        tally = request[TALLY]
-        caller = self._caller(request, tally)
-        wanted = decode(ChatRequest, await self._body(request))
-        return await self._answer(request, await chat_wish(self._service, wanted, caller), tally)
+        return await self._generate(request, "chat")
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
-        tally = request[TALLY]
-        caller = self._caller(request, tally)
-        wanted = decode(CompletionRequest, await self._body(request))
-        wish = await completion_wish(self._service, wanted, caller)
-        return await self._answer(request, wish, tally)
+        return await self._generate(request, "completion")
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """POST /tokenize."""
@@ -111,7 +109,53 @@ class Endpoints:
             request, max_bytes=service.max_body_bytes, seconds=service.body_timeout_seconds
         )
 
-    async def _answer(self, request: web.Request, wish: Wish, tally: Tally) -> web.StreamResponse:
+    async def _generate(self, request: web.Request, route: Route) -> web.StreamResponse:
+        tally = request[TALLY]
+        caller = self._caller(request, tally)
+        asked = Asked.of(request.headers)
+        if asked is not None and asked.last is not None:
+            body = await self._body(request) if request.body_exists else b""
+            claim = await self._resuming.take(caller.tenant.name, route, asked.last, body)
+            return await self._again(request, caller, claim, asked.last)
+        body = await self._body(request)
+        wish = await self._wish(route, body, caller)
+        if not self._resuming.wanted(asked, wish):
+            return await self._answer(request, wish)
+        wish = self._resuming.open(asked, caller, route, body, wish)
+        try:
+            return await self._answer_owned(request, wish)
+        except Repeated as repeated:
+            claim = repeated.claim
+        return await self._again(request, caller, claim, Progress(claim.id))
+
+    async def _again(
+        self, request: web.Request, caller: Caller, claim: Claim, progress: Progress
+    ) -> web.StreamResponse:
+        """Tell what of a request was not told yet."""
+        try:
+            wish = await self._wish(claim.saved.route, claim.saved.body, caller.again(claim))
+            return await self._answer_owned(request, owned(wish, claim, progress))
+        finally:
+            claim.close()
+
+    async def _wish(self, route: Route, body: bytes, caller: Caller) -> Wish:
+        if route == "chat":
+            return await chat_wish(self._service, decode(ChatRequest, body), caller)
+        return await completion_wish(self._service, decode(CompletionRequest, body), caller)
+
+    async def _answer_owned(self, request: web.Request, wish: Wish) -> web.StreamResponse:
+        claim = wish.claim
+        assert claim is not None
+        try:
+            return await self._answer(request, wish)
+        except GatewayError as error:
+            claim.failed(error, told=False)
+            raise
+        finally:
+            claim.close()
+
+    async def _answer(self, request: web.Request, wish: Wish) -> web.StreamResponse:
+        tally = request[TALLY]
         tally.prompt_tokens = wish.prompt_tokens
         if wish.style.stream:
             return await Stream(self._service, wish, request, tally).run()

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from gateway.errors import Forbidden, ModelNotFound, Unauthorized
 from gateway.life.job import Carrier, Timeline
+from gateway.resume import Records
 from gateway.tenants import Keyring, Tenant
 from gateway.tenants.records import digest_of
 from gateway.text import Vocabulary
@@ -54,6 +55,7 @@ class Service:
     `request` says what became of the request with that id, or None when it is not known.
     `first_token_seconds`, plus as many for each 1,000 tokens of the prompt, and `gap_seconds`
     are what a request is placed for; 0: no limit.
+    `records` has the requests that may be asked for again; with `every_stream` each stream is one.
     `share_prefixes`: KV that was computed for one tenant serves others as well.
     """
 
@@ -69,6 +71,8 @@ class Service:
     observe: Observe
     keyring: Keyring = field(repr=False)
     admin_keys: frozenset[str] = field(default=frozenset(), repr=False)
+    records: Records | None = None
+    every_stream: bool = False
     max_body_bytes: int = 4 * 1024 * 1024
     body_timeout_seconds: float = 30.0
     request_timeout_seconds: float = 600.0

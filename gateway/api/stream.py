@@ -24,6 +24,7 @@ from gateway.api.carrying import carry_all, check_finished, first_failure
 from gateway.api.choice import Choice, Echo
 from gateway.api.chunks import DONE, Chunks, encode, error_event
 from gateway.api.errors import answer_for, error_json, internal_error
+from gateway.api.progress import Marks, Told
 from gateway.api.service import Service
 from gateway.api.shapes import usage_of
 from gateway.api.tally import CLIENT_LEFT, Tally
@@ -95,6 +96,11 @@ class StreamedChoice(Choice):
         """Whether its last chunk was written."""
         return self._told
 
+    @property
+    def mark(self) -> Told:
+        """How much of it is told, up to the event that is about to be sent."""
+        return Told(self.continuation.count, self._begun, self._told)
+
     def token(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
         """The next token, the short way if it may."""
         quoted = self._fast.get(token)
@@ -123,21 +129,27 @@ class StreamedChoice(Choice):
         """Write what there is as one piece, and see whether the next token may be short."""
         if self._told:
             return
-        events = b"" if self._begun else self._beginning()
+        events = b"" if self._begun else self._marked(self._beginning(), 0)
         stream, text, finish = self._stream, self.text(), self.continuation.finish
         if text:
             usage = stream.usage_field()
-            events += stream.chunks.text(self.index, text, self._extra(), usage)
+            chunk = stream.chunks.text(self.index, text, self._extra(), usage)
+            events += self._marked(chunk, self.continuation.count)
         if finish is not None:
             self._told = True
             usage = stream.usage_field()
-            events += stream.chunks.finish(self.index, finish, self._extra(), usage)
+            chunk = stream.chunks.finish(self.index, finish, self._extra(), usage)
+            events += self._marked(chunk, self.continuation.count)
         if events:
             stream.send(events)
         self._write = stream.wire.write
         short = self._plain and stream.wire.opened and not self._told
         whole = not self.continuation.detokenizer.pending
         self._fast = self._quoted if short and whole else NOTHING
+
+    def _marked(self, event: bytes, tokens: int) -> bytes:
+        """`event`, which tells of `tokens` tokens all that can be told, as it is sent."""
+        return event
 
     def _beginning(self) -> bytes:
         self._begun = True
@@ -159,6 +171,40 @@ class StreamedChoice(Choice):
         if self.ids:
             extra += b',"token_ids":' + encode(self.token_ids())
         return extra
+
+
+class ResumableChoice(StreamedChoice):
+    """A choice whose events bear ids. What its client has already is taken in silence."""
+
+    __slots__ = ("_tokens", "_until")
+
+    def __init__(self, stream: Stream, job: Job, echo: Echo | None, place: int, index: int) -> None:
+        super().__init__(stream, job, echo, place, index)
+        told = stream.wish.progress.of(index)
+        self._until = self._tokens = told.tokens
+        self._begun, self._told = told.begun, told.ended
+        self._plain = False
+
+    @property
+    def mark(self) -> Told:
+        return Told(self._tokens, self._begun, self._told)
+
+    def take(self, token: int, finish: FinishReason | None, logprob: Logprob | None) -> bool:
+        if self.continuation.count >= self._until:
+            return super().take(token, finish, logprob)
+        stopped = Choice.take(self, token, finish, logprob)
+        self.text()
+        self.logged.clear()
+        self.ids.clear()
+        if self.continuation.finish is not None:
+            self.flush()
+        return stopped
+
+    def _marked(self, event: bytes, tokens: int) -> bytes:
+        if not event:
+            return event
+        self._tokens = max(self._tokens, tokens)
+        return self._stream.marks.line() + event
 
 
 class StreamListener:
@@ -194,6 +240,7 @@ class Stream:
         self.wire = Wire(request)
         self.chunks = Chunks(wish)
         self.choices: list[StreamedChoice] = []
+        self.marks = Marks(wish.claim.id if wish.claim is not None else "", self.choices)
         tally.count = self._count
 
     async def run(self) -> web.StreamResponse:
@@ -251,12 +298,13 @@ class Stream:
 
     def _listeners(self) -> list[tuple[Job, StreamListener]]:
         wish, listeners = self.wish, []
+        make = StreamedChoice if wish.claim is None else ResumableChoice
         for number, job in enumerate(wish.jobs):
             echo = (
                 Echo(self.vocabulary, wish.style, job, wish.texts[number]) if wish.texts else None
             )
             first = number * wish.n
-            own = [StreamedChoice(self, job, echo, place, first + place) for place in range(wish.n)]
+            own = [make(self, job, echo, place, first + place) for place in range(wish.n)]
             self.choices += own
             listeners.append((job, StreamListener(own, echo)))
         return listeners
@@ -304,10 +352,12 @@ class Stream:
 
     async def _finish(self) -> web.StreamResponse:
         tail = DONE
-        if self.wish.style.usage:
+        if self.wish.style.usage and not self.wish.progress.usage:
             cached = self._tally.cached_tokens
             usage = usage_of(self.wish.prompt_tokens, self._count(), cached)
             tail = self.chunks.summary(usage) + DONE
+            if self.wish.claim is not None:
+                tail = self.marks.line("+\n") + tail
         self._tally.status = 200
         return await self._close(tail)
 
@@ -315,6 +365,8 @@ class Stream:
         """The headers are out: the failure is the last event, and no finish was told."""
         answer = answer_for(failure)
         self._tally.status = answer.status
+        if self.wish.claim is not None:
+            self.wish.claim.failed(failure, told=True)
         log.warning("request.failed", code=answer.code, error=str(failure))
         if isinstance(failure, SlowClient):
             return self.wire.response

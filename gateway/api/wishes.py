@@ -5,26 +5,30 @@ Everything that can be refused is refused here, before anything is queued.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from backends.protocol import Sampling
 from gateway.api import checks
 from gateway.api.messages import plain_messages, template_variables
+from gateway.api.progress import Progress
 from gateway.api.schema import ChatRequest, CompletionRequest
 from gateway.api.service import Service
 from gateway.errors import BadRequest, PromptTooLong
 from gateway.life.job import Job
 from gateway.quota import Quota
+from gateway.resume import Claim, Saved
 from gateway.tenants import Tenant
 from gateway.text import TemplateFailed, TemplateMissing
 from gateway.text.stops import StopStrings
 
 COMPLETION_TOKENS = 16
+NOTHING_TOLD = Progress("")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,8 @@ class Wish:
 
     `score_only`: nothing is to be generated. Jobs cannot generate nothing, so each makes one
     token that is not told.
+
+    With a `claim` it may be asked for again; `progress` is what of it the client has already.
     """
 
     id: str
@@ -59,7 +65,10 @@ class Wish:
     jobs: tuple[Job, ...]
     texts: tuple[str, ...]
     style: Style
+    seed: int = 0
     score_only: bool = False
+    claim: Claim | None = None
+    progress: Progress = NOTHING_TOLD
 
     @property
     def prompt_tokens(self) -> int:
@@ -71,7 +80,7 @@ class Wish:
 class Caller:
     """Whose request it is, under which id, when it came and until when it must be answered.
 
-    `told` hears what is left to the tenant.
+    `told` hears what is left to the tenant. `origin` is the request that this one repeats.
     """
 
     tenant: Tenant
@@ -79,6 +88,12 @@ class Caller:
     arrived: float
     deadline: float
     told: Callable[[Quota], None]
+    origin: Saved | None = None
+
+    def again(self, claim: Claim) -> Caller:
+        """The same for a request that was made before."""
+        deadline = asyncio.get_running_loop().time() + claim.left
+        return replace(self, id=claim.id, deadline=deadline, origin=claim.saved)
 
 
 async def chat_wish(service: Service, request: ChatRequest, caller: Caller) -> Wish:
@@ -97,7 +112,11 @@ async def chat_wish(service: Service, request: ChatRequest, caller: Caller) -> W
         )
     except (TemplateFailed, TemplateMissing) as error:
         raise BadRequest(str(error), field="messages", code="chat_template") from error
-    prompt = await service.text.tokens_of(text, add_special_tokens=bool(request.add_special_tokens))
+    if caller.origin is not None:
+        prompt = caller.origin.prompts[0]
+    else:
+        special = bool(request.add_special_tokens)
+        prompt = await service.text.tokens_of(text, add_special_tokens=special)
     return _wish(service, request, caller, [prompt], limit=limit, texts=())
 
 
@@ -117,8 +136,10 @@ async def completion_wish(service: Service, request: CompletionRequest, caller: 
         raise BadRequest(message, field="prompt")
     vocabulary = service.text
     ids, texts = [], []
-    for prompt in prompts:
-        if isinstance(prompt, str):
+    for number, prompt in enumerate(prompts):
+        if caller.origin is not None:
+            ids.append(caller.origin.prompts[number])
+        elif isinstance(prompt, str):
             special = request.add_special_tokens is not False
             ids.append(await vocabulary.tokens_of(prompt, add_special_tokens=special))
         else:
@@ -175,7 +196,9 @@ def _wish(
 ) -> Wish:
     n = request.n or 1
     sampling = checks.sampling_of(request, service.text.size)
+    origin = caller.origin
     seed = secrets.randbits(63) if request.seed is None else request.seed
+    seed = seed if origin is None else origin.seed
     seeds = tuple(derive_seed(seed, index) for index in range(n))
     style = _style(request, sampling)
     salt = service.salt(caller.tenant.name, request.cache_salt or "")
@@ -192,14 +215,16 @@ def _wish(
                 sampling=sampling,
                 max_tokens=tokens,
                 deadline=caller.deadline,
-                first_token_by=service.first_token_by(caller.arrived, len(prompt)),
+                first_token_by=service.first_token_by(caller.arrived, len(prompt))
+                if origin is None
+                else inf,
                 gap_seconds=service.gap_seconds or inf,
                 decode_estimate=tokens
                 if sampling.ignore_eos
                 else min(tokens, service.expected_output_tokens),
                 priority=caller.tenant.priority if request.priority is None else request.priority,
                 terms=caller.tenant.terms,
-                counts=number == 0,
+                counts=number == 0 and origin is None,
                 told=caller.told,
                 prompt_logprobs=sampling.logprobs if style.echo else None,
                 salt=salt,
@@ -207,12 +232,13 @@ def _wish(
         )
     return Wish(
         id=f"{'chatcmpl' if style.chat else 'cmpl'}-{caller.id}",
-        created=int(time.time()),
+        created=int(time.time()) if origin is None else origin.created,
         model=service.model,
         n=n,
         jobs=tuple(jobs),
         texts=texts,
         style=style,
+        seed=seed,
         score_only=limit == 0,
     )
 

@@ -105,9 +105,16 @@ class Claim:
             self._records.settle(self, Answer(jobs), releases)
 
     def failed(self, error: GatewayError, *, told: bool) -> None:
-        """The answer could not be made. Nothing is kept when asking again must begin anew."""
+        """The answer could not be made. Nothing is kept where asking again must begin anew.
+
+        `told`: the client has some of it.
+        """
         elsewhere = isinstance(error, TakenOver | Draining | Repeated)
-        if self.open and not elsewhere and (isinstance(error, DeadlineExceeded) or not told):
+        if (
+            self.open
+            and not elsewhere
+            and (isinstance(error, DeadlineExceeded) or not (told or self.resumed))
+        ):
             self.open = False
             self._records.drop(self)
 

@@ -219,7 +219,10 @@ class Records:
                 count = self.retention.max_records
                 claim.opened(QueueFull(f"{count} requests with `{KEY_HEADER}` are kept already"))
             else:
-                claim.opened(Repeated(self._taken([state, *rest], errand.wish.tenant)))
+                taken = self._taken([state, *rest], errand.wish.tenant)
+                claim.opened(Repeated(taken))
+                if claim not in self._open:  # nobody waits for it any more
+                    self.close(taken)
         except GatewayError as error:
             claim.opened(error)
 

@@ -39,6 +39,8 @@ class ScriptedCarrier:
         self._paused: set[tuple[str, int]] = set()
 
     async def carry(self, job: Job, listener: Listener) -> Timeline:
+        if job.claim is not None:
+            await job.claim.secured()
         self.jobs.append(job)
         self.running += 1
         try:
