@@ -51,9 +51,9 @@ class Writer(Protocol):
     async def write(self, part: KVSlice) -> None:
         """Put `part` where the landing wants it, in the landing's layout.
 
-        What of it is `Landing.present` is left out. When this raises, cancellation included, the
-        landing holds some, all or none of the data and writes may still be arriving. Its blocks
-        must not be reused until the receiver's `quiesce` returns.
+        What of it is `Landing.present` is left out, and renews the lease all the same. When this
+        raises, cancellation included, the landing holds some, all or none of the data and writes
+        may still be arriving. Its blocks must not be reused until the receiver's `quiesce` returns.
 
         Raises:
             LandingGone: the landing expired, was cancelled, or its worker restarted.

@@ -291,6 +291,7 @@ class MemoryWriter:
         entry = self._live()
         rest = rest_of(part, self._landing.present)
         if rest is None:
+            entry.touched()
             return
         self._digest.add(rest)
         posted = [self._receiver.post(entry, frame) for frame in self._frames(rest)]

@@ -1,6 +1,7 @@
 """An event loop whose time jumps to the next timer as soon as nothing is ready.
 
-It has no selector, no threads and no sockets: what runs on it is a pure function of its inputs.
+It has no selector and no sockets, and what a thread would do it does at once: what runs on it is a
+pure function of its inputs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
             raise Stuck(f"nothing more will happen; waiting: {', '.join(waiting)}")
         self._now += timeout
         return ()
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:
+        """There are no threads; whoever asked hears of the result a little later all the same."""
+        future: asyncio.Future[Any] = self.create_future()
+        future.set_result(func(*args))
+        return future
 
     def _process_events(self, event_list: Sequence[Any]) -> None:
         pass

@@ -70,11 +70,9 @@ class SessionWriter:
         self._raise_if_over()
         await self._permission()
         rest = rest_of(part, self._landing.present)
-        if rest is None:
-            return
-        part = rest
         target = self._plan.target
-        size = (part.end - part.start) * target.token_bytes // target.layers
+        tokens = rest.end - rest.start if rest is not None else 0
+        size = tokens * target.token_bytes // target.layers
         await self._session.backlog.take(size)
         try:
             self._raise_if_over()
@@ -145,8 +143,9 @@ class SessionWriter:
 
     def _write_one(self, part: KVSlice, *, last: bool) -> None:
         try:
-            if not self._over():
-                self._move.write(part)
+            rest = rest_of(part, self._landing.present)
+            if rest is not None and not self._over():
+                self._move.write(rest)
             if last and not self._over():
                 self._move.flush()
             if not self._over():

@@ -41,6 +41,7 @@ from transfer.testing.reuse import (
     a_writer_that_sends_all_is_refused,
     damage_to_what_is_present_is_caught,
     what_is_present_is_not_sent,
+    what_is_present_renews_the_lease,
 )
 from transfer.testing.rights import (
     a_claim_is_told_before_the_first_write,
@@ -83,6 +84,7 @@ PROMISES: tuple[Callable[[MakePair], Awaitable[None]], ...] = (
     an_owner_may_decline,
     the_loss_of_a_peer_is_told_once,
     what_is_present_is_not_sent,
+    what_is_present_renews_the_lease,
     damage_to_what_is_present_is_caught,
     a_writer_that_sends_all_is_refused,
 )

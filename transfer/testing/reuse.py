@@ -7,10 +7,19 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from transfer.contract import Proof
+from transfer.contract import KVSlice, Proof
 from transfer.digest import landing_key, prove
 from transfer.errors import DigestMismatch, KeptChanged
-from transfer.stage import TARGET, TARGET_BLOCKS, TOKENS, MakePair, Stage, refused, require
+from transfer.stage import (
+    TARGET,
+    TARGET_BLOCKS,
+    TOKENS,
+    MakePair,
+    Stage,
+    eventually,
+    refused,
+    require,
+)
 
 KEPT = 2
 """Blocks that lie there already, full of other numbers than the source's, so that a write shows."""
@@ -31,6 +40,15 @@ async def what_is_present_is_not_sent(make: MakePair) -> None:
         whole = landing.blocks[: TOKENS // TARGET.block_tokens]
         right = prove(TARGET, stage.pool, TARGET_BLOCKS, whole, KEPT, landing_key(landing))
         require(list(proofs) == right, "what arrived was not proven as it lies there")
+
+
+async def what_is_present_renews_the_lease(make: MakePair) -> None:
+    """A sender that has got no further than what is there already is at work all the same."""
+    async with _kept(make) as stage:
+        writer = await stage.sender.open(stage.landing, stage.source)
+        await writer.write(KVSlice(0, 0, PRESENT))
+        await eventually(lambda: stage.touches > 0, "a slice went unnoticed")
+        await writer.abort()
 
 
 async def damage_to_what_is_present_is_caught(make: MakePair) -> None:

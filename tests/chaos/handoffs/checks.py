@@ -99,13 +99,24 @@ class Checks:
             return
         wrong = worker.ledger.audit() + over_the_cap(worker)
         owners: dict[int, Holder] = {}
+        shared: set[int] = set()
         for holder, blocks in worker.ledger._held.items():
-            if holder.reason != "decode":
-                for block in blocks:
-                    if owners.setdefault(block, holder) is not holder:
-                        wrong.append(f"block {block} has two owners")
+            if holder.reason in ("decode", "reused"):
+                shared.update(blocks)
+                continue
+            for block in blocks:
+                if owners.setdefault(block, holder) is not holder:
+                    wrong.append(f"block {block} has two owners")
+        wrong += [f"block {block} is written to and used" for block in shared & owners.keys()]
+        unknown = worker.ledger._cached & owners.keys()
+        wrong += [f"block {block} is written to and kept" for block in unknown]
         if wrong:
             self._game.blame(f"{worker}: {'; '.join(wrong)}")
+
+    def kept(self, handoff: Handoff, code: str) -> None:
+        """A landing failed: not for what was there already, to which nobody does any harm here."""
+        if code == "KeptChanged":
+            self._game.blame(f"{handoff}: a block that was kept has changed")
 
     def ending(self, handoff: Handoff, struck: bool) -> None:
         """It ended once on either side; well if nothing struck it, unless `struck` others used up
@@ -125,7 +136,7 @@ def over_the_cap(worker: Worker) -> list[str]:
     written: Counter[str] = Counter()
     landings = getattr(worker, "landings", None)
     for reserved in landings._open.values() if landings is not None else ():
-        written[reserved.prefill] += len(reserved.landing.blocks)
+        written[reserved.prefill] += len(reserved.landing.awaited)
     for holder, blocks in worker.ledger._held.items():
         if holder.reason == "quarantine":
             written[holder.owner.rpartition(" ")[2]] += len(blocks)

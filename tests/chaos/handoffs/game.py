@@ -14,6 +14,7 @@ from backends.host.handoff import Pushes
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
 from backends.host.ledger import Ledger
+from backends.host.reuse import Reuse
 from backends.host.work import Prefilling
 from tests.chaos.clock import play
 from tests.chaos.coverage import Coverage
@@ -39,6 +40,7 @@ class Parts(msgspec.Struct, frozen=True):
     """The code under test; a mutant has one part exchanged."""
 
     ledger: type[Ledger] = Ledger
+    reuse: type[Reuse] = Reuse
     landings: type[HostLandings] = HostLandings
     janitor: type[Janitor] = Janitor
     pushes: type[Pushes] = Pushes
@@ -78,6 +80,7 @@ class Game:
         self._faults = faults
         self.number = self.dice.below(len(truth.PAIRS), "layouts")
         self.layout = truth.target(self.number)
+        self.reuses = self.dice("reuses") < 0.5
         self.network = MemoryNetwork()
         self.checks = Checks(self)
         self.forger = Forger(self)

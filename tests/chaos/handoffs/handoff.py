@@ -62,6 +62,7 @@ class Handoff:
             sampling=Sampling(),
             max_tokens=8,
             deadline_seconds=plot.DEADLINE_SECONDS,
+            salt=b"tenant",
         )
 
     # ---- what it is like now

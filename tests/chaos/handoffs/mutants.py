@@ -20,6 +20,7 @@ from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
 from backends.host.landings import Reserved
 from backends.host.ledger import Holder, Ledger
+from backends.host.reuse import Reuse
 from backends.host.work import Prefilling
 from tests.chaos.handoffs.game import Handoffs, Parts
 from tests.chaos.handoffs.plot import LEASE_SECONDS
@@ -111,6 +112,34 @@ class NeverExpires(HostLandings):
         await asyncio.Event().wait()
 
 
+class KeepsWhatFailed(HostLandings):
+    def withdraw(self, landing_id: str) -> None:
+        reserved = self._open.get(landing_id)
+        if reserved is not None:
+            self._reuse.keep(reserved.links, reserved.landing.blocks)
+        super().withdraw(landing_id)
+
+
+class ForgetsWhatItReused(HostLandings):
+    def withdraw(self, landing_id: str) -> None:
+        reserved = self._open.get(landing_id)
+        if reserved is not None:
+            self._ledger.share([it.block for it in reserved.kept], Holder("reused", "nobody"))
+        super().withdraw(landing_id)
+
+
+class PinsNothing(Reuse):
+    def share(self, links: Any, most: int, holder: Holder) -> Any:
+        return self.prefixes.find(links, most)
+
+
+class EvictsWhatIsUsed(Ledger):
+    def _hold(self, blocks: list[int], holder: Holder) -> None:
+        idle = self._idle.copy()
+        super()._hold(blocks, holder)
+        self._idle = idle
+
+
 class AwaitsNoAcknowledgement(MemoryReceiver):
     async def quiesce(self, landing_id: str) -> None:
         pass
@@ -199,7 +228,8 @@ def _without_place(*arguments: Any) -> Side:
 
 
 def _without_key(new: PrefixDigest, *arguments: Any, **others: Any) -> None:
-    _digest_init(new, *arguments[:-1], b"", **others)
+    *where, _, apart = (*arguments, 1 << 32)[:7]
+    _digest_init(new, *where, b"", apart, **others)
 
 
 def _by_its_beginning(entry: Expected, found: bytes, sent: bytes) -> bool:
@@ -294,6 +324,10 @@ MUTANTS = {
     ),
     "verifies before the last write": Mutant(method=(MemoryWriter, "_landed", _at_once)),
     "lets a landing have a writer at each receiver": Mutant({"receiver": TellsNobodyOfAClaim}),
+    "keeps the blocks of a landing that failed": Mutant({"landings": KeepsWhatFailed}),
+    "never lets go of what it reused": Mutant({"landings": ForgetsWhatItReused}),
+    "reuses blocks without holding them": Mutant({"reuse": PinsNothing}),
+    "evicts blocks that are used": Mutant({"ledger": EvictsWhatIsUsed}),
     "admits twice": Mutant({"receiver": AdmitsTwice}),
     "frees a block twice": Mutant({"ledger": FreesTwice}),
     "leaks the headroom": Mutant({"ledger": LeaksHeadroom}),

@@ -227,12 +227,16 @@ class Decode(Worker):
     def __init__(self, game: Game, name: str, incarnation: int) -> None:
         super().__init__(game, name, incarnation, game.layout, TARGET_BLOCKS)
         self.receivers = [chaotic(game, self, rail) for rail in range(game.rails)]
+        wanted = "on" if game.reuses else "off"
+        self.reuse: Reuse = game.parts.reuse(
+            wanted, self.info, self.pool, self.ledger, lambda: None
+        )
         self.landings: Landings = game.parts.landings(
             self.config,
             self.info,
             self.pool,
             self.ledger,
-            Reuse("off", self.info, self.pool, self.ledger, lambda: None),
+            self.reuse,
             self.janitor,
             incarnation,
             admit=self._admit,
@@ -246,7 +250,11 @@ class Decode(Worker):
 
     def reserve(self, handoff: Handoff) -> Reserved:
         """As `Landings.reserve`."""
-        reserved = self.landings.reserve(held_by(handoff), handoff.spec, prefill=handoff.prefill)
+        reserved = self.landings.reserve(
+            held_by(handoff), handoff.spec, prefill=handoff.prefill, partial=True
+        )
+        for entry in reserved.kept:
+            self.game.tell(f"{handoff}: finds block {entry.block}")
         self.game.checks.books(self)
         return reserved
 
@@ -288,7 +296,9 @@ class Decode(Worker):
             max_tokens=8,
             deadline=reserved.deadline,
         )
+        self.reuse.keep(reserved.links, reserved.landing.blocks, arrival.proofs)
         self.ledger.release(reserved.holder)
+        self.ledger.release(reserved.reused)
         for source, copy in copies:
             self.table[copy] = self.table[source]
         loop = asyncio.get_running_loop()
@@ -303,6 +313,7 @@ class Decode(Worker):
     def _failed(self, reserved: Reserved, code: str, detail: str) -> None:
         handoff: Any = reserved.held.link
         handoff.received_ended(f"failed: {code}")
+        self.game.checks.kept(handoff, code)
         self.game.checks.books(self)
 
     def _finish(self, handoff: Handoff) -> None:
