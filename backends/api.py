@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from backends.errors import BackendError, BackendMisconfigured, BackendNotFound, StepFailed
-from transfer.layout import KVLayout
+from transfer.layout import KVLayout, Shard
 from transfer.shared_memory import allocate
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Sampled",
     "Sampling",
     "Sequence",
+    "Shard",
     "StepFailed",
     "SteppedBackend",
     "allocate",
@@ -143,6 +144,10 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     when sampling is a pure function as `Sequence` says, else "engine". `sampling` names the
     fields of `Sampling` that it honours; a request that sets another is placed elsewhere or
     refused. `end_tokens` end a sequence unless `ignore_eos`.
+
+    A backend on several devices, each with a pool for some of the heads, names those heads in
+    `shards`, one of them for each pool. `layout` is then that of all heads together, of which each
+    pool has its own; a block has the same number in every pool. Nothing is reused across requests.
     """
 
     layout: KVLayout
@@ -155,6 +160,12 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     sampling: frozenset[str]
     max_batch: int = 256
     emulated: bool = False
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def layouts(self) -> tuple[KVLayout, ...]:
+        """How each pool is cut."""
+        return self.layout.sharded(self.shards)
 
     def unsupported(self, sampling: Sampling) -> list[str]:
         """Fields of `sampling` that change something and that the backend does not honour."""
@@ -177,6 +188,8 @@ class SteppedBackend(Protocol):
     array of zeroed bytes whose pages are there already, and which workers on the same machine
     write to directly (transport `shm`). A pool that was allocated otherwise works as well, but is
     reached over `tcp` only.
+
+    Where `info.shards` names several pools, this is a list of such buffers, in that order.
 
     The host reads it to push KV elsewhere and lets other workers write to it, only ever in
     blocks that no row of a running step uses. A device that the CPU cannot address offers a

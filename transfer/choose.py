@@ -7,7 +7,7 @@ again. A handoff uses what was chosen and connects to nobody.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from transfer.contract import Probe, Sender, Source, Writer
 from transfer.errors import LayoutMismatch, PeerLost, TransferError
 from transfer.layout import Endpoint, KVLayout, Landing
+from transfer.sharded import share
 
 PROBE_SECONDS = 1.0
 ONE_HOST = frozenset({"shm", "memory"})
@@ -29,11 +30,15 @@ class Peer(NamedTuple):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """What was agreed with a peer. `reason` says in one line how all candidates fared."""
+    """What was agreed with a peer. `reason` says in one line how all candidates fared.
+
+    `others` are the endpoints of its further pools, over the same transport.
+    """
 
     endpoint: Endpoint
     plan: str
     reason: str
+    others: tuple[Endpoint, ...] = ()
 
 
 class Tried(msgspec.Struct, frozen=True):
@@ -43,6 +48,7 @@ class Tried(msgspec.Struct, frozen=True):
     plan: str = ""
     probe: Probe = Probe()
     refusal: TransferError | None = None
+    others: tuple[Endpoint, ...] = ()
 
 
 class Chooser:
@@ -64,9 +70,15 @@ class Chooser:
             sender.lost = self._on_lost
 
     async def meet(
-        self, peer: Peer, endpoints: Sequence[Endpoint], source: KVLayout, target: KVLayout
+        self,
+        peer: Peer,
+        endpoints: Sequence[Endpoint],
+        sources: Sequence[KVLayout],
+        targets: Sequence[KVLayout],
     ) -> Choice:
         """Connect to a peer in every way that both have and choose one, unless that was done.
+
+        `sources` are our pools, `targets` its; `Endpoint.shard` says which of those is behind it.
 
         Raises:
             LayoutMismatch: the pools cannot be converted.
@@ -76,7 +88,7 @@ class Chooser:
         try:
             async with lock:
                 if peer not in self._chosen:
-                    tried = await self._try_all(endpoints, source, target)
+                    tried = await self._try_all(endpoints, sources, targets)
                     self._chosen[peer] = choose(peer.worker, tried)
                 return self._chosen[peer]
         finally:
@@ -100,33 +112,57 @@ class Chooser:
         await asyncio.gather(*(sender.close() for sender in self._senders.values()))
 
     async def _try_all(
-        self, endpoints: Sequence[Endpoint], source: KVLayout, target: KVLayout
+        self,
+        endpoints: Sequence[Endpoint],
+        sources: Sequence[KVLayout],
+        targets: Sequence[KVLayout],
     ) -> list[Tried]:
-        known = [it for it in endpoints if it.transport in self._senders]
+        known: dict[str, dict[int, Endpoint]] = {}
+        for it in endpoints:
+            if it.transport in self._senders:
+                known.setdefault(it.transport, {})[it.shard] = it
         async with asyncio.TaskGroup() as group:  # one that does not answer holds up no other
-            connecting = [group.create_task(self._connect(it, source, target)) for it in known]
+            connecting = [
+                group.create_task(self._connect(ways, sources, targets)) for ways in known.values()
+            ]
         # One after the other: they would disturb each other's measurement.
         measured = [await self._measure(task.result()) for task in connecting]
-        return [
-            it
-            if (gone := self._gone.pop(it.endpoint, None)) is None
-            else msgspec.structs.replace(it, refusal=it.refusal or gone)
-            for it in measured
-        ]
+        return [self._unless_gone(it) for it in measured]
 
-    async def _connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> Tried:
-        sender = self._senders[endpoint.transport]
-        self._gone.pop(endpoint, None)
+    def _unless_gone(self, tried: Tried) -> Tried:
+        """It is refused if a connection has been lost since it was made."""
+        gone = [self._gone.pop(it, None) for it in (tried.endpoint, *tried.others)]
+        refusal = tried.refusal or next((it for it in gone if it is not None), None)
+        return msgspec.structs.replace(tried, refusal=refusal)
+
+    async def _connect(
+        self,
+        ways: Mapping[int, Endpoint],
+        sources: Sequence[KVLayout],
+        targets: Sequence[KVLayout],
+    ) -> Tried:
+        """Connect over one transport to every pool, from each of ours that has to send it heads."""
+        first, *others = (ways[it] for it in sorted(ways))
+        sender = self._senders[first.transport]
+        for endpoint in (first, *others):
+            self._gone.pop(endpoint, None)
+        lines = []
         try:
-            return Tried(endpoint, await sender.connect(endpoint, source, target))
+            for number, source, target in _pairs(sources, targets):
+                if number not in ways:
+                    raise PeerLost(f"there is no way to its pool {number}")
+                lines.append(await sender.connect(ways[number], source, target))
         except TransferError as error:
-            return Tried(endpoint, refusal=error)
+            return Tried(first, refusal=error)
+        pools = f"{len(sources)} to {len(targets)} pools; " if len(lines) > 1 else ""
+        return Tried(first, pools + lines[0], others=tuple(others))
 
     def _on_lost(self, endpoint: Endpoint, reason: PeerLost) -> None:
         self._gone[endpoint] = reason
-        for peer in [it for it, choice in self._chosen.items() if choice.endpoint == endpoint]:
-            del self._chosen[peer]
-            self._lost(peer, reason)
+        for peer, choice in list(self._chosen.items()):
+            if endpoint in (choice.endpoint, *choice.others):
+                del self._chosen[peer]
+                self._lost(peer, reason)
 
     async def _measure(self, tried: Tried) -> Tried:
         if tried.refusal is not None:
@@ -164,7 +200,25 @@ def choose(worker: str, tried: Sequence[Tried]) -> Choice:
     if any(it.endpoint.transport in ONE_HOST for it in able):
         parts.append("same host")
     parts += [f"{it.endpoint.transport} refused: {it.refusal}" for it in refused]
-    return Choice(able[0].endpoint, able[0].plan, "; ".join(parts))
+    return Choice(able[0].endpoint, able[0].plan, "; ".join(parts), able[0].others)
+
+
+def _pairs(
+    sources: Sequence[KVLayout], targets: Sequence[KVLayout]
+) -> Iterator[tuple[int, KVLayout, KVLayout]]:
+    """Who sends to whom: the number of the target, the source's layout and the target's.
+
+    Raises:
+        LayoutMismatch: no source has some head of a target.
+    """
+    if len(sources) == len(targets) == 1:  # why they do not fit is better said by `plan`
+        yield 0, sources[0], targets[0]
+        return
+    for number, target in enumerate(targets):
+        shares = share([it.heads for it in sources], target.heads, number)
+        for source, heads in zip(sources, shares, strict=True):
+            if heads is not None:
+                yield number, source, target
 
 
 def _figure(probe: Probe) -> str:

@@ -239,6 +239,16 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
+    def sharded(self, shards: tuple[Shard, ...]) -> tuple[KVLayout, ...]:
+        """How the pools are cut that have these heads each; this one where there are none.
+
+        Raises:
+            ValueError: a shard is not among the heads.
+        """
+        if not shards:
+            return (self,)
+        return tuple(msgspec.structs.replace(self, shard=it) for it in shards)
+
     def kept(self, layer: int, tokens: int) -> int:
         """The first token of a prefix of `tokens` tokens that `layer` keeps."""
         window = self.windows[layer] if self.windows else 0
@@ -265,10 +275,28 @@ class Epoch(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where a transport can be reached: `tcp` with `host:port`, `memory` with a name."""
+    """Where a transport can be reached: `tcp` with `host:port`, `memory` with a name.
+
+    `shard` says which of its worker's pools is behind it, where they are several.
+    """
 
     transport: Annotated[str, msgspec.Meta(max_length=32)]
     address: Annotated[str, msgspec.Meta(max_length=512)]
+    shard: Natural = 0
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """What one pool of the source writes into one pool of the target: `heads` of a landing.
+
+    Pools are named by their number on either side; `shard` are all the heads of the target's, None
+    where it has every one. `secret` is the part's own.
+    """
+
+    source: Natural
+    target: Natural
+    shard: Shard | None
+    heads: Shard
+    secret: Annotated[bytes, msgspec.Meta(max_length=64)]
 
 
 class Landing(msgspec.Struct, frozen=True, kw_only=True):
@@ -277,8 +305,10 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
     `blocks` hold `tokens` tokens in their order. `secret` is random, known only to those who
     were given the landing, and shown with every write. `lease_seconds` counts from the moment
     the landing was granted or last written to. `heads` are the only ones that it is for, where the
-    others of its pool come through landings of their own (see `sharded.py`). The KV of the first
-    `present` tokens, whole blocks and not all there are, lies there already: it is not written.
+    others of its pool come through landings of their own. Where either side has several pools, the
+    landing is in `parts`, and `layout` speaks of all of the target's pools together (see
+    `sharded.py`). The KV of the first `present` tokens, whole blocks and not all there are, lies
+    there already: it is not written.
     """
 
     id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -293,6 +323,7 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
     lease_seconds: float
     heads: Shard | None = None
     present: Natural = 0
+    parts: tuple[Part, ...] = ()
 
     @property
     def awaited(self) -> tuple[int, ...]:

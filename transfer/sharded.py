@@ -1,26 +1,28 @@
 """Hand over a prefix whose heads are spread over several pools, on either side.
 
-Every pair of a source shard and a target shard that share heads is a handoff of its own, with a
+Every pair of a source pool and a target pool that share heads is a handoff of its own, with a
 landing of its own: the same blocks, but `Landing.heads` of their own, and a digest over just those.
-`share` says who sends what, `split` makes the landings, `ShardedWriter` is a source shard's end of
-all of its handoffs, `Gathering` the target shard's end of all that reach it.
+`share` says who sends what, `parts_of` puts it into the landing that is granted, `pieces` takes the
+landings out again at either end. `ShardedWriter` is the source's end of all of them, `Gathering`
+the target's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from transfer.contract import Arrival, KVSlice, Receipt, Receiver, Sender, Source, Writer
+from transfer.contract import Arrival, KVSlice, Opener, Receipt, Source, Writer
 from transfer.errors import LandingGone, LayoutMismatch
-from transfer.layout import Landing, Shard
-from transfer.pool import Buffer
+from transfer.layout import KVLayout, Landing, Part, Shard
 
 Result = TypeVar("Result")
+
+SECRET_BYTES = 16
 
 
 def share(sources: Sequence[Shard], target: Shard, turn: int = 0) -> list[Shard | None]:
@@ -49,28 +51,62 @@ def share(sources: Sequence[Shard], target: Shard, turn: int = 0) -> list[Shard 
     return shares
 
 
-def split(landing: Landing, shares: Sequence[Shard | None]) -> list[Landing | None]:
-    """A landing for each share: the same blocks, each with an id and a secret of its own."""
+def parts_of(sources: Sequence[Shard], targets: Sequence[KVLayout]) -> tuple[Part, ...]:
+    """The parts of a landing for these pools; none where there is one on either side.
+
+    Raises:
+        LayoutMismatch: no source has some head of a target.
+    """
+    if len(sources) == len(targets) == 1:
+        return ()
+    return tuple(
+        Part(source, target, layout.shard, heads, secrets.token_bytes(SECRET_BYTES))
+        for target, layout in enumerate(targets)
+        for source, heads in enumerate(share(sources, layout.heads, target))
+        if heads is not None
+    )
+
+
+class Piece(NamedTuple):
+    """One handoff of a landing: from which of the source's pools, into which of the target's."""
+
+    source: int
+    target: int
+    landing: Landing
+
+
+def pieces(landing: Landing) -> list[Piece]:
+    """The landings that make up one: itself, or one for each of its parts."""
+    if not landing.parts:
+        return [Piece(0, 0, landing)]
     return [
-        None
-        if heads is None
-        else msgspec.structs.replace(
-            landing, id=f"{landing.id}.{number}", secret=secrets.token_bytes(16), heads=heads
+        Piece(
+            part.source,
+            part.target,
+            msgspec.structs.replace(
+                landing,
+                id=f"{landing.id}.{number}",
+                secret=part.secret,
+                endpoints=tuple(it for it in landing.endpoints if it.shard == part.target),
+                layout=msgspec.structs.replace(landing.layout, shard=part.shard),
+                heads=part.heads,
+                parts=(),
+            ),
         )
-        for number, heads in enumerate(shares)
+        for number, part in enumerate(landing.parts)
     ]
 
 
 class ShardedWriter:
-    """A `Writer` that writes one source shard into several landings, all of them or none."""
+    """A `Writer` that writes a source's pools into several landings, all of them or none."""
 
     def __init__(self) -> None:
         """Begin with no landing; `open` comes next, and `abort` last, whatever happens."""
         self._writers: list[Writer] = []
 
-    async def open(self, sender: Sender, landing: Landing, source: Source) -> None:
-        """Begin the handoff into one more landing; as `Sender.open`."""
-        self._writers.append(await sender.open(landing, source))
+    async def open(self, opener: Opener, landing: Landing, source: Source) -> None:
+        """Begin the handoff into one more landing; as `Opener.open`."""
+        self._writers.append(await opener.open(landing, source))
 
     async def write(self, part: KVSlice) -> None:
         """As `Writer.write`, into every landing."""
@@ -91,65 +127,35 @@ class ShardedWriter:
 
 
 class Gathering:
-    """The landings that together fill one target shard's blocks.
+    """What has arrived of a landing so far. Each of its `pieces` arrives by itself."""
 
-    Its owner is told once: `arrived` when all have arrived, `failed` when the first fails. Until
-    then the writers of the others get an empty answer. What has failed must be withdrawn.
-    """
-
-    def __init__(
-        self,
-        receiver: Receiver,
-        landing: Landing,
-        parts: Sequence[Landing],
-        *,
-        arrived: Callable[[Arrival], bytes],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """`parts` are what `split` made of `landing`."""
-        self._receiver = receiver
+    def __init__(self, landing: Landing) -> None:
+        """Begin with nothing."""
         self._landing = landing
-        self._parts = parts
-        self._missing = {part.id for part in parts}
-        self._over = False
-        self._seconds, self._bytes = 0.0, 0
-        self._owner = arrived, failed
+        self._missing = {piece.landing.id for piece in pieces(landing)}
+        self._arrived: list[Arrival] = []
 
-    def expect(self, pool: Buffer, touched: Callable[[], None]) -> None:
-        """As `Receiver.expect`, of all parts."""
-        for part in self._parts:
-            self._receiver.expect(
-                part, pool, touched=touched, arrived=self._arrived, failed=self._failed
-            )
+    def add(self, arrival: Arrival) -> Arrival | None:
+        """Take note of a piece; answers with the whole once nothing is missing.
 
-    def withdraw(self) -> None:
-        """As `Receiver.withdraw`, of all parts."""
-        self._over = True
-        for part in self._parts:
-            self._receiver.withdraw(part.id)
-
-    async def quiesce(self) -> None:
-        """As `Receiver.quiesce`, of all parts."""
-        await _all(self._receiver.quiesce(part.id) for part in self._parts)
-
-    def _arrived(self, arrival: Arrival) -> bytes:
-        if self._over:
-            raise LandingGone(f"landing {self._landing.id} is over")
+        Raises:
+            LandingGone: the pieces do not agree on their note.
+        """
+        if not self._landing.parts:
+            return arrival
+        if any(it.note != arrival.note for it in self._arrived):
+            raise LandingGone(f"landing {self._landing.id}: its parts come with unlike notes")
+        self._arrived.append(arrival)
         self._missing.discard(arrival.landing)
-        self._seconds += arrival.verify_seconds
-        self._bytes += arrival.bytes
         if self._missing:
-            return b""
-        self._over = True
-        landing = self._landing
-        return self._owner[0](
-            Arrival(landing.id, landing.epoch, arrival.note, self._seconds, self._bytes)
+            return None
+        return Arrival(
+            self._landing.id,
+            self._landing.epoch,
+            arrival.note,
+            max(it.verify_seconds for it in self._arrived),
+            sum(it.bytes for it in self._arrived),
         )
-
-    def _failed(self, reason: BaseException) -> None:
-        if not self._over:
-            self._over = True
-            self._owner[1](reason)
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -34,7 +34,7 @@ from backends.emulation.sampling import HONOURED, choose, is_plain_greedy, logpr
 from backends.emulation.spec import Checkpoint, ModelSpec, Pairing
 from backends.emulation.transformer import Transformer, Weights
 from backends.errors import BackendMisconfigured
-from transfer.layout import KVLayout
+from transfer.layout import KVLayout, Shard
 
 _LOGPROB_ROWS = 64
 
@@ -48,7 +48,8 @@ class EmulationBackend:
     `pool_tokens` or `pool_blocks` (one of them; 16,384 tokens unless given) in blocks of
     `block_tokens`, in the order `axes`. `context_tokens` lowers the model's own limit. `rope`
     asks for the other pairing of dimensions than the checkpoint's, to meet a peer that uses it.
-    `progress(phase, fraction)` is called while loading.
+    `shards` keeps the KV in so many pools, each with as many of the heads, as a worker on several
+    devices has it. `progress(phase, fraction)` is called while loading.
 
     The RoPE pairing is the file's: interleaved for Llama in GGUF (whose Q and K rows are kept
     as they are), half for everything else.
@@ -76,6 +77,7 @@ class EmulationBackend:
         context_tokens: int | None = None,
         rope: str = "auto",
         max_batch: int = 256,
+        shards: int = 1,
         progress: Progress | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _OPTIONS}
@@ -104,14 +106,16 @@ class EmulationBackend:
         check_memory(pool_option, layout.block_bytes * options.blocks)
         tell("pool", 0.0)
         with torch.inference_mode():
-            self._pool = PagedPool(layout, options.blocks, options.device)
+            heads = _shards(layout, options.shards)
+            self._pool = PagedPool(layout, options.blocks, options.device, shards=heads)
             tell("pool", 1.0)
             weights = Weights(
                 checkpoint, pairing, self._dtype, options.device, lambda part: tell("weights", part)
             )
             rope = Rope(spec, context, pairing, options.device)
             self._model = Transformer(weights, rope)
-        self.pool = memoryview(self._pool.buffer)  # type: ignore[arg-type]
+        pools = [memoryview(it) for it in self._pool.buffers]  # type: ignore[arg-type]
+        self.pool = pools if heads else pools[0]
         self.info = BackendInfo(
             layout=layout,
             pool_blocks=options.blocks,
@@ -123,6 +127,7 @@ class EmulationBackend:
             sampling=HONOURED,
             max_batch=options.max_batch,
             emulated=False,
+            shards=heads,
         )
         self._limits = Limits(spec.vocabulary, context, options.blocks, options.block_tokens)
 
@@ -263,6 +268,14 @@ def _layout(checkpoint: Checkpoint, options: Options, pairing: Pairing) -> KVLay
         rope=pairing,
         axes=options.axes,
     )
+
+
+def _shards(layout: KVLayout, count: int) -> tuple[Shard, ...]:
+    """The heads in each of so many pools; none where there is one."""
+    if layout.kv_heads % count:
+        raise BackendMisconfigured(f"shards: {layout.kv_heads} KV heads are not {count} times some")
+    each = layout.kv_heads // count
+    return tuple(Shard(it * each, each) for it in range(count)) if count > 1 else ()
 
 
 def _context(spec: ModelSpec, options: Options) -> int:

@@ -36,6 +36,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int | None = None
     rope: Literal["auto", "half", "interleaved"] = "auto"
     max_batch: int = 256
+    shards: int = 1
 
     @property
     def blocks(self) -> int:
@@ -62,9 +63,12 @@ def read_options(values: Mapping[str, Any]) -> Options:
         ("block_tokens", 256),
         ("context_tokens", 1 << 24),
         ("max_batch", 1 << 16),
+        ("shards", 256),
     ):
         check_whole(name, getattr(options, name), most)
     check_axes(options.axes)
+    if options.shards > 1 and options.device != "cpu":
+        raise BackendMisconfigured("shards: only where device is cpu")
     if options.pool_tokens is not None and options.pool_blocks is not None:
         raise BackendMisconfigured("pool_tokens and pool_blocks exclude each other: give one")
     return options

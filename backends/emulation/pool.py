@@ -19,7 +19,7 @@ import torch
 
 from backends.api import allocate
 from backends.emulation.staging import Staging
-from transfer.layout import DType, KVLayout
+from transfer.layout import DType, KVLayout, Shard
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -45,32 +45,45 @@ class PagedPool:
     """
 
     def __init__(
-        self, layout: KVLayout, blocks: int, device: str, *, shadow: bool | None = None
+        self,
+        layout: KVLayout,
+        blocks: int,
+        device: str,
+        *,
+        shadow: bool | None = None,
+        shards: tuple[Shard, ...] = (),
     ) -> None:
+        """Take memory for `blocks` blocks: one pool, or one after the other for each of `shards`.
+
+        Those have as many heads each.
+        """
         self.layout = layout
         self.shadowed = device != "cpu" if shadow is None else shadow
         nbytes = layout.block_bytes * blocks
         self.buffer = allocate(nbytes)
+        self.buffers = np.split(self.buffer, max(1, len(shards)))
         host = torch.from_numpy(self.buffer)
         raw = torch.zeros(nbytes, dtype=torch.uint8, device=device) if self.shadowed else host
-        self._host = self._canonical(host, blocks)
-        self.canonical = self._canonical(raw, blocks)
-        self._staging = Staging(self.canonical, self._host) if self.shadowed else None
+        cuts = layout.sharded(shards)
+        self._host = [_canonical(*it, blocks) for it in zip(cuts, _split(host, cuts), strict=True)]
+        self._pools = [_canonical(*it, blocks) for it in zip(cuts, _split(raw, cuts), strict=True)]
+        self._staging = Staging(self._pools[0], self._host[0]) if self.shadowed else None
         numbers = raw.view(TORCH_DTYPES[layout.dtype])
         self.by_token = layout.axes.split()[-2] != "token"
         self.dtype = numbers.dtype
         self.run_numbers = layout.head_dim * (1 if self.by_token else layout.block_tokens)
-        self._strides = dict(zip(_CANONICAL, self.canonical.stride(), strict=True))
+        self._strides = dict(zip(_CANONICAL, self._pools[0].stride(), strict=True))
+        self._heads = _head_offsets(cuts, self._strides["head"], len(numbers) // len(cuts))
         starts = [layer * self._strides["layer"] for layer in range(layout.layers)]
         self._cells = [numbers[start:].view(-1, layout.head_dim) for start in starts]
         self._runs = [numbers[start:].view(-1, self.run_numbers) for start in starts]
         self._filled = np.full(blocks, _UNKNOWN, np.int64)
 
-    def _canonical(self, raw: torch.Tensor, blocks: int) -> torch.Tensor:
-        axes = self.layout.axes.split()
-        sizes = list(self.layout.sizes(blocks).values())
-        shaped = raw.view(TORCH_DTYPES[self.layout.dtype]).view(sizes)
-        return shaped.permute([axes.index(axis) for axis in _CANONICAL])
+    @property
+    def canonical(self) -> torch.Tensor:
+        """The only pool, of shape [layer, K|V, block, token, head, dim]."""
+        (pool,) = self._pools
+        return pool
 
     # ---- addresses -------------------------------------------------------------------------
 
@@ -98,8 +111,7 @@ class PagedPool:
 
     def _inner(self, unit: int) -> Indexes:
         kv = np.arange(2) * self._strides["kv"]
-        heads = np.arange(self.layout.kv_heads) * self._strides["head"]
-        inner: Indexes = (kv[:, None] + heads) // unit
+        inner: Indexes = (kv[:, None] + self._heads) // unit
         return inner
 
     # ---- the engine's side -----------------------------------------------------------------
@@ -113,7 +125,8 @@ class PagedPool:
         self._filled[blocks] = last + 1
         unclear = ~known & (last + 1 < self.layout.block_tokens)
         for block, end in zip(blocks[unclear].tolist(), last[unclear].tolist(), strict=True):
-            self.canonical[:, :, block, end + 1 :] = 0
+            for pool in self._pools:
+                pool[:, :, block, end + 1 :] = 0
 
     def write(self, layer: int, cells: torch.Tensor, kv: torch.Tensor) -> None:
         """Store `kv`, [K|V, head, token, dim] in the pool's dtype, at cells from `cells_of`."""
@@ -158,6 +171,25 @@ class PagedPool:
         """Copy blocks, all layers, in the engine's memory and in the host's."""
         self._filled[targets] = self._filled[sources]
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-            self.canonical[:, :, target] = self.canonical[:, :, source]
-            if self._staging is not None:
-                self._host[:, :, target] = self._host[:, :, source]
+            for pool in self._pools if self._staging is None else [*self._pools, *self._host]:
+                pool[:, :, target] = pool[:, :, source]
+
+
+def _split(memory: torch.Tensor, cuts: tuple[KVLayout, ...]) -> list[torch.Tensor]:
+    return list(memory.view(len(cuts), -1))
+
+
+def _canonical(layout: KVLayout, memory: torch.Tensor, blocks: int) -> torch.Tensor:
+    """One pool as [layer, K|V, block, token, head, dim]."""
+    axes = layout.axes.split()
+    sizes = list(layout.sizes(blocks).values())
+    shaped = memory.view(TORCH_DTYPES[layout.dtype]).view(sizes)
+    return shaped.permute([axes.index(axis) for axis in _CANONICAL])
+
+
+def _head_offsets(cuts: tuple[KVLayout, ...], stride: int, apart: int) -> Indexes:
+    """How far from the first head each head lies: the pools are `apart` numbers from each other."""
+    pools = np.arange(len(cuts)) * apart
+    heads = np.arange(cuts[0].heads.count) * stride
+    offsets: Indexes = (pools[:, None] + heads).reshape(-1)
+    return offsets

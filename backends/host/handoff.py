@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 
 import msgspec
@@ -16,11 +16,13 @@ import structlog
 from backends.api import BackendInfo
 from backends.errors import ProtocolError
 from backends.host.janitor import Janitor
+from backends.host.pools import pools_of
 from backends.host.work import Prefilling
 from backends.protocol import UNREADABLE, First, HandedOver
 from transfer.contract import Buffer, KVSlice, Opener, Receipt, Source, Writer
-from transfer.errors import TransferError
+from transfer.errors import LayoutMismatch, TransferError
 from transfer.layout import Landing
+from transfer.sharded import ShardedWriter, pieces
 
 log = structlog.get_logger()
 
@@ -90,13 +92,13 @@ class Push:
         """All slices have been given; commit after the last one."""
         self._parts.put_nowait(encode_note(firsts))
 
-    async def run(self, source: Source) -> None:
+    async def run(self, sources: Sequence[Source]) -> None:
         """Open, write, commit. Failures go to `failed`; a cancelled run tells nobody."""
         try:
-            self.writer = await self._sender.open(self.landing, source)
+            writer = await self._open(sources)
             while isinstance(part := await self._parts.get(), KVSlice):
-                await self.writer.write(part)
-            receipt = await self.writer.commit(part, self._commit_seconds)
+                await writer.write(part)
+            receipt = await writer.commit(part, self._commit_seconds)
         except (TransferError, TimeoutError, MemoryError) as error:
             self._failed(error)
             return
@@ -109,6 +111,19 @@ class Push:
                 overlapped=self._last_ready - began,
             )
         )
+
+    async def _open(self, sources: Sequence[Source]) -> Writer:
+        """Begin the handoff, or one from each pool of ours into each pool there."""
+        landing = self.landing
+        if not landing.parts and len(sources) == 1:
+            self.writer = await self._sender.open(landing, sources[0])
+            return self.writer
+        if not 0 <= max((it.source for it in landing.parts), default=-1) < len(sources):
+            raise LayoutMismatch(f"shard: {len(sources)} pools here, which the landing is not for")
+        self.writer = writer = ShardedWriter()  # to be aborted, whatever part of it was opened
+        for piece in pieces(landing):
+            await writer.open(self._sender, piece.landing, sources[piece.source])
+        return writer
 
 
 class Pushes:
@@ -131,8 +146,8 @@ class Pushes:
         closed: Callable[[Prefilling], None],
     ) -> None:
         self._sender = sender
-        self._pool = pool
-        self._info = info
+        self._pools = pools_of(info, pool)
+        self._pool_blocks = info.pool_blocks
         self._janitor = janitor
         self._spawn = spawn
         self._commit_seconds = commit_seconds
@@ -166,14 +181,11 @@ class Pushes:
             self._tasks[work].cancel()
 
     def _begin(self, work: Prefilling, push: Push) -> None:
-        source = Source(
-            self._info.layout,
-            self._pool,
-            self._info.pool_blocks,
-            tuple(work.blocks),
-            len(work.prefix),
-        )
-        task = self._spawn(push.run(source))
+        blocks, tokens = tuple(work.blocks), len(work.prefix)
+        sources = [
+            Source(it.layout, it.memory, self._pool_blocks, blocks, tokens) for it in self._pools
+        ]
+        task = self._spawn(push.run(sources))
         self._tasks[work] = task
         # A callback and no `finally`: a task that is cancelled before it began runs neither.
         task.add_done_callback(lambda _: self._janitor.hand(partial(self._close, work, push)))

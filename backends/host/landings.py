@@ -12,7 +12,7 @@ import asyncio
 import functools
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -22,13 +22,15 @@ from backends.errors import PoolExhausted
 from backends.host.config import HostConfig
 from backends.host.janitor import Janitor
 from backends.host.ledger import Holder, Ledger
+from backends.host.pools import pools_of
 from backends.host.prefixes import Kept
 from backends.host.reuse import Reuse
 from backends.host.work import Held, deadline_of
 from backends.protocol import RequestSpec
 from transfer.contract import Arrival, Buffer, Receiver
 from transfer.errors import KeptChanged, LandingGone
-from transfer.layout import Epoch, Landing
+from transfer.layout import Epoch, Landing, Part, Shard
+from transfer.sharded import Gathering, Piece, parts_of, pieces
 
 log = structlog.get_logger()
 
@@ -55,6 +57,13 @@ class Reserved:
     kept: list[Kept]
     links: list[bytes]
 
+    def places(self) -> Iterator[tuple[Receiver, Piece]]:
+        """Every receiver, with each piece of the landing that is for its pool."""
+        for piece in pieces(self.landing):
+            for receiver in self.receivers:
+                if receiver.endpoint.shard == piece.target:
+                    yield receiver, piece
+
 
 class Landings:
     """All landings of one worker."""
@@ -76,7 +85,7 @@ class Landings:
     ) -> None:
         self._config = config
         self._info = info
-        self._pool = pool
+        self._pools = pools_of(info, pool)
         self._ledger = ledger
         self._reuse = reuse
         self._janitor = janitor
@@ -117,14 +126,17 @@ class Landings:
         prefill: str = "",
         transport: str = "",
         partial: bool = False,
+        sources: tuple[Shard, ...] = (),
     ) -> Reserved:
         """Set aside the prefix's blocks, and one more for each sequence to grow into.
 
         `prefill` is the worker that will write there, over `transport`; empty: any. `partial`: it
-        may be told that a part of the prefix is here already.
+        may be told that a part of the prefix is here already. `sources` are the heads in each of
+        its pools, where it has several.
 
         Raises:
             PoolExhausted: not now.
+            LayoutMismatch: it lacks heads.
         """
         receivers = tuple(it for it in self.receivers if transport in ("", it.endpoint.transport))
         if transport and not receivers:
@@ -132,6 +144,9 @@ class Landings:
         reused = Holder("reused", held.name)
         links = self._reuse.links(spec.salt, spec.prefix)
         tokens, headroom = len(spec.prefix), len(spec.sequences)
+        layouts = [it.layout for it in self._pools]
+        parts = parts_of(sources or (self._info.layout.heads,), layouts)
+        partial &= not parts  # what is kept is proven for all heads together
         most = (tokens - 1) // self._info.layout.block_tokens if partial else 0
         kept = self._reuse.share(links, most, reused)
         wanted = self._info.layout.blocks_for(tokens) - len(kept)
@@ -145,7 +160,7 @@ class Landings:
         reserved = Reserved(
             held,
             spec,
-            self._mint(blocks, tokens, receivers, len(kept)),
+            self._mint(blocks, tokens, receivers, len(kept), parts),
             holder,
             spare,
             _now() + self._config.lease_seconds,
@@ -177,8 +192,8 @@ class Landings:
         reserved = self._open.pop(landing_id, None)
         if reserved is None:
             return
-        for receiver in reserved.receivers:
-            receiver.withdraw(landing_id)
+        for receiver, piece in reserved.places():
+            receiver.withdraw(piece.landing.id)
         self._ledger.release(reserved.headroom)
         self._ledger.release(reserved.reused)  # nobody writes there
         self._freed()
@@ -200,7 +215,12 @@ class Landings:
                     self._failed(reserved, "landing_expired", "nobody wrote to the landing in time")
 
     def _mint(
-        self, blocks: list[int], tokens: int, receivers: tuple[Receiver, ...], kept: int
+        self,
+        blocks: list[int],
+        tokens: int,
+        receivers: tuple[Receiver, ...],
+        kept: int,
+        parts: tuple[Part, ...],
     ) -> Landing:
         self._count += 1
         return Landing(
@@ -215,6 +235,7 @@ class Landings:
             tokens=tokens,
             lease_seconds=self._config.lease_seconds,
             present=kept * self._info.layout.block_tokens,
+            parts=parts,
         )
 
     def _expect(self, reserved: Reserved) -> None:
@@ -224,14 +245,19 @@ class Landings:
         def touched() -> None:
             reserved.expires = _now() + self._config.lease_seconds
 
-        def claimed(through: Receiver) -> None:
-            for receiver in reserved.receivers:
-                if receiver is not through:
-                    receiver.withdraw(landing_id)
+        def claimed(through: Receiver, mine: Piece) -> None:
+            for receiver, piece in reserved.places():
+                if piece.landing.id == mine.landing.id and receiver is not through:
+                    receiver.withdraw(piece.landing.id)
+
+        gathering = Gathering(reserved.landing)
 
         def arrived(arrival: Arrival) -> bytes:
             try:
-                self._admit(reserved, arrival)
+                whole = gathering.add(arrival)
+                if whole is None:
+                    return b""
+                self._admit(reserved, whole)
             except LandingGone as error:
                 failed(error)
                 raise
@@ -245,21 +271,21 @@ class Landings:
             self.withdraw(landing_id)
             self._failed(reserved, type(error).__name__, str(error))
 
-        for receiver in reserved.receivers:
+        for receiver, piece in reserved.places():
             receiver.expect(
-                reserved.landing,
-                self._pool,
+                piece.landing,
+                self._pools[piece.target].memory,
                 touched=touched,
                 arrived=arrived,
                 failed=failed,
-                claimed=functools.partial(claimed, receiver),
+                claimed=functools.partial(claimed, receiver, piece),
                 proofs=[it.proof for it in reserved.kept if it.proof is not None],
             )
 
     async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
         landing_id = reserved.landing.id
-        for receiver in reserved.receivers:
-            await receiver.quiesce(landing_id)
+        for receiver, piece in reserved.places():
+            await receiver.quiesce(piece.landing.id)
         self._release(reserved, quarantine)
         log.debug("landing.quiesced", landing=landing_id)
 

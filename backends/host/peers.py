@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 
 from backends.host.config import HostConfig
+from backends.host.pools import KVPool, pools_of
 from backends.protocol import BackendInfo, Meet, Met
 from transfer.choose import Chooser, Peer
 from transfer.contract import Buffer, Receiver, Sender
@@ -52,7 +53,7 @@ class Peers:
         self._auto = auto
         self._config = config
         self._info = info
-        self._pool = pool
+        self._pools = pools_of(info, pool)
         self._lost = lost
         self._receivers: list[SessionReceiver] = []
         self.chooser = Chooser({name: self._sender(name) for name in self._wanted}, self._on_lost)
@@ -68,8 +69,7 @@ class Peers:
         """
         for name in self._wanted:
             try:
-                receiver = self._receiver(name)
-                await receiver.start()
+                self._receivers += await self._listen(name)
             except (ValueError, OSError) as error:
                 asked = name in self._config.transports
                 if asked and isinstance(error, ValueError):
@@ -78,8 +78,6 @@ class Peers:
                     raise
                 self.left_out[name] = str(error)
                 log.warning("transport.skipped", transport=name, reason=str(error))
-            else:
-                self._receivers.append(receiver)
         return [*self._receivers]
 
     async def meet(self, message: Meet) -> Met:
@@ -87,9 +85,12 @@ class Peers:
         peer = Peer(message.worker, message.incarnation)
         try:
             choice = await self.chooser.meet(
-                peer, message.endpoints, self._info.layout, message.layout
+                peer,
+                message.endpoints,
+                self._info.layouts,
+                message.layout.sharded(message.shards),
             )
-        except TransferError as error:
+        except (TransferError, ValueError) as error:
             log.warning("peer.refused", peer=message.worker, reason=str(error))
             return Met(worker=message.worker, refusal=str(error))
         transport = choice.endpoint.transport
@@ -124,20 +125,35 @@ class Peers:
             sender = makers[name](secret=config.secret)
         return FaultySender(sender, config.faults) if config.faults else sender
 
-    def _receiver(self, name: str) -> SessionReceiver:
-        config, layout = self._config, self._info.layout
+    async def _listen(self, name: str) -> list[SessionReceiver]:
+        """A receiver for each pool, or none: then what was begun has ended."""
+        receivers: list[SessionReceiver] = []
+        try:
+            for number, pool in enumerate(self._pools):
+                receiver = self._receiver(name, number, pool)
+                receiver.shard = number
+                await receiver.start()
+                receivers.append(receiver)
+        except BaseException:
+            await asyncio.gather(*(it.close() for it in receivers))
+            raise
+        return receivers
+
+    def _receiver(self, name: str, number: int, of: KVPool) -> SessionReceiver:
+        config, layout = self._config, of.layout
         if name == "shm":
             folder = Path(config.socket_dir) if config.socket_dir else None
+            own = f"{config.id}.{number}.kv" if number else f"{config.id}.kv"
             return ShmReceiver(
                 layout,
                 self._info.pool_blocks,
-                self._pool,
-                socket_path=folder and folder / f"{config.id}.kv",
+                of.memory,
+                socket_path=folder and folder / own,
                 secret=config.secret,
             )
         tls = config.tls.server() if config.tls is not None else None
         if name == "nixl":
-            pool = Pool.of(layout, self._info.pool_blocks, self._pool)
+            pool = Pool.of(layout, self._info.pool_blocks, of.memory)
             return NixlReceiver(
                 layout, pool=pool, host=config.data_host, secret=config.secret, tls=tls
             )

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from backends.api import BackendMisconfigured, BackendNotFound, SteppedBackend
+from backends.host.pools import pools_of
 
 GROUP = "baton.backends"
 MEMBERS = ("info", "pool", "step", "ingest", "copy_blocks", "close")
@@ -62,9 +63,15 @@ def load_backend(
 def assert_pool_fits(name: str, backend: SteppedBackend) -> None:
     """Refuse a pool whose size is not what the stated layout takes."""
     info = backend.info
-    expected = info.layout.block_bytes * info.pool_blocks
-    actual = memoryview(backend.pool).nbytes
-    if actual != expected:
-        raise BackendMisconfigured(
-            f"backend {name!r}: pool has {actual} bytes, its layout and pool_blocks say {expected}"
-        )
+    try:
+        pools = pools_of(info, backend.pool)
+    except ValueError as error:
+        raise BackendMisconfigured(f"backend {name!r}: {error}") from error
+    for pool in pools:
+        expected = pool.layout.block_bytes * info.pool_blocks
+        actual = memoryview(pool.memory).nbytes
+        if actual != expected:
+            raise BackendMisconfigured(
+                f"backend {name!r}: pool has {actual} bytes, "
+                f"its layout and pool_blocks say {expected}"
+            )

@@ -49,7 +49,7 @@ from backends.protocol import (
     Tokens,
 )
 from transfer.contract import Arrival, KVSlice, Opener
-from transfer.errors import LandingGone
+from transfer.errors import LandingGone, LayoutMismatch
 
 log = structlog.get_logger()
 
@@ -160,6 +160,9 @@ class Requests:
         except PoolExhausted as error:
             self._book.close(held)
             link.send(Refused(handle=spec.handle, kind="full", detail=str(error)))
+        except LayoutMismatch as error:
+            self._book.close(held)
+            link.send(Refused(handle=spec.handle, kind="invalid", detail=str(error)))
         else:
             held.landing = reserved.landing.id
             link.send(Granted(handle=spec.handle, landing=reserved.landing))
@@ -401,6 +404,7 @@ class Requests:
             prefill=message.prefill,
             transport=message.transport,
             partial=message.partial,
+            sources=message.sources,
         )
 
     def _stop(self, held: Held, indexes: Iterable[int]) -> None:

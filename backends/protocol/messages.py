@@ -17,7 +17,7 @@ from backends.api import BackendInfo as BackendInfo
 from backends.api import Logprob as Logprob
 from backends.api import Sampling as Sampling
 from backends.chain import MARK_BYTES
-from transfer.layout import Endpoint, KVLayout
+from transfer.layout import Endpoint, KVLayout, Shard
 from transfer.layout import Landing as Landing
 
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 20)]
@@ -25,6 +25,7 @@ Role = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length"]
 Phase = Literal["reserve", "prefill", "handoff", "decode"]
 Stage = Literal["prefilling", "landing", "decoding"]
+Shards = Annotated[tuple[Shard, ...], msgspec.Meta(max_length=256)]
 Claim = Annotated[str, msgspec.Meta(max_length=128)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
@@ -113,25 +114,31 @@ class Proof(Message, frozen=True):
 
 
 class Meet(Message, frozen=True):
-    """To a prefill worker: connect to this decode worker now, before a request needs it."""
+    """To a prefill worker: connect to this decode worker now, before a request needs it.
+
+    `shards` are the heads in each of its pools, where they are several.
+    """
 
     worker: str
     incarnation: int
     layout: KVLayout
     endpoints: tuple[Endpoint, ...]
+    shards: Shards = ()
 
 
 class Reserve(Message, frozen=True):
     """To a decode worker: set blocks aside for this request's prefix and answer with a landing.
 
     `prefill` is the worker that will write there, over `transport`; empty: any. `partial` says that
-    it understands a landing that has a part of the prefix already.
+    it understands a landing that has a part of the prefix already. `sources` are the heads in each
+    of its pools, where they are several.
     """
 
     spec: RequestSpec
     prefill: str = ""
     transport: str = ""
     partial: bool = False
+    sources: Shards = ()
 
 
 class Prefill(Message, frozen=True):

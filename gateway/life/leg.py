@@ -234,6 +234,7 @@ class Leg:
                 prefill=self._prefill.id,
                 transport=transport,
                 partial=self._prefill.welcome.version >= CACHES,
+                sources=self._prefill.welcome.info.shards,
             )
         )
         done, _ = await asyncio.wait(

@@ -57,6 +57,7 @@ class Pairs:
                             incarnation=decode.welcome.incarnation,
                             layout=decode.welcome.info.layout,
                             endpoints=decode.welcome.endpoints,
+                            shards=decode.welcome.info.shards,
                         )
                     )
 

@@ -11,7 +11,7 @@ import torch
 from backends.emulation.pool import PagedPool
 from backends.emulation.staging import Staging, _Copy
 from backends.emulation.synthetic import SyntheticBackend
-from transfer.layout import KVLayout
+from transfer.layout import KVLayout, Shard
 from transfer.shared_memory import attach, segment_of
 
 ORDERS = [
@@ -27,9 +27,10 @@ def layout(axes=ORDERS[0], dtype="float32") -> KVLayout:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("shards", [(), (Shard(0, 1), Shard(1, 1))], ids=["whole", "sharded"])
 @pytest.mark.parametrize("axes", ORDERS)
-def test_what_is_written_is_gathered_in_order_from_any_axes(axes):
-    pool = PagedPool(layout(axes), 7, "cpu")
+def test_what_is_written_is_gathered_in_order_from_any_axes(axes, shards):
+    pool = PagedPool(layout(axes), 7, "cpu", shards=shards)
     blocks, length = np.array([4, 0, 6]), 13
     positions = np.arange(length)
     cells = torch.from_numpy(pool.cells_of(blocks[positions // 5], positions % 5))
@@ -44,10 +45,25 @@ def test_what_is_written_is_gathered_in_order_from_any_axes(axes):
         expected = values[layer].permute(1, 2, 0, 3)
         assert torch.equal(found[:, 0, :, :length], expected)
         assert torch.equal(found[:, 1, :, :5], expected[:, :, 5:10])
-    sizes = list(layout(axes).sizes(7).values())
-    seen = np.frombuffer(memoryview(pool.buffer), np.float32).reshape(sizes)
-    place = {"layer": 1, "kv": 1, "block": 0, "token": 2, "head": 1, "dim": 3}
+    cut = layout(axes).sharded(shards)[-1]
+    sizes = list(cut.sizes(7).values())
+    seen = np.frombuffer(memoryview(pool.buffers[-1]), np.float32).reshape(sizes)
+    place = {"layer": 1, "kv": 1, "block": 0, "token": 2, "head": 1 - cut.heads.first, "dim": 3}
     assert seen[tuple(place[axis] for axis in axes.split())] == values[1, 7, 1, 1, 3]
+
+
+@pytest.mark.parametrize("axes", [ORDERS[0], "head block layer kv token dim"])
+def test_every_pool_of_several_is_cleared_and_copied(axes):
+    pool = PagedPool(layout(axes), 4, "cpu", shards=(Shard(0, 1), Shard(1, 1)))
+    for number, memory in enumerate(pool.buffers):
+        memory.view(np.float32)[:] = 5 + number
+    pool.begin(np.array([2]), np.array([0]), np.array([1]))
+    pool.copy(np.array([2]), np.array([0]))
+    whole = 3 * 2 * 4 * 5 * 4
+    cleared = 2 * (3 * 2 * 3 * 4)
+    for number, memory in enumerate(pool.buffers):
+        assert (memory.view(np.float32) == 5 + number).sum() == whole - cleared
+        assert (memory.view(np.float32) == 0).sum() == cleared
 
 
 def test_other_processes_can_map_what_the_host_sees():

@@ -57,7 +57,7 @@ def chooser(losses=None, **senders):
 
 
 async def meet(chooser, *endpoints, peer=PEER):
-    return await chooser.meet(peer, endpoints or (TCP, SHM), SOURCE, TARGET)
+    return await chooser.meet(peer, endpoints or (TCP, SHM), [SOURCE], [TARGET])
 
 
 async def test_the_fastest_wins_and_says_so():

@@ -8,10 +8,10 @@ import pytest
 from naive import Naive, convert
 
 from transfer.contract import Source, whole
-from transfer.errors import DigestMismatch, LayoutMismatch
+from transfer.errors import DigestMismatch, LandingGone, LayoutMismatch
 from transfer.layout import Epoch, KVLayout, Landing, Shard
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
-from transfer.sharded import Gathering, ShardedWriter, share, split
+from transfer.sharded import Gathering, ShardedWriter, parts_of, pieces, share
 
 MODEL = KVLayout(
     model="m", weights="w", layers=2, kv_heads=8, head_dim=4, dtype="float32", block_tokens=4,
@@ -21,6 +21,7 @@ DECODE = msgspec.structs.replace(
     MODEL, block_tokens=3, axes="block layer kv head token dim", dtype="bfloat16"
 )
 TOKENS = 10
+BLOCKS = (5, 1, 2, 0)
 
 
 def even(count, heads=8):
@@ -60,56 +61,62 @@ class Site:
         self.network = MemoryNetwork()
         self.told = []
         random = np.random.default_rng(0)
-        self.sources, self.receivers, self.gatherings, self.wanted, self.pools = [], [], [], [], []
+        self.sources, self.receivers, self.wanted, self.pools = [], [], [], []
         for shard in sources:
             layout = msgspec.structs.replace(MODEL, shard=shard)
             pool = random.standard_normal(6 * layout.block_bytes // 4, dtype=np.float32)
             self.sources.append(Source(layout, pool.view(np.uint8), 6, (4, 0, 3), TOKENS))
-        self.parts = []
-        for number, shard in enumerate(targets):
-            layout = msgspec.structs.replace(DECODE, shard=shard)
+        layouts = [msgspec.structs.replace(DECODE, shard=shard) for shard in targets]
+        parts = parts_of(sources, layouts)
+        for number, layout in enumerate(layouts):
             pool = random.integers(0, 256, 6 * layout.block_bytes, np.uint8)
             receiver = MemoryReceiver(self.network, layout, name=f"decode-{number}")
-            landing = Landing(
-                id=f"landing-{number}", epoch=Epoch(1, 1), secret=b"", worker="d",
-                endpoints=(receiver.endpoint,), layout=layout, pool_blocks=6,
-                blocks=(5, 1, 2, 0), tokens=TOKENS, lease_seconds=9.0,
-            )  # fmt: skip
             self.receivers.append(receiver)
-            shares = share(sources, shard, number)
-            parts = split(landing, shares)
-            self.parts.append(parts)
             wanted = pool.copy()
+            shares = share(sources, layout.heads, number)
             for source, heads in zip(self.sources, shares, strict=True):
                 if heads is not None:
                     convert(
                         Naive(source.layout, 6, source.blocks, source.pool),
-                        Naive(layout, 6, landing.blocks, wanted),
+                        Naive(layout, 6, BLOCKS, wanted),
                         TOKENS, range(heads.first, heads.end),
                     )  # fmt: skip
             self.wanted.append(wanted)
             self.pools.append(pool)
-            gathering = Gathering(
-                receiver, landing, [it for it in parts if it is not None],
-                arrived=self.arrived, failed=self.told.append,
+        endpoints = tuple(
+            msgspec.structs.replace(it.endpoint, shard=number)
+            for number, it in enumerate(self.receivers)
+        )
+        landing = Landing(
+            id="landing", epoch=Epoch(1, 1), secret=b"", worker="d", endpoints=endpoints,
+            layout=DECODE, pool_blocks=6, blocks=BLOCKS, tokens=TOKENS, lease_seconds=9.0,
+            parts=parts,
+        )  # fmt: skip
+        self.pieces = pieces(landing)
+        self.gathering = Gathering(landing)
+        for piece in self.pieces:
+            self.receivers[piece.target].expect(
+                piece.landing, self.pools[piece.target],
+                touched=lambda: None, arrived=self.arrived, failed=self.told.append,
             )  # fmt: skip
-            gathering.expect(pool, lambda: None)
-            self.gatherings.append(gathering)
 
     def arrived(self, arrival):
-        self.told.append((arrival.landing, arrival.note, arrival.bytes))
-        return b"taken"
+        whole = self.gathering.add(arrival)
+        if whole is not None:
+            self.told.append((whole.landing, whole.note, whole.bytes))
+        return b"taken" if whole is not None else b""
 
-    async def push(self, number, commit=True):
+    async def push(self, number, note=b"note"):
+        """All that one of the source's pools has to send."""
         writer = ShardedWriter()
         try:
             async with MemorySender(self.network) as sender:
-                for parts in self.parts:
-                    if parts[number] is not None:
-                        await writer.open(sender, parts[number], self.sources[number])
+                for piece in self.pieces:
+                    if piece.source == number:
+                        await writer.open(sender, piece.landing, self.sources[number])
                 for part in whole(MODEL.layers, TOKENS):
                     await writer.write(part)
-                return await writer.commit(b"note", 5.0) if commit else None
+                return await writer.commit(note, 5.0)
         finally:
             await writer.abort()
 
@@ -126,29 +133,47 @@ class Site:
     ],
     ids=["4 to 2", "2 to 4", "1 to 3 replicas", "2 replicas to 2", "uneven", "16 replicas to 8"],
 )
-async def test_each_target_shard_gets_its_heads_and_its_owner_is_told_once(sources, targets):
+async def test_every_pool_gets_its_heads_and_the_owner_is_told_once(sources, targets):
     site = Site(sources, targets)
     await asyncio.gather(*(site.push(it) for it in range(len(sources))))
     for pool, wanted in zip(site.pools, site.wanted, strict=True):
         assert (pool == wanted).all()
-    sizes = [TOKENS * it.layout.token_bytes for it in site.receivers]
-    assert sorted(site.told) == [(f"landing-{it}", b"note", size) for it, size in enumerate(sizes)]
+    size = sum(TOKENS * it.layout.token_bytes for it in site.receivers)
+    assert site.told == [("landing", b"note", size)]
+
+
+def test_one_pool_on_either_side_is_no_part():
+    assert parts_of([Shard(0, 8)], [DECODE]) == ()
+    landing = Landing(
+        id="l", epoch=Epoch(1, 1), secret=b"", worker="d", endpoints=(), layout=DECODE,
+        pool_blocks=6, blocks=BLOCKS, tokens=TOKENS, lease_seconds=9.0,
+    )  # fmt: skip
+    assert [it.landing for it in pieces(landing)] == [landing]
 
 
 async def test_nothing_is_admitted_while_one_source_shard_is_missing():
     site = Site(even(4), even(2))
     await asyncio.gather(*(site.push(it) for it in (0, 2, 3)))
-    assert [it[0] for it in site.told] == ["landing-1"]
+    assert site.told == []
     await site.push(1)
-    assert [it[0] for it in site.told] == ["landing-1", "landing-0"]
+    assert [it[0] for it in site.told] == ["landing"]
 
 
-async def test_one_damaged_shard_fails_its_target_once():
-    site = Site(even(4), even(2))
+async def test_parts_that_do_not_agree_on_their_note_are_not_admitted():
+    site = Site(even(2), [Shard(0, 8)])
     await site.push(0)
+    with pytest.raises(LandingGone, match="unlike notes"):
+        await site.push(1, b"another")
+    assert site.told == []
+
+
+async def test_one_damaged_shard_fails_the_whole():
+    site = Site(even(4), even(2))
+    await asyncio.gather(*(site.push(it) for it in (0, 2, 3)))
     writer = ShardedWriter()
     async with MemorySender(site.network) as sender:
-        await writer.open(sender, site.parts[0][1], site.sources[1])
+        (piece,) = [it for it in site.pieces if it.source == 1]
+        await writer.open(sender, piece.landing, site.sources[1])
         for part in whole(MODEL.layers, TOKENS):
             await writer.write(part)
         site.pools[0][:] ^= 1
@@ -156,5 +181,3 @@ async def test_one_damaged_shard_fails_its_target_once():
             await writer.commit(b"note", 5.0)
         await writer.abort()
     assert [type(it) for it in site.told] == [DigestMismatch]
-    site.gatherings[0].withdraw()
-    await site.gatherings[0].quiesce()

@@ -19,6 +19,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import structlog
 
 from transfer.contract import Arrival, Buffer, Proof, nobody_minds
@@ -53,7 +54,7 @@ class SessionReceiver:
 
     `stall_seconds` is how long a peer may be silent before it counts as lost, and how long it
     may take to greet. `tls` is a server's context. Without `digest`, commits are not verified:
-    for measurements only.
+    for measurements only. `shard` is set by whoever has receivers for several pools.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class SessionReceiver:
         self.intake = intake
         self.stall_seconds = stall_seconds
         self.landings = Landings(layout)
+        self.shard = 0
         self._secret = secret.encode()
         self._tls = tls
         self._max_connections = max_connections
@@ -116,7 +118,7 @@ class SessionReceiver:
         """Where senders reach this receiver, once it listens."""
         if self._endpoint is None:
             raise RuntimeError("not started")
-        return self._endpoint
+        return msgspec.structs.replace(self._endpoint, shard=self.shard)
 
     def expect(
         self,
