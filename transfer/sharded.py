@@ -113,8 +113,18 @@ class ShardedWriter:
         await _all(writer.write(part) for writer in self._writers)
 
     async def commit(self, note: bytes, seconds: float) -> Receipt:
-        """As `Writer.commit`, of every landing. The answer is the first that is not empty."""
-        receipts = await _all(writer.commit(note, seconds) for writer in self._writers)
+        """As `Writer.commit`, of every landing. The answer is the first that is not empty.
+
+        Once one has failed its owner withdraws the others, which may be heard before the reason:
+        what is raised is rather that.
+        """
+        ends = await asyncio.gather(
+            *(writer.commit(note, seconds) for writer in self._writers), return_exceptions=True
+        )
+        failures = [it for it in ends if isinstance(it, BaseException)]
+        if failures:
+            raise next((it for it in failures if not isinstance(it, LandingGone)), failures[0])
+        receipts = [it for it in ends if isinstance(it, Receipt)]
         return Receipt(
             max((it.verify_seconds for it in receipts), default=0.0),
             next((it.answer for it in receipts if it.answer), b""),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from naive import Naive, convert
 
-from transfer.contract import Source, whole
+from transfer.contract import Receipt, Source, whole
 from transfer.errors import DigestMismatch, LandingGone, LayoutMismatch
 from transfer.layout import Epoch, KVLayout, Landing, Shard
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
@@ -165,6 +165,32 @@ async def test_parts_that_do_not_agree_on_their_note_are_not_admitted():
     with pytest.raises(LandingGone, match="unlike notes"):
         await site.push(1, b"another")
     assert site.told == []
+
+
+class Ending:
+    """A writer whose commit ends as it was told, after so many turns."""
+
+    def __init__(self, turns, end):
+        self._turns, self._end = turns, end
+
+    async def open(self, landing, source):
+        return self
+
+    async def commit(self, note, seconds):
+        for _ in range(self._turns):
+            await asyncio.sleep(0)
+        if isinstance(self._end, Exception):
+            raise self._end
+        return self._end
+
+
+async def test_a_commit_fails_with_the_reason_though_the_withdrawal_of_the_others_is_heard_first():
+    writer = ShardedWriter()
+    landed = Receipt(0.1, b"", 5)
+    for turns, end in ((1, LandingGone("withdrawn")), (5, DigestMismatch("wrong")), (1, landed)):
+        await writer.open(Ending(turns, end), None, None)
+    with pytest.raises(DigestMismatch):
+        await writer.commit(b"", 1.0)
 
 
 async def test_one_damaged_shard_fails_the_whole():
