@@ -41,6 +41,9 @@ BAD = [
     ({"context_tokens": 513}, "context_tokens is 513, but the model was made for 512"),
     ({"rope": "quarter"}, "rope: "),
     ({"max_batch": 0}, "max_batch must"),
+    ({"shards": 0}, "shards must"),
+    ({"shards": 4}, "shards: "),
+    ({"shards": 2, "device": "cuda"}, "shards: only where device is cpu"),
 ]
 
 
