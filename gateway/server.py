@@ -39,10 +39,12 @@ log = structlog.get_logger()
 GIVE_UP_SECONDS = 1.0
 
 
-async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None:
+async def serve_gateway(
+    config: Config, *, ready: Callable[[str], None], queue: type[Admission] = Admission
+) -> None:
     """Serve HTTP until cancelled, then let running requests end for `gateway.drain_seconds`.
 
-    `ready` is called with the address once connections are accepted.
+    `ready` is called with the address once connections are accepted; `queue` lets requests in.
 
     Raises:
         ConfigError: others would reach it, and there is no key.
@@ -53,15 +55,20 @@ async def serve_gateway(config: Config, *, ready: Callable[[str], None]) -> None
     structlog.contextvars.bind_contextvars(gateway=gateway_id)
     async with open_redis(config.redis) as redis:
         await require_keys(config, redis)
-        await _run(config, text, redis, gateway_id, ready)
+        admission = queue(redis, config.deployment, gateway_id, Limits.of(config))
+        await _run(config, text, redis, admission, gateway_id, ready)
 
 
 async def _run(
-    config: Config, text: Vocabulary, redis: Redis, gateway_id: str, ready: Callable[[str], None]
+    config: Config,
+    text: Vocabulary,
+    redis: Redis,
+    admission: Admission,
+    gateway_id: str,
+    ready: Callable[[str], None],
 ) -> None:
     keyring = Keyring(api_keys(config), trusting=is_loopback(config.gateway.host))
     async with asyncio.TaskGroup() as tasks:
-        admission = Admission(redis, config.deployment, gateway_id, Limits.of(config))
         registry = Registry(
             redis,
             config.deployment,

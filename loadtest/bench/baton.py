@@ -50,7 +50,7 @@ def baton(folder: Path, cores: Cores, pace: Pace, interval: float) -> Iterator[T
     words.append(f"--cast={'paced' if pace == 'paced' else 'pair'}")
     config.write_text(json.dumps(told))
     with ExitStack() as stack:
-        others = {"redis": (_start_redis(stack, folder, cores),)}
+        others = {"redis": (start_redis(stack, folder, cores),)}
         workers = stack.enter_context(
             running(
                 [sys.executable, "-m", "loadtest.bench.worker", *words],
@@ -66,7 +66,8 @@ def baton(folder: Path, cores: Cores, pace: Pace, interval: float) -> Iterator[T
         yield Target(name="baton", port=port, pids=(gateway.pid,), others=others)
 
 
-def _start_redis(stack: ExitStack, folder: Path, cores: Cores) -> int:
+def start_redis(stack: ExitStack, folder: Path, cores: Cores) -> int:
+    """The Redis of the gateway under test; its process."""
     data, socket, log = folder / "data", folder / "redis.sock", folder / "redis.log"
     data.mkdir()
     words = command(find_server(), data, socket)

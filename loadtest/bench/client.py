@@ -263,6 +263,7 @@ async def short_requests(
     connections: int,
     window_seconds: float,
     watched: Mapping[str, Sequence[int]],
+    warm_seconds: float = SHORT_WARM_SECONDS,
 ) -> Window:
     """Send requests back to back on so many connections, and count the answers.
 
@@ -279,7 +280,7 @@ async def short_requests(
                 functools.partial(_Short, turned), "127.0.0.1", port
             )
             senders.append(sender)
-        await asyncio.sleep(SHORT_WARM_SECONDS)
+        await asyncio.sleep(warm_seconds)
         before = sum(sender.answered for sender in senders)
         gauge = _Gauge(watched)
         await asyncio.sleep(window_seconds)
