@@ -44,6 +44,7 @@ from gateway.quota import Quota
 log = structlog.get_logger()
 
 RENEW_AT_ONCE = 500
+GATHER_SECONDS = 0.02
 REFUSED_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.0125, 1.0
 GRANTED, FULL, LIMITED = 1, -1, -2
 _ENCODER = msgspec.msgpack.Encoder()
@@ -64,6 +65,7 @@ class Admission:
         self._keys = Keys(deployment)
         self._gateway = gateway_id
         self._limits = limits
+        self._lifetimes = (lifetime_ms(limits.lease_seconds), int(limits.lease_seconds * 1000))
         self._turns: dict[str, Turn] = {}
         self._taken = 0
         self._staffed: dict[str, bool] = {}
@@ -283,9 +285,14 @@ class Admission:
         self._leaving.put_nowait(Left(model, ""))
 
     async def _give_back_forever(self) -> None:
-        """Hand over what was left behind, as many as there are in one call."""
+        """Hand over what was left behind, as many as there are in one call.
+
+        Where nobody waits, nobody minds if some more are awaited first.
+        """
         while True:
             batch = [await self._leaving.get()]
+            if not self._depth.get(batch[0].model):
+                await asyncio.sleep(GATHER_SECONDS)
             while not self._leaving.empty():
                 batch.append(self._leaving.get_nowait())
             for model in {item.model for item in batch}:
@@ -384,15 +391,8 @@ class Admission:
             turn.fail(QueueUnavailable("Redis was lost while the request waited"))
 
     async def _script(self, name: ScriptName, model: str, wish: Wish) -> Any:
-        lease_seconds = self._limits.lease_seconds
         words: tuple[Argument, ...] = (
-            self._keys.prefix,
-            model,
-            lifetime_ms(lease_seconds),
-            int(lease_seconds * 1000),
-            self._gateway,
-            self._pipe.server,
-            self._pipe.former_server,
-            _ENCODER.encode(wish),
+            *(self._keys.prefix, model, *self._lifetimes, self._gateway),
+            *(self._pipe.server, self._pipe.former_server, _ENCODER.encode(wish)),
         )
         return await self._pipe.ask_script(name, (self._keys.room(model),), *words)
