@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-engine bench-transfer \
+.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-transfer \
 	bench-interference bench-reuse bench-cancel chaos loadtest soak clean
 
 help: ## Show this list
@@ -58,6 +58,9 @@ test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 
 
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
 	@exec $(BIN)/python -m loadtest.bench_gateway
+
+bench-queue: $(VENV)/.runtime ## Measure what the queue costs, beside a gateway without it (1 minute)
+	@exec $(BIN)/python -m loadtest.bench_queue
 
 bench-engine: $(VENV)/.dev ## Measure engine and handoff beside other engines
 	@$(BIN)/python -m tests.bench.engine

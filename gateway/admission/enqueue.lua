@@ -1,10 +1,10 @@
--- Stand in line, and be granted at once when there is room. Safe to repeat; from another gateway
+-- Stand in line, and be granted at once when there is room. Safe to repeat; somebody else who does
 -- it takes the ticket over, at its place and with its lease.
 -- Returns {report, 1 granted | 0 waiting | -1 the line is full | -2 the tenant is over its limit,
 -- milliseconds after which to come again, what is left to the tenant}.
 
 local GRANTED, WAITING, FULL, LIMITED = 1, 0, -1, -2
-local id, max_waiting = wish.id, wish.max_waiting
+local id, visit, max_waiting = wish.id, wish.ticket.visit, wish.max_waiting
 
 local function retry_after()
   return math.min(math.max(book.gap * redis.call('ZCARD', waiting) / 8, 1000), 30000)
@@ -13,15 +13,15 @@ end
 local function take_over(ticket)
   if redis.call('ZSCORE', leases, id) then
     redis.call('ZADD', leases, now + lease, id)
-    if ticket.gateway ~= me then
-      ticket.gateway, ticket.epoch = me, next_epoch()
+    if ticket.gateway ~= me or ticket.visit ~= visit then
+      ticket.gateway, ticket.visit, ticket.epoch = me, visit, next_epoch()
       note(id, ticket)
     end
     granted[#granted + 1] = id
     granted[#granted + 1] = ticket.epoch
     return GRANTED
   end
-  ticket.gateway, ticket.gives_up = me, now + wish.patience
+  ticket.gateway, ticket.visit, ticket.gives_up = me, visit, now + wish.patience
   note(id, ticket)
   redis.call('ZADD', waiting, ticket.gives_up, id)
   return WAITING

@@ -1,12 +1,12 @@
 -- Tickets that are over (served, failed or given up), and tickets whose prefill is done; then
--- grant what now has room. Safe to repeat. A ticket that another gateway has taken over is left
+-- grant what now has room. Safe to repeat. A ticket that somebody has taken over is left
 -- alone. Returns {report}.
--- wish.over: {id, tokens generated}; wish.prefilled: {id, epoch}
+-- wish.over: {id, visit, tokens generated}; wish.prefilled: {id, epoch}
 
 for _, item in ipairs(wish.over) do
-  local id, generated = item[1], item[2]
+  local id, visit, generated = item[1], item[2], item[3]
   local ticket = ticket_of(id)
-  if ticket and ticket.gateway == me then
+  if ticket and ticket.gateway == me and ticket.visit == visit then
     settle(ticket, generated)
     forget(id, ticket)
   end

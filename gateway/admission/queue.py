@@ -162,15 +162,15 @@ class Admission:
         self._taken += 1
         name = ticket.name or f"{self._gateway}:{self._taken}"
         self._on_taken_over(name)
-        turn = self._turns[name] = Turn(name, ticket, told)
+        turn = self._turns[name] = Turn(name, self._taken, ticket, told)
         try:
             await self._wait(turn)
             yield Grant(turn, self._leaving, self._again)
         finally:
             if self._turns.get(name) is turn:
                 del self._turns[name]
-                if turn.asked:
-                    self._leaving.put_nowait(Left(ticket.model, name, generated()))
+            if turn.asked:
+                self._leaving.put_nowait(Left(ticket.model, name, turn.visit, generated()))
 
     # ---- waiting ---------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Admission:
                 batch.append(self._leaving.get_nowait())
             for model in {item.model for item in batch}:
                 items = [item for item in batch if item.model == model and item.name]
-                over = [(item.name, item.generated) for item in items if not item.epoch]
+                over = [(item.name, item.visit, item.generated) for item in items if not item.epoch]
                 prefilled = [(item.name, item.epoch) for item in items if item.epoch]
                 await self._leave(model, Leave(over, prefilled))
             for _ in batch:
@@ -375,7 +375,7 @@ class Admission:
             log.warning("request.unqueued", request=turn.ticket.id, cause=str(error))
 
     def _on_taken_over(self, name: str) -> None:
-        turn = self._turns.get(name)
+        turn = self._turns.pop(name, None)
         if turn is not None:
             log.warning("lease.taken_over", request=turn.ticket.id)
             turn.fail(TakenOver(turn.ticket.id))

@@ -15,7 +15,7 @@ local function claim(id, epoch, ticket)
   if known and redis.call('ZSCORE', leases, id) then
     redis.call('ZADD', leases, now + lease, id)
     if known.gateway ~= me or known.epoch < epoch then
-      known.gateway, known.epoch = me, epoch
+      known.gateway, known.visit, known.epoch = me, ticket.visit, epoch
       note(id, known)
     elseif known.epoch > epoch then
       tell(id, known)

@@ -16,16 +16,20 @@ from gateway.quota import Quota
 class Turn:
     """`granted` is done once it may run, or with the reason why it never will.
 
+    `visit` tells it from other turns of the same name that this gateway takes.
     `epoch` is that of its latest grant, 0 before the first; a grant counts only when it is later.
     """
 
     __slots__ = (
         *("asked", "begun", "epoch", "granted", "held", "name", "prefill_tokens"),
-        *("refusals", "ticket", "told"),
+        *("refusals", "ticket", "told", "visit"),
     )
 
-    def __init__(self, name: str, ticket: Ticket, told: Callable[[Quota], None]) -> None:
+    def __init__(
+        self, name: str, visit: int, ticket: Ticket, told: Callable[[Quota], None]
+    ) -> None:
         self.name = name
+        self.visit = visit
         self.ticket = ticket
         self.told = told
         self.granted: asyncio.Future[GatewayError | None]
@@ -69,7 +73,7 @@ class Turn:
     @property
     def words(self) -> TicketWords:
         """What Redis keeps of it."""
-        return words_of(self.ticket, self.prefill_tokens)
+        return words_of(self.ticket, self.visit, self.prefill_tokens)
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -80,6 +84,7 @@ class Left(msgspec.Struct, frozen=True):
 
     model: str
     name: str
+    visit: int = 0
     generated: int = 0
     epoch: int = 0
 

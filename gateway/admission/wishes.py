@@ -19,8 +19,12 @@ class RateLimits(msgspec.Struct, frozen=True):
 
 
 class TicketWords(msgspec.Struct, frozen=True):
-    """A ticket, as it lies in Redis. Tokens; bands count from the highest priority."""
+    """A ticket, as it lies in Redis. Tokens; bands count from the highest priority.
 
+    `visit` tells it from other tickets of its name that its gateway has or had.
+    """
+
+    visit: int
     tenant: str
     prefill: int
     decode: int
@@ -45,9 +49,9 @@ class Enqueue(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Leave(msgspec.Struct, frozen=True):
-    """Names with the tokens they generated, and names with the epoch of their lease."""
+    """Names with visit and tokens they generated, and names with the epoch of their lease."""
 
-    over: list[tuple[str, int]] = []
+    over: list[tuple[str, int, int]] = []
     prefilled: list[tuple[str, int]] = []
 
 
@@ -109,12 +113,13 @@ def pairs(flat: list[Any]) -> list[tuple[str, int]]:
     return list(zip(names, flat[1::2], strict=True))
 
 
-def words_of(ticket: Ticket, prefill_tokens: int) -> TicketWords:
+def words_of(ticket: Ticket, visit: int, prefill_tokens: int) -> TicketWords:
     """What Redis keeps of `ticket` while that much of its prompt is still to be computed."""
     terms = ticket.terms
     limits = RateLimits(terms.requests, terms.prefill_tokens, terms.decode_tokens)
     priority = min(max(ticket.priority, LOWEST_PRIORITY), HIGHEST_PRIORITY)
     return TicketWords(
+        visit=visit,
         tenant=ticket.tenant,
         prefill=prefill_tokens,
         decode=ticket.decode_tokens,

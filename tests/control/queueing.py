@@ -15,7 +15,8 @@ LIMITS = Limits(max_waiting=100, lease_seconds=1.5, worker_wait_seconds=5.0, out
 
 
 def ticket(
-    name: str = "r",
+    request: str = "r",
+    /,
     *,
     prefill: int = 10,
     decode: int = 10,
@@ -24,7 +25,7 @@ def ticket(
     **more: Any,
 ) -> Ticket:
     return Ticket(
-        id=name,
+        id=request,
         model=MODEL,
         tenant=more.pop("tenant", "t"),
         prefill_tokens=prefill,

@@ -1,0 +1,125 @@
+"""A ticket with a name of its own, asked for twice: by the same gateway, or by another one."""
+
+import asyncio
+
+from redis.asyncio import Redis
+
+from gateway.admission import Limits, Terms
+from gateway.errors import TakenOver
+
+from .queueing import Turn, book, gateway, ticket, until, waiting, workers
+
+QUICK = Limits(lease_seconds=0.6)
+LASTING = Limits(lease_seconds=30.0)
+
+
+async def test_another_gateway_takes_a_waiting_ticket_over_at_its_place(redis: Redis) -> None:
+    async with (
+        workers(redis, decode=10, lease_seconds=30.0),
+        gateway(redis, "g1", QUICK) as one,
+        gateway(redis, "g2", LASTING) as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, two, ticket("first"))
+        await first.inside.wait()
+        old = Turn(tasks, one, ticket("old", name="mine", seconds=20))
+        await until(lambda: one.waiting == 1)
+        late = Turn(tasks, two, ticket("late", seconds=21))
+        await until(lambda: two.waiting == 1)
+        new = Turn(tasks, two, ticket("new", name="mine", seconds=25))
+        await until(lambda: isinstance(old.error, TakenOver), 2)
+        assert await waiting(redis) == 2
+        first.leave.set()
+        await asyncio.wait_for(new.inside.wait(), 2)
+        assert not late.inside.is_set()
+        new.leave.set()
+        await asyncio.wait_for(late.inside.wait(), 2)
+        late.leave.set()
+
+
+async def test_a_lease_that_is_taken_over_is_not_given_back_by_its_former_holder(
+    redis: Redis,
+) -> None:
+    terms = Terms(concurrent=3)
+    async with (
+        workers(redis, decode=10, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        gateway(redis, "g2", LASTING) as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        old = Turn(tasks, one, ticket("old", name="mine", terms=terms))
+        await old.inside.wait()
+        new = Turn(tasks, two, ticket("new", name="mine", terms=terms))
+        await asyncio.wait_for(new.inside.wait(), 2)
+        old.grant.prefilled()
+        old.leave.set()
+        await old.task
+        await one.flush()
+        assert await book(redis) == {"held_prefill": 10, "held_decode": 10}
+        new.leave.set()
+        await new.task
+        await two.flush()
+        assert await book(redis) == {"held_prefill": 0, "held_decode": 0}
+        assert await redis.exists("baton:{test}:active:t") == 0
+
+
+async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
+    redis: Redis,
+) -> None:
+    """Redis has forgotten the ticket; the former holder speaks first, the new one has it."""
+    async with (
+        workers(redis, decode=10, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        gateway(redis, "g2", LASTING) as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        old = Turn(tasks, one, ticket("old", name="mine"))
+        await old.inside.wait()
+        new = Turn(tasks, two, ticket("new", name="mine"))
+        await asyncio.wait_for(new.inside.wait(), 2)
+        for kind in ("tickets", "leases", "room"):
+            await redis.delete(f"baton:{{test}}:{kind}:tiny")
+        for gate in (one, two, one, two):
+            await gate._renew()
+        assert await book(redis) == {"held_prefill": 10, "held_decode": 10}
+        assert (one.held, two.held) == (0, 1)
+        old.leave.set()
+        await old.task
+        await one.flush()
+        assert (await book(redis))["held_decode"] == 10
+        new.leave.set()
+
+
+async def test_leaving_late_does_not_cancel_the_one_who_came_again(redis: Redis) -> None:
+    """The same gateway, the same name: the first one's going is still on its way."""
+    async with (
+        workers(redis, decode=10, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        asyncio.TaskGroup() as tasks,
+    ):
+        for _ in range(3):
+            async with one.turn(ticket(name="mine")):
+                pass
+            again = Turn(tasks, one, ticket(name="mine"))
+            await asyncio.wait_for(again.inside.wait(), 2)
+            await one.flush()
+            assert (await book(redis))["held_decode"] == 10
+            again.leave.set()
+            await again.task
+
+
+async def test_the_same_gateway_may_be_asked_again_while_the_first_waits(redis: Redis) -> None:
+    async with (
+        workers(redis, decode=10, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, one, ticket("first"))
+        await first.inside.wait()
+        old = Turn(tasks, one, ticket("old", name="mine"))
+        await until(lambda: one.waiting == 1)
+        new = Turn(tasks, one, ticket("new", name="mine"))
+        await until(lambda: isinstance(old.error, TakenOver), 2)
+        first.leave.set()
+        await asyncio.wait_for(new.inside.wait(), 2)
+        new.leave.set()
