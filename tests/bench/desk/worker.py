@@ -18,7 +18,6 @@ import msgspec
 import structlog
 import uvloop
 
-import backends.host.worker
 from backends.host import HostConfig, WorkerHost, load_backend
 from backends.host.config import Transport
 from backends.host.peers import Peers
@@ -130,8 +129,6 @@ def main() -> None:
             sender = super()._sender(name)
             return ShapedSender(sender, Link(worker.link_gbit), worker.whole)
 
-    if worker.link_gbit or worker.whole:
-        backends.host.worker.Peers = ShapedPeers  # type: ignore[misc]
     config = HostConfig(
         id=worker.role,
         role=worker.role,
@@ -139,7 +136,8 @@ def main() -> None:
         step_tokens=worker.step_tokens,
         transports=(worker.transport,),
     )
-    host = WorkerHost(config, load_backend(worker.backend, worker.options))
+    peers = ShapedPeers if worker.link_gbit or worker.whole else Peers
+    host = WorkerHost(config, load_backend(worker.backend, worker.options), peers=peers)
     uvloop.run(host.run(lambda: None))
 
 
