@@ -263,11 +263,9 @@ class Books:
         """Its KV is on its way no more."""
         if booking.decode is not None:
             pair = booking.prefill, booking.decode
-            left = self._links[pair] - booking.link_seconds
-            if left > 1e-9:
+            left = self._links.pop(pair, 0.0) - booking.link_seconds
+            if left > 1e-9:  # else what is left is less than a rounding error
                 self._links[pair] = left
-            else:
-                del self._links[pair]
 
     def decode(self, booking: Booking, sign: int) -> None:
         """It begins to be decoded (1), or is decoded no more (-1)."""

@@ -199,3 +199,17 @@ def test_a_worker_that_is_gone_leaves_nothing_behind() -> None:
     booking.end(site.now)
     assert site.books._accounts == {}
     assert site.books._links == {}
+
+
+def test_handoffs_that_take_no_time_end_beside_each_other() -> None:
+    """A pair whose handoffs were measured as nothing, or are done before a clock ticks."""
+    site = Site({"p1": "prefill", "d1": "decode"})
+    for _ in range(100):
+        site.books.estimates.moved("p1", "d1", 0, 0.0)
+    bookings = [site.place(wish(tokens=16)) for _ in range(3)]
+    for booking in bookings:
+        booking.link_seconds = 0.0
+    for booking in bookings:
+        booking.prefilled(0.001, site.now)
+        booking.landed()
+        booking.end(site.now)
