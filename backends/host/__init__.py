@@ -2,7 +2,8 @@
 
 `worker.py` puts the parts together and answers messages; `ledger.py` knows who holds which
 block; `steps.py` runs the backend; `landings.py` is the receiving end of handoffs, `handoff.py`
-the sending end. Everything but the backend's step runs on the event loop.
+the sending end; `reuse.py` keeps KV for later prefixes. Everything but the backend's step, and
+looking at what is kept, runs on the event loop.
 """
 
 from backends.host.config import HostConfig

@@ -183,9 +183,9 @@ class StepLoop:
             self._deliver(items, rows, outputs)
             return
         for item in used:
-            self._reuse.forget_blocks(item.blocks)
             if not item.ended:
                 self._outcome.lost(item, "step_failed", cause)
+            self._reuse.forget_blocks(item.blocks)  # last: what is lost is kept as it is released
 
     async def _compute(self, items: list[Item], rows: list[Row]) -> list[Output]:
         """One step in the step thread; whatever the plug-in raises comes out as StepFailed."""

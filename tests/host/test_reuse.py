@@ -190,6 +190,16 @@ async def test_what_a_failed_step_used_is_kept_no_longer(worker: Worker) -> None
     assert (await worker.say([7] * 80))[0] == 64
 
 
+async def test_nor_is_what_a_sequence_had_when_its_step_failed(worker: Worker) -> None:
+    worker.begin(PROMPT, max_tokens=200)
+    await worker.peer.hear(Tokens)
+    worker.backend.fail = True
+    failed: Failed = await worker.peer.hear(Failed)
+    assert (failed.phase, failed.code) == ("decode", "step_failed")
+    assert len(worker.reuse.prefixes) == 0
+    assert (await worker.say(PROMPT))[0] == 0
+
+
 async def test_nobody_waits_for_a_look_at_another_s_blocks_and_a_cancel_does_not_either(
     worker: Worker,
 ) -> None:
