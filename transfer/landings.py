@@ -19,7 +19,7 @@ from transfer.bounds import Bounds
 from transfer.contract import Arrival, Buffer, KVSlice, Proof, nobody_minds
 from transfer.digest import PrefixDigest, add_up, apart, landing_key, seal
 from transfer.errors import DigestMismatch, KeptChanged, LandingGone, PeerMisbehaved
-from transfer.layout import Epoch, KVLayout, Landing
+from transfer.layout import Epoch, KVLayout, Landing, Shard
 from transfer.plan import plan
 from transfer.pool import Pool
 from transfer.rows import scatter
@@ -88,20 +88,23 @@ class Expected:
         """Compute the digest of each block that lies in the pool. Slow; any thread.
 
         Or share `number` of so many, which make up the whole (`total`). What is present is
-        digested under the keys that it was proven with.
+        digested under the keys that it was proven with, with all heads that lie here.
         """
         landing, start, shares = self.landing, 0, []
         for key, some in groupby(self._proofs, key=lambda it: it.key):
             end = start + len(list(some)) * landing.layout.block_tokens
-            shares.append(self._digest(key, start, end, number, of))
+            shares.append(self._digest(None, key, (start, end), (number, of)))
             start = end
-        shares.append(self._digest(landing_key(landing), start, landing.tokens, number, of))
+        rest, key = (start, landing.tokens), landing_key(landing)
+        shares.append(self._digest(landing.heads, key, rest, (number, of)))
         return total(shares)
 
-    def _digest(self, key: bytes, start: int, end: int, number: int, of: int) -> bytes:
-        landing = self.landing
+    def _digest(
+        self, heads: Shard | None, key: bytes, tokens: tuple[int, int], share: tuple[int, int]
+    ) -> bytes:
+        landing, (number, of) = self.landing, share
         digest = PrefixDigest(
-            plan(landing.layout, landing.layout, heads=landing.heads),
+            plan(landing.layout, landing.layout, heads=heads),
             self._buffer,
             landing.pool_blocks,
             landing.blocks,
@@ -110,10 +113,10 @@ class Expected:
             landing.layout.block_tokens,
         )
         if of == 1:
-            digest.add_all(start, end)
+            digest.add_all(*tokens)
         else:
             for layer in range(number, landing.layout.layers, of):
-                digest.add(KVSlice(layer, start, end))
+                digest.add(KVSlice(layer, *tokens))
         return digest.parts()
 
     def begin_verifying(self) -> None:

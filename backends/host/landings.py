@@ -146,7 +146,6 @@ class Landings:
         tokens, headroom = len(spec.prefix), len(spec.sequences)
         layouts = [it.layout for it in self._pools]
         parts = parts_of(sources or (self._info.layout.heads,), layouts)
-        partial &= not parts  # what is kept is proven for all heads together
         most = (tokens - 1) // self._info.layout.block_tokens if partial else 0
         kept = self._reuse.share(links, most, reused)
         wanted = self._info.layout.blocks_for(tokens) - len(kept)

@@ -116,3 +116,15 @@ async def test_pools_that_lack_heads_never_meet(redis_url: str) -> None:
         await made.until(lambda: made.fleet.pairs)
         ((_, _, met),) = made.fleet.pairs
         assert met.refusal == "shard: no source has head 2"
+
+
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+async def test_several_pools_send_one_only_what_it_has_not(redis_url: str, name: str) -> None:
+    async with cluster(redis_url) as made:
+        await pair(made, Sharded(4, 32), Sharded(1, 16), name)
+        reuse = made.hosts["d"]._requests.reuse.prefixes
+        for present in (0, 32, 32):
+            timeline = await made.carry(made.job(list(range(40)), max_tokens=5), Heard())
+            assert (timeline.present_tokens, timeline.retries) == (present, 0)
+            await made.until(lambda: all(it.proof for it in reuse._by_link.values()))
+        await made.balanced()
