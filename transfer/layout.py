@@ -323,7 +323,7 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
     lease_seconds: float
     heads: Shard | None = None
     present: Natural = 0
-    parts: tuple[Part, ...] = ()
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=4096)] = ()
 
     @property
     def awaited(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from transfer.contract import Arrival, KVSlice, Opener, Receipt, Source, Writer
-from transfer.errors import LandingGone, LayoutMismatch
+from transfer.errors import LandingGone, LayoutMismatch, PeerMisbehaved
 from transfer.layout import KVLayout, Landing, Part, Shard
 
 Result = TypeVar("Result")
@@ -76,25 +76,30 @@ class Piece(NamedTuple):
 
 
 def pieces(landing: Landing) -> list[Piece]:
-    """The landings that make up one: itself, or one for each of its parts."""
+    """The landings that make up one: itself, or one for each of its parts.
+
+    Raises:
+        PeerMisbehaved: a part is for heads that there are not.
+    """
     if not landing.parts:
         return [Piece(0, 0, landing)]
-    return [
-        Piece(
-            part.source,
-            part.target,
-            msgspec.structs.replace(
-                landing,
-                id=f"{landing.id}.{number}",
-                secret=part.secret,
-                endpoints=tuple(it for it in landing.endpoints if it.shard == part.target),
-                layout=msgspec.structs.replace(landing.layout, shard=part.shard),
-                heads=part.heads,
-                parts=(),
-            ),
-        )
-        for number, part in enumerate(landing.parts)
-    ]
+    try:
+        return [_piece(landing, number, part) for number, part in enumerate(landing.parts)]
+    except ValueError as error:
+        raise PeerMisbehaved(f"landing {landing.id}: {error}") from error
+
+
+def _piece(landing: Landing, number: int, part: Part) -> Piece:
+    mine = msgspec.structs.replace(
+        landing,
+        id=f"{landing.id}.{number}",
+        secret=part.secret,
+        endpoints=tuple(it for it in landing.endpoints if it.shard == part.target),
+        layout=msgspec.structs.replace(landing.layout, shard=part.shard),
+        heads=part.heads,
+        parts=(),
+    )
+    return Piece(part.source, part.target, mine)
 
 
 class ShardedWriter:

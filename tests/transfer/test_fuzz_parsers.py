@@ -17,11 +17,12 @@ from transfer.contract import Source
 from transfer.convert import Conversion
 from transfer.errors import LayoutMismatch, PeerMisbehaved
 from transfer.landings import Landings
-from transfer.layout import Epoch, Landing
+from transfer.layout import Epoch, Landing, Part, Shard
 from transfer.nixl import wire as nixl
 from transfer.plan import plan
 from transfer.session import wire as session
 from transfer.session.greeting import Talk
+from transfer.sharded import pieces
 from transfer.shm import wire as shm
 from transfer.stage import SOURCE, SOURCE_BLOCKS, TARGET, TARGET_BLOCKS, TOKENS
 from transfer.tcp import wire
@@ -185,7 +186,17 @@ def test_a_proof_is_a_number_or_refused(data: bytes) -> None:
         assert wire.proof_of(data) >= 0
 
 
-@given(encoded=garbage([msgspec.msgpack.encode(LANDING)]))
+def parted(**wrong: Any) -> Landing:
+    """A landing in two parts, of which the second is as it was told."""
+    right = Part(0, 0, Shard(0, 1), Shard(0, 1), b"s"), Part(0, 1, Shard(1, 1), Shard(1, 1), b"s")
+    parts = right[0], msgspec.structs.replace(right[1], **wrong)
+    return msgspec.structs.replace(LANDING, parts=parts)
+
+
+@given(encoded=garbage([msgspec.msgpack.encode(it) for it in (LANDING, parted())]))
+@example(encoded=msgspec.msgpack.encode(parted(shard=Shard(1 << 40, 5))))
+@example(encoded=msgspec.msgpack.encode(parted(heads=Shard(1 << 40, 5))))
+@example(encoded=msgspec.msgpack.encode(parted(shard=None)))
 def test_a_landing_from_a_stranger_is_used_or_refused(encoded: bytes) -> None:
     """The control plane passes landings on; the sender must not trust what is in them."""
     try:
@@ -195,4 +206,5 @@ def test_a_landing_from_a_stranger_is_used_or_refused(encoded: bytes) -> None:
     pool = np.zeros(SOURCE_BLOCKS * SOURCE.block_bytes, np.uint8)
     source = Source(SOURCE, pool, SOURCE_BLOCKS, (5, 6, 1, 3), TOKENS)
     with contextlib.suppress(LayoutMismatch, PeerMisbehaved):
-        Conversion(plan(source.layout, landing.layout), source, landing)
+        for _, _, piece in pieces(landing):
+            Conversion(plan(source.layout, piece.layout, heads=piece.heads), source, piece)
