@@ -81,8 +81,10 @@ async def test_every_head_reaches_the_pool_it_belongs_to(
         tokens = await answered(made)
         assert len(tokens) == 5
         assert await answered(made) == tokens
-        (both,) = workers(made.fleet)["pairs"]
+        shown = workers(made.fleet)
+        (both,) = shown["pairs"]
         assert both["plan"].startswith(f"{ours} to {theirs} pools; ")
+        assert {it["worker"]: it["pools"] for it in shown["workers"]} == {"p": ours, "d": theirs}
         await made.balanced()
 
 
