@@ -169,6 +169,29 @@ async def test_an_answer_to_a_commit_that_was_not_sent_ends_the_writing(pair, ou
     await writer.abort()
 
 
+async def test_answers_that_come_again_are_not_taken_for_those_of_another_handoff(pair):
+    first, second = Stage(pair, 1), Stage(pair, 2)
+    await first.hand_over()
+    writer = await pair.sender.open(second.landing, second.source)
+    await second.write_all(writer)
+    [session] = pair.receiver._sessions.values()
+
+    def say_again():
+        for ticket in (0, 99):
+            for outcome in ("landed", "gone", "mismatch"):
+                session._say(wire.Answer(ticket, outcome, answer=b"of another"))
+                session._say(wire.Granted(ticket))
+
+    say_again()
+    committing = asyncio.ensure_future(writer.commit(b"note", 5.0))
+    await asyncio.sleep(0)
+    say_again()
+    assert (await committing).answer == b"taken: note"
+    session._say(wire.Answer(1, "gone"))
+    await writer.abort()
+    await Stage(pair, 3).hand_over()
+
+
 async def test_an_abort_waits_for_the_write_that_is_under_way(pair):
     with pair.stall() as gate:
         _, writer = await stalled(pair, gate)
