@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -44,29 +45,35 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--logs", type=Path, help="a folder that keeps what the parts have logged")
     parser.add_argument("--only", choices=("synthetic", "real"))
     options = parser.parse_args()
     complaints = 0
     for kind in ("synthetic", "real"):
         if options.only in (None, kind):
             plan = Plan(seed=options.seed, seconds=options.seconds)
-            outcome = asyncio.run(_play(kind, plan, options.streams))
+            outcome = asyncio.run(_play(kind, plan, options.streams, options.logs))
             print(f"\n{kind}: {table(outcome)}", flush=True)
             complaints += len(outcome.complaints)
     return 1 if complaints else 0
 
 
-async def _play(kind: str, plan: Plan, streams: int) -> Outcome:
+async def _play(kind: str, plan: Plan, streams: int, logs: Path | None) -> Outcome:
     if kind == "synthetic":
-        return await play(SYNTHETIC_TREE, asks(plan.seed, 60), plan, streams, wrong)
+        return await play(SYNTHETIC_TREE, asks(plan.seed, 60), plan, streams, wrong, logs)
     every, streams = 20.0, streams // 4
     plan = Plan(seed=plan.seed, seconds=plan.seconds, every=every, settle_seconds=60.0)
     judge = await asyncio.to_thread(NearTies)
-    return await play(REAL_TREE, questions(), plan, streams, judge)
+    return await play(REAL_TREE, questions(), plan, streams, judge, logs)
 
 
 async def play(
-    tree: Mapping[str, Any], asked: list[Ask], plan: Plan, streams: int, judge: Judge
+    tree: Mapping[str, Any],
+    asked: list[Ask],
+    plan: Plan,
+    streams: int,
+    judge: Judge,
+    logs: Path | None = None,
 ) -> Outcome:
     """Half of the clients reconnect, and half are ordinary ones."""
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -81,7 +88,10 @@ async def play(
         clients = [
             (Steady if number % 2 else Ordinary)(http, made.urls) for number in range(streams)
         ]
-        return await storm(made, clients, right, plan, judge)
+        try:
+            return await storm(made, clients, right, plan, judge)
+        finally:
+            made.save_logs(logs)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tests.storm.clients import Answer, Ask
 from tests.storm.faults import Fate, Fault, schedule
 from tests.storm.site import Site
 
-CALM_SECONDS = 60.0
+CALM_SECONDS = 120.0
 KILL_WINDOW_SECONDS = 0.5
 NO_EXCUSE = frozenset({"internal_error"})
 """Codes that stand for a bug, whatever was done to whom."""
@@ -123,7 +123,7 @@ def _complaints(
         elif answer.code in NO_EXCUSE:
             found.append(f"a bug: {answer.code} {answer.detail}")
         elif record.steady and answer.end != "whole":
-            tries = f"{answer.attempts} tries"
+            tries = f"{answer.attempts} tries, {answer.event_id}"
             found.append(f"lost: {answer.end} {answer.code} {answer.detail}, {tries}")
         elif answer.end == "broken" and not _excused(record, gateways):
             found.append(f"broken while no gateway was killed: {answer.detail}")

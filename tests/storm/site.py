@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ Kind = Literal["gateway", "prefill", "decode", "redis"]
 MODEL = "smollm2-135m-instruct"
 GATEWAYS, PREFILLS, DECODES = ("g1", "g2"), ("p1", "p2"), ("d1", "d2")
 BATON = [sys.executable, "-m", "gateway.cli"]
-READY_SECONDS = 60.0
+READY_SECONDS = 240.0  # the real model, four times on few cores
 STOP_SECONDS = 60.0
 
 
@@ -168,6 +169,13 @@ class Site:
         async with Redis.from_url(self.redis_url, protocol=2) as redis:
             found = [await redis.get(key) async for key in redis.scan_iter("*worker:*")]
         return [msgspec.msgpack.decode(one, type=WorkerRecord) for one in found]
+
+    def save_logs(self, folder: Path | None) -> None:
+        """Copy all logs to `folder`, where one is given."""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for part in self.parts.values():
+                shutil.copy(part.log, folder)
 
     def bugs(self) -> list[str]:
         """What nobody has foreseen: processes that have died by themselves, and tracebacks."""
