@@ -7,7 +7,7 @@ was. What they say is kept until it is decided which attempt at each sequence is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -93,11 +93,19 @@ class Found:
     prefill: Worker | None = None
     decode: Worker | None = None
     stage: Stage = "prefilling"
-    said: list[Said] = field(default_factory=list)
+    ears: list[Ear] = field(default_factory=list)
+
+    @property
+    def said(self) -> Iterator[Said]:
+        """What the workers have said of it up to now."""
+        for ear in self.ears:
+            for handle, item in ear.said:
+                if handle == self.handle:
+                    yield ear.worker, item
 
     def join(self, ear: Ear, part: Part) -> None:
         """One worker's part of it."""
-        self.said += [(ear.worker, item) for handle, item in ear.said if handle == self.handle]
+        self.ears.append(ear)
         if part.stage == "prefilling":
             self.prefill = ear.worker
         else:
@@ -236,7 +244,7 @@ class AdoptedLeg(Leg):
         self._found = found
 
     async def _begin(self) -> None:
-        """Take what has been said so far."""
+        """Take what has been said so far, also since it was decided to go on here."""
         found = self._found
         self._become(STATES[found.stage])
         if found.stage == "decoding":
@@ -246,6 +254,8 @@ class AdoptedLeg(Leg):
                 self.token(item)
             else:
                 self.heard(worker, item)
-        found.said.clear()
+        for ear in found.ears:
+            if ear.gone:
+                self.lost(ear.worker, "it ended while it was asked")
         if found.stage == "landing" and found.prefill is None and self._landed is None:
             self._fail("handoff", self._prefill, "lost", "nobody hands it over", retry=True)

@@ -318,8 +318,9 @@ class Leg:
         self._pause_again()
 
     def _gave_all(self, worker: Worker) -> bool:
-        """Whether it prefilled, the prefix has landed, and the first tokens are here."""
-        landed = worker is self._prefill and self._landed is not None
+        """Whether it only prefilled, the prefix has landed, and the first tokens are here."""
+        elsewhere = self._decode is not None and worker is self._prefill
+        landed = elsewhere and self._landed is not None
         return landed and all(line.generated for line in self._lines.values())
 
     def _on_failed(self, worker: Worker, message: Failed) -> None:
