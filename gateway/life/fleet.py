@@ -308,7 +308,7 @@ class Fleet:
         )
         pace = worker.pace(asyncio.get_running_loop().time())
         if pace is not None:
-            self._books.stepped(worker.id, pace)
+            self._books.stepped(worker.id, worker.welcome.info.max_batch, pace)
         self._notify()
 
     def _view(self, worker: Worker, now: float) -> WorkerView:

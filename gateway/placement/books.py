@@ -162,12 +162,14 @@ class Books:
         account.told_free = free_blocks
         account.blocks_when_told = account.blocks
 
-    def stepped(self, worker: str, seconds: float) -> None:
+    def stepped(self, worker: str, max_batch: int, seconds: float) -> None:
         """Its decode steps since the last call took `seconds` each, this gateway's rows say."""
         it = self._account(worker)
         if not it.rested:
             sequences = it.decoding + it.others_running
-            self.estimates.stepped(worker, sequences, it.decoding_context, seconds)
+            part = min(1.0, max_batch / max(1, sequences))  # the others have waited for their turn
+            context = it.decoding_context * part
+            self.estimates.stepped(worker, sequences * part, context, seconds)
         it.rested = it.decoding == 0
 
     def forget(self, worker: str) -> None:

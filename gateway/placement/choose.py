@@ -25,7 +25,7 @@ SHOWN = 8
 """How many candidates, and how many of those left out, a reason lists."""
 
 MARGIN = 0.9
-"""The part of the limit on gaps that is aimed at: what is held just at a limit often misses it."""
+"""The part of a limit that is aimed at: what is held just at it misses it half of the time."""
 
 Option = tuple[WorkerView, WorkerView | None]
 Score = tuple[int, int, float, int, str, str]
@@ -53,7 +53,7 @@ def place(snapshot: Snapshot, wish: Wish) -> Placement | Unplaceable:
     scored = [_score(snapshot, option, wish) for option in roomy]
     best = nsmallest(SHOWN, scored, key=lambda one: one[0])
     chosen = best[0][1]
-    if _hopeless(scored, wish):
+    if _hopeless(roomy, scored, wish):
         soonest = min(one.forecast.first_token for _, one in scored)
         left = wish.first_token_seconds
         return Unplaceable(
@@ -182,7 +182,7 @@ def _score(snapshot: Snapshot, option: Option, wish: Wish) -> Scored:
 
 def _short(option: Option, forecast: Forecast, wish: Wish) -> str:
     prefill, decode = option
-    if forecast.first_token > wish.first_token_seconds:
+    if forecast.first_token > MARGIN * wish.first_token_seconds:
         return "first token"
     if not wish.decodes:
         return ""
@@ -190,11 +190,16 @@ def _short(option: Option, forecast: Forecast, wish: Wish) -> str:
     return "gap" if gap > MARGIN * wish.gap_seconds else ""
 
 
-def _hopeless(scored: list[Scored], wish: Wish) -> bool:
+def _hopeless(options: list[Option], scored: list[Scored], wish: Wish) -> bool:
+    """Whether its first token would be late everywhere, and none of the workers is idle."""
     return wish.first_token_seconds <= 0 or all(
-        one.forecast.wait > 0 and one.forecast.first_token > wish.first_token_seconds
-        for _, one in scored
+        one.short == "first token" and not _idle(option)
+        for option, (_, one) in zip(options, scored, strict=True)
     )
+
+
+def _idle(option: Option) -> bool:
+    return not any(worker.queued_tokens or worker.running for worker in option if worker)
 
 
 # ---- the reason

@@ -179,16 +179,28 @@ def test_steps_teach_while_sequences_are_decoded_and_not_over_a_rest() -> None:
         return booking
 
     booking = decoding()
-    site.books.stepped("d1", 7.0)  # it was idle before
+    site.books.stepped("d1", 256, 7.0)  # it was idle before
     assert site.view("d1").step.seconds(1, 1000) == pytest.approx(0.02, rel=0.1)
     for _ in range(10):
-        site.books.stepped("d1", 0.08)
+        site.books.stepped("d1", 256, 0.08)
     assert site.view("d1").step.seconds(1, 1000) == pytest.approx(0.08, rel=0.1)
     booking.end(site.now)
     decoding()
     for _ in range(3):
-        site.books.stepped("d1", 0.08)
+        site.books.stepped("d1", 256, 0.08)
     assert site.view("d1").step.seconds(1, 1000) == pytest.approx(0.08, rel=0.1)
+
+
+def test_sequences_beyond_the_largest_batch_are_not_taken_for_part_of_a_step() -> None:
+    site = Site({"p1": "prefill", "d1": "decode"})
+    site.books.told("d1", waiting_tokens=0, running=0, free_blocks=4096)
+    many = [site.place(wish(tokens=100, expected=0)) for _ in range(20)]
+    for booking in many:
+        booking.prefilled(0.1, site.now)
+        booking.landed()
+    for _ in range(40):
+        site.books.stepped("d1", 10, 0.05)
+    assert site.view("d1").step.seconds(10, 1000) == pytest.approx(0.05, rel=0.1)
 
 
 def test_a_worker_that_is_gone_leaves_nothing_behind() -> None:

@@ -115,13 +115,16 @@ def test_what_is_late_everywhere_is_said_to_be() -> None:
     answer = refused(seen, wish(first_token_seconds=1.0))
     assert answer.kind == "late"
     assert "3.11 s" in answer.reason
-    assert chosen(seen, wish(first_token_seconds=3.2)) == ("p", "d")
+    assert chosen(seen, wish(first_token_seconds=3.5)) == ("p", "d")
 
 
 def test_an_idle_worker_is_tried_however_late_it_is_thought_to_be() -> None:
     wrong = PrefillCost(base=1000.0, known=True)
     seen = snapshot(worker("p", "prefill", prefill=wrong), worker("d", "decode"))
     assert chosen(seen, wish(first_token_seconds=1.0)) == ("p", "d")
+    busy = snapshot(worker("p", "prefill", prefill=wrong), worker("d", "decode", running=1))
+    assert refused(busy, wish(first_token_seconds=1.0)).kind == "late"
+    assert refused(seen, wish(first_token_seconds=0.0)).kind == "late"
 
 
 def test_a_batch_that_would_become_too_slow_takes_no_more() -> None:
@@ -134,6 +137,16 @@ def test_a_batch_that_would_become_too_slow_takes_no_more() -> None:
 def test_nobody_waits_for_a_gap_that_an_empty_worker_cannot_give() -> None:
     seen = snapshot(worker("p", "prefill"), worker("d", "decode"))
     assert chosen(seen, wish(gap_seconds=0.001)) == ("p", "d")
+
+
+def test_sequences_beyond_the_largest_batch_take_turns() -> None:
+    """Two for each row of a step of 0.03 s: each has to wait for two of them."""
+    seen = snapshot(
+        worker("p", "prefill"), worker("d", "decode", running=19, backend={"max_batch": 10})
+    )
+    answer = place(seen, wish())
+    assert isinstance(answer, Placement)
+    assert answer.forecast.gap == pytest.approx(0.06)
 
 
 def test_an_unmeasured_worker_is_never_full_because_of_its_gap() -> None:

@@ -108,8 +108,8 @@ class Machine:
     told: tuple[int, float] = (0, 0.0)
     _prompts: deque[Prompt] = field(default_factory=deque)
     _rows: int = 0
-    _late_rows: deque[tuple[int, int, Callable[[], None]]] = field(default_factory=deque)
-    _ends: list[tuple[int, int, int, Callable[[], None]]] = field(default_factory=list)
+    _decoded: float = 0.0  # tokens of each sequence, since the beginning
+    _ends: list[tuple[float, int, int, Callable[[], None]]] = field(default_factory=list)
     _numbers: int = 0
     _busy: bool = False
 
@@ -120,8 +120,8 @@ class Machine:
 
     @property
     def running(self) -> int:
-        """Sequences being decoded, those beyond the batch included."""
-        return self._rows + len(self._late_rows)
+        """Sequences being decoded; those beyond the largest batch take turns with the others."""
+        return self._rows
 
     def prefill(self, prompt: Prompt) -> None:
         """Compute it when its turn comes."""
@@ -129,26 +129,20 @@ class Machine:
         self._go()
 
     def decode(self, context: int, tokens: int, ended: Callable[[], None]) -> None:
-        """Decode so many tokens of one sequence; beyond the largest batch it waits for a place."""
-        self._late_rows.append((context, tokens, ended))
-        self._fill()
+        """Decode so many tokens of one sequence."""
+        self._rows += 1
+        self.context += context
+        self._numbers += 1
+        heappush(self._ends, (self._decoded + tokens, self._numbers, context + tokens, ended))
         self._go()
-
-    def _fill(self) -> None:
-        while self._late_rows and self._rows < self.device.max_batch:
-            context, tokens, ended = self._late_rows.popleft()
-            self._rows += 1
-            self.context += context
-            self._numbers += 1
-            heappush(self._ends, (self.steps + tokens, self._numbers, context + tokens, ended))
 
     def _go(self) -> None:
         if self._busy or not (self._prompts or self._rows):
             return
         self._busy = True
-        rows, seconds, told = self._rows, 0.0, []
+        rows, seconds, told = min(self._rows, self.device.max_batch), 0.0, []
         if rows:
-            seconds += self.device.decode_seconds(rows, self.context)
+            seconds += self.device.decode_seconds(rows, self.context * rows // self._rows)
         budget = STEP_TOKENS - rows
         for prompt in list(self._prompts):
             if budget < 1:
@@ -171,12 +165,12 @@ class Machine:
         if rows:
             self.steps += 1
             self.context += rows
-            while self._ends and self._ends[0][0] <= self.steps:
+            self._decoded += rows / max(rows, self._rows)
+            while self._ends and self._ends[0][0] <= self._decoded + 1e-6:
                 _, _, context, ended = heappop(self._ends)
                 self._rows -= 1
                 self.context -= context
                 ended()
-            self._fill()
         for prompt in told:
             assert prompt.started is not None
             prompt.prefilled(self.now() - prompt.started)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Protocol
 
+FIRST_SECONDS, FIRST_SECONDS_PER_1000 = 1.0, 0.25
+GAP_SECONDS = 0.03
+
 
 @dataclass(eq=False)
 class Request:
@@ -17,19 +20,22 @@ class Request:
     arrived: float
     prompt: int
     answer: int
-    due: float
-    gap: float
     needs: float = 0.0
     first: float | None = None
     ended: float | None = None
     refused: str = ""
 
     @property
+    def due(self) -> float:
+        """When its first token must be there."""
+        return self.arrived + FIRST_SECONDS + FIRST_SECONDS_PER_1000 * self.prompt / 1000
+
+    @property
     def in_time(self) -> bool:
         """Whether it kept its targets."""
         if self.first is None or self.ended is None or self.first > self.due:
             return False
-        return self.ended - self.first <= self.gap * max(0, self.answer - 1)
+        return self.ended - self.first <= GAP_SECONDS * max(0, self.answer - 1)
 
 
 class Queue(Protocol):

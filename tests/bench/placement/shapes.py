@@ -53,12 +53,16 @@ def _mean(quantiles: tuple[int, ...]) -> float:
     return sum((low + high) / 2 * (to - since) for low, high, since, to in pieces)
 
 
-def arrivals(rng: random.Random, rate: float, burst: float) -> Iterator[float]:
-    """Times of arrival: Poisson, at a rate that is drawn anew for each period."""
+def arrivals(seed: int, rate: float, burst: float) -> Iterator[float]:
+    """Times of arrival: Poisson, at a rate that is drawn anew for each period.
+
+    The same seed has the same good and bad periods, whatever the rate.
+    """
+    moods, rng = random.Random(f"moods {seed}"), random.Random(f"arrivals {seed}")
     for period in count():
         shape = 1 / burst**2
         now = period * PERIOD
-        here = rate * rng.gammavariate(shape, 1 / shape)
+        here = rate * moods.gammavariate(shape, 1 / shape)
         while (now := now + rng.expovariate(max(here, 1e-9))) < (period + 1) * PERIOD:
             yield now
 

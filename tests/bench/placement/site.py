@@ -3,71 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
 
-from backends.protocol import Role, Sampling
-from gateway.placement import Booking, Books, Placement, Wish, least_seconds, place
-from tests.bench.placement.hardware import (
-    STEP_TOKENS,
-    STEPS_AHEAD,
-    Device,
-    Machine,
-    Prompt,
-    Wire,
-    info,
-)
-from tests.bench.placement.orders import Queue, Request
+from backends.protocol import Sampling
+from gateway.life.placing import OVERTAKEN_SECONDS
+from gateway.placement import Booking, Books, Placement, Snapshot, Wish, least_seconds, place
+from tests.bench.placement.fleet import Fleet
+from tests.bench.placement.hardware import STEP_TOKENS, STEPS_AHEAD, Machine, Prompt, info
+from tests.bench.placement.orders import GAP_SECONDS, Request
+from tests.bench.placement.policies import Policy
 from tests.bench.placement.shapes import Shape, arrivals
 
 LOAD_SECONDS = 1.0
-TENANTS = 3
-FIRST_SECONDS, FIRST_SECONDS_PER_1000 = 1.0, 0.25
-GAP_SECONDS = 0.03
 WARM_UP = 0.1
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How requests wait, whom the gateway turns away, and whether placement knows the targets."""
-
-    name: str
-    queue: Callable[[], Queue]
-    most_tokens: float = inf
-    targets: bool = False
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """Devices by role."""
-
-    workers: tuple[tuple[str, Role, Device], ...]
-    wire: Wire = field(default_factory=Wire)
-
-    def capacity(self, shape: Shape, rng: random.Random) -> float:
-        """Requests per second that keep the busier of the two phases busy, targets kept."""
-        drawn = [shape.lengths(rng) for _ in range(4000)]
-        prompt, answer = (sum(it) / len(drawn) for it in zip(*drawn, strict=True))
-        prefill = decode = 0.0
-        for _, role, device in self.workers:
-            if role != "decode":
-                prefill += len(drawn) / sum(device.whole_prefill(it) for it, _ in drawn)
-            if role != "prefill":
-                rows = batch(device, prompt + answer / 2)
-                decode += rows / device.decode_seconds(rows, int(rows * prompt)) / answer
-        return min(prefill, decode)
-
-
-def batch(device: Device, context: float) -> int:
-    """The largest batch whose steps keep the gap and whose KV fits."""
-    rows = int(device.pool_tokens / context)
-    while rows > 1 and device.decode_seconds(rows, int(rows * context)) > GAP_SECONDS * 0.95:
-        rows -= 1
-    return rows
 
 
 class Site:
@@ -82,7 +33,7 @@ class Site:
         self._policy = policy
         self._queue = policy.queue()
         self._wire = fleet.wire
-        rng = random.Random(seed)
+        rng = random.Random(f"noise {seed}")
         self._machines = {
             name: Machine(name, role, device, rng, lambda: self.now, self.at)
             for name, role, device in fleet.workers
@@ -103,18 +54,16 @@ class Site:
             it.device.pool_tokens for it in self._machines.values() if it.role != "prefill"
         )
         self._prefilling = self._decoding = self._queued_tokens = 0
-        self._waiting_for_room: deque[Request] = deque()
-        self._pumping = False
-        self.requests = list(self._draw(rng, shape, rate, requests))
+        self._waiting_for_room: list[tuple[float, Request]] = []
+        self._pumping = self._will_pump = False
+        self.requests = list(self._draw(seed, shape, rate, requests))
 
-    def _draw(
-        self, rng: random.Random, shape: Shape, rate: float, requests: int
-    ) -> Iterator[Request]:
-        for number, at in zip(range(requests), arrivals(rng, rate, shape.burst), strict=False):
+    def _draw(self, seed: int, shape: Shape, rate: float, requests: int) -> Iterator[Request]:
+        rng, whose = random.Random(f"lengths {seed}"), random.Random(f"tenants {seed}")
+        for number, at in zip(range(requests), arrivals(seed, rate, shape.burst), strict=False):
             prompt, answer = shape.lengths(rng)
-            due = at + FIRST_SECONDS + FIRST_SECONDS_PER_1000 * prompt / 1000
-            tenant = f"t{rng.randrange(TENANTS)}"
-            yield Request(number, tenant, at, prompt, answer, due, GAP_SECONDS)
+            tenant = f"tenant-{whose.randrange(self._policy.tenants)}"
+            yield Request(number, tenant, at, prompt, answer)
 
     def at(self, seconds: float, act: Callable[[], None]) -> None:
         """Run `act` after so many seconds."""
@@ -140,7 +89,9 @@ class Site:
             )
             steps, since = it.told
             if it.steps - steps >= 8:
-                self._books.stepped(it.id, (self.now - since) / (it.steps - steps))
+                self._books.stepped(
+                    it.id, it.device.max_batch, (self.now - since) / (it.steps - steps)
+                )
                 it.told = it.steps, self.now
         self._pump()
         if self.now < until:
@@ -162,11 +113,11 @@ class Site:
 
     def _pump(self) -> None:
         """Place those that wait for room, then grant, strictly in order, while there is room."""
+        self._will_pump = False
         if self._pumping:
             return
         self._pumping = True
-        while self._waiting_for_room and self._place(self._waiting_for_room[0]):
-            self._waiting_for_room.popleft()
+        self._try_again()
         while (request := self._queue.head()) is not None:
             if self.now > request.due - request.needs:
                 self._queue.pop()
@@ -177,11 +128,23 @@ class Site:
                 self._queued_tokens -= request.prompt
                 self._prefilling += self._claim(request)
                 self._decoding += request.prompt + self._expected
-                if self._waiting_for_room or not self._place(request):
-                    self._waiting_for_room.append(request)
+                if self._held_up() or not self._place(request):
+                    self._waiting_for_room.append((self.now, request))
             else:
                 break
         self._pumping = False
+
+    def _try_again(self) -> None:
+        """As `gateway.life.placing` has it: in order, smaller ones before those that cannot yet."""
+        waiting, self._waiting_for_room = self._waiting_for_room, []
+        for since, request in waiting:
+            if self._held_up() or not self._place(request):
+                self._waiting_for_room.append((since, request))
+
+    def _held_up(self) -> bool:
+        return not self._policy.targets and any(
+            self.now - since > OVERTAKEN_SECONDS for since, _ in self._waiting_for_room
+        )
 
     def _fits(self, request: Request) -> bool:
         prefill = self._prefilling + self._claim(request) <= self._offered
@@ -193,15 +156,15 @@ class Site:
         return min(request.prompt, STEPS_AHEAD * STEP_TOKENS)
 
     def _freed(self) -> None:
-        self.at(0.0, self._pump)
+        if not self._will_pump:
+            self._will_pump = True
+            self.at(0.0, self._pump)
 
     # ---- one request's life
 
-    def _snapshot(self):
+    def _snapshot(self) -> Snapshot:
         views = (
-            self._books.view(
-                it.id, it.role, self._info[it.id], self.now, step_tokens=STEP_TOKENS
-            )
+            self._books.view(it.id, it.role, self._info[it.id], self.now, step_tokens=STEP_TOKENS)
             for it in self._machines.values()
         )
         return self._books.snapshot(views, self._pairs)
@@ -214,7 +177,7 @@ class Site:
             sampling=Sampling(),
             expected=self._expected,
             first_token_seconds=request.due - self.now if targets else inf,
-            gap_seconds=request.gap if targets else inf,
+            gap_seconds=GAP_SECONDS if targets else inf,
             decodes=request.answer > 1,
         )
 
@@ -228,7 +191,7 @@ class Site:
             request.refused = chosen.kind
             self._prefilling -= self._claim(request)
             self._decoding -= request.prompt + self._expected
-            self.at(0.0, self._pump)
+            self._freed()
             return True
         booking = self._books.place(chosen, wish, 16, self.now)
         holder = self._machines[booking.holder]
