@@ -25,7 +25,6 @@ from loadtest.bench.baton import BATON, MODEL, START_SECONDS, configuration, is_
 from loadtest.bench.client import short_requests
 from loadtest.bench.figures import ROOT, Results, percentile, table, warn_if_busy
 from loadtest.bench.process import (
-    cpu_seconds,
     free_port,
     raise_file_limit,
     running,
@@ -56,20 +55,32 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct):
-    """What one side gave: seconds to the first token, and CPU seconds by number of requests."""
+    """What one side gave, by slice: seconds to the first token, and CPU seconds of how many."""
 
-    times: list[float] = []
+    times: list[list[float]] = []
     paced: list[tuple[float, int]] = []
     saturated: list[tuple[float, int]] = []
 
-    def milliseconds(self, share: float) -> float:
-        """A percentile of the time to the first token."""
-        return percentile(self.times, share) * 1e3
+    def milliseconds(self, share: float) -> list[float]:
+        """A percentile of the time to the first token in each slice."""
+        return [percentile(times, share) * 1e3 for times in self.times]
 
-    @staticmethod
-    def microseconds(slices: list[tuple[float, int]]) -> float:
-        """CPU time per request: the median over the slices."""
-        return statistics.median(cpu / count for cpu, count in slices) * 1e6
+    @property
+    def columns(self) -> list[list[float]]:
+        """The columns of the table, each by slice."""
+        half, most = self.milliseconds(0.5), self.milliseconds(0.99)
+        return [half, most, microseconds(self.paced), microseconds(self.saturated)]
+
+
+def microseconds(slices: list[tuple[float, int]]) -> list[float]:
+    """CPU time per request in each slice."""
+    return [cpu / count * 1e6 for cpu, count in slices]
+
+
+def running_seconds(pid: int) -> float:
+    """CPU time of a process that keeps its threads, finer than by clock ticks."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -159,9 +170,9 @@ async def _slice(
     """One turn of one side; the first one only warms it up."""
     loop = OpenLoop(side.port)
     try:
-        before = cpu_seconds(side.pid)
+        before = running_seconds(side.pid)
         await loop.run(streams, plan.per_second)
-        paced = (cpu_seconds(side.pid) - before, len(streams))
+        paced = (running_seconds(side.pid) - before, len(streams))
     finally:
         loop.close()
     window = await short_requests(
@@ -173,27 +184,23 @@ async def _slice(
         watched={"server": [side.pid]},
     )
     if not warm:
-        figures.times += loop.times
+        figures.times.append(loop.times)
         figures.paced.append(paced)
         figures.saturated.append((window.cpu["server"], window.count))
 
 
 def report(plan: Plan, figures: dict[str, Figures]) -> str:
     """The table, and whether the aims are met."""
-    values = {
-        name: (
-            one.milliseconds(0.5),
-            one.milliseconds(0.99),
-            one.microseconds(one.paced),
-            one.microseconds(one.saturated),
-        )
-        for name, one in figures.items()
-    }
-    added = tuple(mine - other for mine, other in zip(values[WITH], values[WITHOUT], strict=True))
+    mine, other = figures[WITH].columns, figures[WITHOUT].columns
+    # Slices that ran one after the other are compared, and not whole runs.
+    apart = [[x - y for x, y in zip(*both, strict=True)] for both in zip(mine, other, strict=True)]
+    table_of = {WITH: mine, WITHOUT: other, "added": apart}
+    medians = {name: [statistics.median(one) for one in four] for name, four in table_of.items()}
     rows = [
         [name, *(f"{one:.2f}" for one in four[:2]), *(f"{one:.0f}" for one in four[2:])]
-        for name, four in {**values, "added": added}.items()
+        for name, four in medians.items()
     ]
+    added = medians["added"]
     rate = f"{plan.per_second:g}/s"
     header = ["gateway", "TTFT p50 ms", "p99 ms", f"CPU us/request at {rate}", "saturated"]
     time, cost = added[0], max(added[2:])

@@ -43,6 +43,11 @@ local function come_in(ticket)
   ticket.gives_up = now + wish.patience
   -- Tickets of one millisecond stay in the order in which they came.
   ticket.deadline = now + wish.deadline + book.arrivals % 1024 / 1024
+  if redis.call('EXISTS', waiting) == 0 and not settling() and fits(ticket) then
+    serve_at_once(ticket)
+    let_in(id, ticket)
+    return GRANTED
+  end
   note(id, ticket)
   line_up(id, ticket)
   grant()

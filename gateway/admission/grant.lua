@@ -50,6 +50,14 @@ local function tell(id, ticket)
   list[#list + 1] = ticket.epoch
 end
 
+local function let_in(id, ticket)
+  hold(id, ticket, next_epoch())
+  tell(id, ticket)
+  book.grants = book.grants + 1
+  book.gap = book.gap + (math.min(now - book.granted_at, 10000) - book.gap) / 16
+  book.granted_at = now
+end
+
 local function grant()
   if settling() then return end
   for _ = 1, AT_ONCE do
@@ -61,11 +69,7 @@ local function grant()
       break
     else
       serve(id, ticket)
-      hold(id, ticket, next_epoch())
-      tell(id, ticket)
-      book.grants = book.grants + 1
-      book.gap = book.gap + (math.min(now - book.granted_at, 10000) - book.gap) / 16
-      book.granted_at = now
+      let_in(id, ticket)
     end
   end
   for gateway, list in pairs(elsewhere) do

@@ -87,14 +87,24 @@ local function give_up_place(id, ticket)
   step_out(id, ticket, start_of(ticket))
 end
 
--- It is served: the clock goes on to its start, its tenant to its finish.
-local function serve(id, ticket)
+-- It is served: the clock goes on to its start. Returns its tenant's finish.
+local function advance(ticket)
   local band, start = ticket.band, start_of(ticket)
   if start > clock(band) then
     redis.call('HSET', room, 'clock' .. band, start)
     redis.call('ZREMRANGEBYSCORE', past_key(band), '-inf', start)
   end
-  step_out(id, ticket, start + cost(ticket))
+  return start + cost(ticket)
+end
+
+local function serve(id, ticket)
+  step_out(id, ticket, advance(ticket))
+end
+
+-- The same, when nobody waits and it need not stand in line.
+local function serve_at_once(ticket)
+  redis.call('ZADD', past_key(ticket.band), advance(ticket), ticket.tenant)
+  keep(past_key(ticket.band))
 end
 
 local function next_band()

@@ -7,6 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from gateway.admission import Admission, Limits, Ticket, open_redis
+from gateway.admission.wishes import Requeue
 from gateway.config import RedisSection
 from gateway.errors import DeadlineExceeded
 
@@ -113,27 +114,25 @@ async def test_a_worker_that_is_always_full_is_asked_ever_more_rarely(
 
 async def test_another_worker_s_room_is_not_taken_away(redis: Redis) -> None:
     """A worker that refuses cuts no more than it offered."""
-    async with workers(redis, decode=100, lease_seconds=30.0):
-        await redis.hset(
-            f"baton:{{test}}:credits:{MODEL}",
-            "small",
-            msgspec.msgpack.encode(
-                {"prefill": 0, "decode": 10, "lapses": 1 << 50, "incarnation": 1}
-            ),
-        )
-        async with gateway(redis, limits=LASTING) as admission, asyncio.TaskGroup() as tasks:
-            first = Turn(tasks, admission, ticket("first"))
-            await first.inside.wait()
-            await asyncio.wait_for(first.grant.again("small", "decode"), 0.04)
-            others = [Turn(tasks, admission, ticket(str(number))) for number in range(9)]
-            for other in others:
-                await asyncio.wait_for(other.inside.wait(), 0.5)
-            for turn in (first, *others):
-                turn.leave.set()
+    small = {"prefill": 0, "decode": 10, "lapses": 1 << 50, "incarnation": 1}
+    await redis.hset(f"baton:{{test}}:credits:{MODEL}", "small", msgspec.msgpack.encode(small))
+    async with (
+        workers(redis, decode=100, lease_seconds=30.0),
+        gateway(redis, limits=LASTING) as admission,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, admission, ticket("first"))
+        await first.inside.wait()
+        await asyncio.wait_for(first.grant.again("small", "decode"), 0.04)
+        others = [Turn(tasks, admission, ticket(str(number))) for number in range(9)]
+        for other in others:
+            await asyncio.wait_for(other.inside.wait(), 0.5)
+        for turn in (first, *others):
+            turn.leave.set()
 
 
 async def test_a_late_refusal_of_an_earlier_grant_changes_nothing(redis: Redis) -> None:
-    """A retry of the message, after the ticket was granted anew, is fenced by its epoch."""
+    """A retry of a message, after the ticket was granted anew, is fenced by its epoch."""
     async with (
         workers(redis, decode=100, lease_seconds=30.0),
         gateway(redis, limits=LASTING) as admission,
@@ -150,6 +149,10 @@ async def test_a_late_refusal_of_an_earlier_grant_changes_nothing(redis: Redis) 
         turn.grant.prefilled()  # with the epoch of the earlier grant
         await admission.flush()
         inner.epoch = new
+        stale = Requeue(inner.name, old, "decode", "decode", 10, 1000)
+        _, granted = await admission._script("requeue", MODEL, stale)
+        assert granted, "it has what it was granted since"
+        assert inner.epoch == new
         assert await book(redis) == {"held_prefill": 10, "held_decode": 10}
         turn.leave.set()
 
