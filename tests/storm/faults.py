@@ -58,6 +58,7 @@ class Fate:
     def __init__(self, site: Site, faults: list[Fault]) -> None:
         self.done: list[Fault] = []
         self.kills: list[tuple[float, str]] = []
+        self._down: set[str] = set()
         self._site = site
         self._faults = faults
 
@@ -71,16 +72,18 @@ class Fate:
                 tasks.create_task(self._strike(self._site.parts[fault.target], fault))
 
     async def _strike(self, part: Part, fault: Fault) -> None:
-        if not part.alive:
+        if part.name in self._down:
             return  # it was killed a moment ago
         self.done.append(fault)
         if fault.kind == "stop":
             await self._stop(part, fault.seconds)
             return
         self.kills.append((asyncio.get_running_loop().time(), part.name))
+        self._down.add(part.name)
         part.send(signal.SIGKILL)
         await part.ended(10)
         await asyncio.sleep(RESTART_SECONDS)
+        self._down.discard(part.name)
         part.start()
 
     async def _stop(self, part: Part, seconds: float) -> None:
