@@ -12,11 +12,15 @@ class BadStream(Exception):
 
 
 class Events:
-    """Cuts bytes into the data of complete events; comments and other fields are skipped."""
+    """Cuts bytes into the data of complete events; comments and other fields are skipped.
+
+    `last_id` is the id of the event that was yielded last, or of one before it if it has none.
+    """
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[str] = []
+        self._id = self.last_id = ""
 
     def feed(self, piece: bytes) -> Iterator[str]:
         """The data of each event that ends in `piece`.
@@ -31,7 +35,10 @@ class Events:
             field, _, value = line.removesuffix(b"\r").partition(b":")
             if field == b"data":
                 self._data.append(_text(value.removeprefix(b" ")))
+            elif field == b"id":
+                self._id = _text(value.removeprefix(b" "))
             elif not field and not value and self._data:
+                self.last_id = self._id
                 yield "\n".join(self._data)
                 self._data = []
 
