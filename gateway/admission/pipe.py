@@ -155,8 +155,12 @@ class Pipe:
         self._log.info("redis.connected")
 
     async def _load(self) -> None:
-        for name in SCRIPTS:
-            await self.ask("SCRIPT", "LOAD", script(name).source)
+        """All scripts in one round trip."""
+        loads = [self._send(("SCRIPT", "LOAD", script(name).source)) for name in SCRIPTS]
+        try:
+            await asyncio.gather(*loads)
+        except ResponseError as error:
+            raise QueueUnavailable(f"Redis refused: {error}") from error
 
     async def _write(self, connection: Any) -> None:
         while True:

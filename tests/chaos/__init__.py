@@ -2,8 +2,9 @@
 
 The machine knows clock (`clock.py`), schedules of faults (`schedule.py`), what has been covered
 (`coverage.py`) and how to run, shrink and report (`machine.py`). It knows nothing of what is
-played: that is a `Scenario`. `handoffs/` is the first: prefixes on their way between workers.
+played: that is a `Scenario`. `handoffs/` plays prefixes on their way between workers, `control/`
+requests on their way through gateways, queue and workers.
 
-    python -m tests.chaos --seed 4711        # replay one schedule, step by step
-    python -m tests.chaos --count 100000     # what `make soak` does
+    python -m tests.chaos control --seed 4711        # replay one schedule, step by step
+    python -m tests.chaos handoffs --count 100000    # what `make soak` does
 """

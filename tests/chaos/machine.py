@@ -32,7 +32,9 @@ class Game(Protocol):
 
 
 class Scenario(Protocol):
-    """What is played."""
+    """What is played. `name` is what the command line calls it."""
+
+    name: str
 
     def schedule(self, seed: int) -> Schedule:
         """The schedule that belongs to a seed."""
@@ -72,13 +74,14 @@ class Failure(msgspec.Struct, frozen=True):
     found: Schedule
     cause: str
     story: tuple[str, ...]
+    scenario: str
 
     def __str__(self) -> str:
         told = "\n    ".join(self.story)
         return (
             f"{self.cause}\n  {self.schedule}\n  what happened:\n    {told}\n"
-            f"  replay: python -m tests.chaos --seed {self.found.seed} (shrunk from "
-            f"{len(self.found.faults)} faults and {len(self.found.actors)} actors)"
+            f"  replay: python -m tests.chaos {self.scenario} --seed {self.found.seed} (shrunk "
+            f"from {len(self.found.faults)} faults and {len(self.found.actors)} actors)"
         )
 
 
@@ -102,7 +105,7 @@ def shortest(scenario: Scenario, schedule: Schedule) -> Failure:
     """Shrink a schedule that fails, and tell its story."""
     small = shrink(schedule, lambda it: bool(broken(scenario, it)))
     cause, story = played(scenario, small)
-    return Failure(small, schedule, cause, tuple(story))
+    return Failure(small, schedule, cause, tuple(story), scenario.name)
 
 
 def played(

@@ -52,6 +52,8 @@ class Parts(msgspec.Struct, frozen=True):
 class Handoffs:
     """The scenario: at least eight handoffs at a time, between two workers of either kind."""
 
+    name = "handoffs"
+
     def __init__(self, parts: Parts | None = None) -> None:
         self.parts = parts or Parts()
 

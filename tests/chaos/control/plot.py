@@ -1,0 +1,195 @@
+"""What may happen to a request: the points it passes, the faults that strike, how it ends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from tests.chaos.coverage import Excuse
+from tests.chaos.schedule import Approach
+
+LEASE_SECONDS = 3.0
+LANDING_SECONDS = 2.0
+COMMIT_SECONDS = 2.0
+SILENCE_SECONDS = 3.0
+WORKER_WAIT_SECONDS = 6.0
+OUTAGE_SECONDS = 2.0
+REDIS_TIMEOUT_SECONDS = 1.6
+DEADLINE_SECONDS = 25.0
+LIMIT_SECONDS = 90.0
+LONG_SECONDS = 4.0
+RESTART_SECONDS = 1.5
+MAX_RETRIES = 3
+
+GATEWAYS = ("g0", "g1")
+PREFILLS = ("p0", "p1")
+DECODES = ("d0", "d1")
+REDIS = "redis"
+
+STATES = ("queued", "placed", "prefilling", "handing_over", "decoding", "behind", "over")
+"""Where the request's gateway says it is. `over`: it has not come, has ended, or that gateway is
+dead. `behind`: a worker goes on with what its gateway has left behind, in whatever state that is.
+"""
+
+POOL_BLOCKS = {"prefill": 16, "decode": 18}
+OFFERS = {"prefill": (20, 0), "decode": (0, 84)}
+"""What a worker publishes, in prompt tokens and tokens of decode KV: too little for all at once,
+and more than fits when answers get longer than they were expected to be.
+"""
+
+QUIET_SECONDS = 9.0
+"""Within that time of the last client's end and of whatever struck, nothing may be left: a lease,
+and the grace that everybody has after an outage of Redis.
+"""
+
+CANCEL_SECONDS = 0.15
+"""How long a worker may compute for somebody who has gone, while nothing holds the news up."""
+
+LONG_TOKENS = 48
+"""What a few ask for: enough to be gone in the middle of it."""
+
+SERVING_SECONDS = 1.0
+"""Likewise when nothing struck."""
+
+WORLD = (
+    "leave",
+    "kill gateway",
+    "kill prefill",
+    "kill decode",
+    "kill redis",
+    "stop gateway",
+    "stop prefill",
+    "stop decode",
+    "stop redis",
+    "part control",
+    "part data",
+    "part redis",
+    "cut control",
+    "cut data",
+    "cut redis",
+    "slow",
+)
+"""What happens to clients, processes and lines, whatever is under way."""
+
+MENU = {
+    "post": ("delay", *WORLD),
+    "enqueue": ("delay", *WORLD),
+    "requeue": ("delay", *WORLD),
+    "leave": ("delay", *WORLD),
+    "grant": ("drop", "delay", "again", *WORLD),
+    "Reserve": ("delay", *WORLD),
+    "Granted": ("delay", *WORLD),
+    "Refused": ("delay", *WORLD),
+    "Prefill": ("delay", *WORLD),
+    "compute": WORLD,
+    "FirstToken": ("delay", "again", *WORLD),
+    "open": ("delay", "stale", *WORLD),
+    "write": ("delay", "corrupt", *WORLD),
+    "commit": ("delay", "corrupt", *WORLD),
+    "answer": ("delay", *WORLD),
+    "HandedOver": ("delay", *WORLD),
+    "Landed": ("delay", *WORLD),
+    "step": WORLD,
+    "Tokens": ("delay", "again", *WORLD),
+    "Failed": ("delay", *WORLD),
+    "Cancel": ("delay", "again", *WORLD),
+    "token": ("delay", *WORLD),
+    "end": ("delay", *WORLD),
+}
+"""Where what may strike. A point is passed when that message leaves, or that is being computed:
+`enqueue`, `requeue` and `leave` when Redis has carried the script out and has not answered,
+`compute` in the middle of a prefill step, `step` in the middle of a decode step.
+"""
+
+_HELD_UP = ("slow", "delay", "stop gateway", "part control")
+_REDIS = tuple(it for it in WORLD if it.endswith("redis"))
+_WORKERS = tuple(it for it in WORLD if it.endswith(("prefill", "decode", "control", "data")))
+
+CAUSES: Mapping[str, Sequence[str]] = defaultdict(
+    tuple,
+    {
+        "left": ("leave",),
+        "broken": ("kill gateway",),
+        "unreachable": ("kill gateway",),
+        "QueueUnavailable": (*_REDIS, *_HELD_UP),
+        "NoWorkers": (*_REDIS, *_WORKERS, *_HELD_UP),
+        "WorkerFailed": (*_WORKERS, *_HELD_UP, "corrupt", "stale"),
+    },
+)
+"""What must have struck when a request ends in a way that is not `done`: nothing else is a reason,
+and nothing is one for a deadline that was not short.
+"""
+
+LEAST = {"WorkerFailed": MAX_RETRIES + 1}
+"""How many of them, if not one: a worker's death costs time."""
+
+OWN: Mapping[str, tuple[str, ...]] = {
+    "post": ("over",),
+    "enqueue": ("queued",),
+    "requeue": ("queued",),
+    "leave": ("over",),
+    "grant": ("queued",),
+    "Reserve": ("placed",),
+    "Granted": ("placed", "behind"),
+    "Refused": ("placed",),
+    "Prefill": ("prefilling",),
+    "compute": ("prefilling", "behind"),
+    "FirstToken": ("prefilling", "behind"),
+    "open": ("prefilling", "behind"),
+    "write": ("prefilling", "behind"),
+    "commit": ("prefilling", "behind"),
+    "answer": ("prefilling", "handing_over", "behind"),
+    "HandedOver": ("prefilling", "handing_over", "decoding", "behind"),
+    "Landed": ("prefilling", "handing_over", "behind"),
+    "step": ("prefilling", "handing_over", "decoding", "behind"),
+    "Tokens": ("prefilling", "handing_over", "decoding", "behind"),
+    "Failed": ("prefilling", "handing_over", "decoding", "behind"),
+    "Cancel": ("placed", "prefilling", "handing_over", "decoding"),
+    "token": ("handing_over", "decoding"),
+    "end": ("over",),
+}
+"""The states in which a request may be at a point; any other one counts as the last of them."""
+
+
+def state_at(point: str, state: str) -> str:
+    """A state as it is counted at that point."""
+    own = OWN[point]
+    return state if state in own else own[-1]
+
+
+LEFT_BEHIND = ("FirstToken", "commit", "answer", "Landed", "HandedOver", "step", "Tokens")
+
+_HELD = (("compute", 1, "part control", 0.25), ("compute", 1, "part control", 0.24))
+"""No cancel reaches either worker for two seconds."""
+
+APPROACHES = (
+    *[Approach((("Reserve", 1, "leave", 0.0),), (("Granted", 1),))] * 2,
+    *[Approach((("Prefill", 1, "leave", 0.0),), (("compute", 1),))] * 6,
+    *[Approach((("compute", 1, "kill gateway", 0.5),), (("open", 1), ("write", 1)))] * 2,
+    *[
+        Approach(
+            (*_HELD, ("compute", 1, "leave", 0.0)),
+            tuple((point, 1) for point in LEFT_BEHIND),
+        )
+    ]
+    * 2,
+    *[Approach((("FirstToken", 1, "delay", 0.3),), (("step", 1), ("Tokens", 1), ("answer", 1)))]
+    * 2,
+    Approach((("FirstToken", 1, "delay", 0.3),), (("HandedOver", 1), ("Landed", 1))),
+    Approach((("write", 1, "corrupt", 0.5), ("FirstToken", 1, "delay", 0.1)), (("Failed", 1),)),
+    Approach((("commit", 1, "corrupt", 0.5),), (("Failed", 1),)),
+    Approach((("Landed", 1, "delay", 0.3),), (("step", 1), ("Tokens", 1))),
+    Approach((*_HELD, ("write", 1, "corrupt", 0.5), ("commit", 1, "leave", 0.0)), (("Failed", 1),)),
+    Approach((("HandedOver", 1, "delay", 0.02),), (("Tokens", 1), ("token", 2), ("Cancel", 1))),
+)
+"""Ways into states that chance alone finds rarely; those that often miss are there repeatedly."""
+
+EXCUSES = tuple(
+    Excuse(
+        f"{point}: any other state counts as {own[-1]}",
+        (point,),
+        tuple(state for state in STATES if state not in own),
+    )
+    for point, own in OWN.items()
+)
+"""Why the other combinations cannot occur."""
