@@ -13,9 +13,11 @@ from backends.host.landings import Landings as HostLandings
 from backends.host.ledger import Holder, Ledger
 from backends.host.requests import Requests
 from backends.host.steps import StepLoop
+from backends.protocol import Cancel
 from gateway.admission.queue import Admission
 from gateway.life.fleet import Fleet
 from gateway.life.leg import Leg
+from gateway.life.worker import Worker
 from tests.chaos.control.game import Control, Parts
 from transfer.landings import Expected, Landings
 
@@ -121,11 +123,12 @@ _grow = StepLoop.__dict__["_grow"]
 # ---- gateways
 
 
-def _without_cancel(leave: Any) -> Any:
-    def left(leg: Leg, *, clean: bool) -> None:
-        leave(leg, clean=True)
+def _without_cancel(send: Any) -> Any:
+    def sent(worker: Worker, message: Any) -> None:
+        if not isinstance(message, Cancel):
+            send(worker, message)
 
-    return left
+    return sent
 
 
 def _in_arrival_order(leg: Leg, row: Any) -> None:
@@ -191,7 +194,7 @@ MUTANTS = {
     "preempts in silence": Mutant((StepLoop, "_grow", _in_silence)),
     "forgets to clean": Mutant((Janitor, "hand", lambda janitor, errand: None)),
     "keeps what a lost gateway held": Mutant((Requests, "lose", lambda requests, link: None)),
-    "loses a cancel": Mutant(_around(Leg, "_leave", _without_cancel)),
+    "loses a cancel": Mutant(_around(Worker, "send", _without_cancel)),
     "takes tokens as they come": Mutant((Leg, "token", _in_arrival_order)),
     "drops early tokens": Mutant(_around(Leg, "token", _without_early)),
     "resamples a sent token": Mutant(_around(Leg, "_spec", _resampled)),
