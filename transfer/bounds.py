@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer.kernels import I64
 from transfer.layout import Array, Landing
+from transfer.walking import I64
 
 
 class Bounds:

@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from transfer.errors import PeerLost
-from transfer.layout import Endpoint, Epoch, KVLayout, Landing, Natural
+from transfer.layout import Endpoint, Epoch, KVLayout, Landing, Natural, Positive
 from transfer.pool import Buffer as Buffer
 
 TOUCH_SECONDS = 0.05
@@ -30,11 +30,20 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class KVSlice(msgspec.Struct, frozen=True):
-    """The K and V of one layer for tokens `start` to `end` (exclusive) of the prefix."""
+    """The K and V of `layers` layers from `layer` on, for tokens `start` to `end` (exclusive)."""
 
     layer: Natural
     start: Natural
     end: Natural
+    layers: Positive = 1
+
+    def joined(self, other: KVSlice) -> KVSlice | None:
+        """Both as one slice, where `other` holds the same tokens of the layers that follow."""
+        if (self.start, self.end) != (other.start, other.end):
+            return None
+        if other.layer != self.layer + self.layers:
+            return None
+        return KVSlice(self.layer, self.start, self.end, self.layers + other.layers)
 
 
 class Receipt(msgspec.Struct, frozen=True):

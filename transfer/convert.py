@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from transfer.contract import KVSlice, Source
 from transfer.errors import PeerMisbehaved
-from transfer.kernels import COUNT, I64, TARGET, Form, Table, move, scratch_bytes
+from transfer.kernels import Form, Table, move, scratch_bytes
 from transfer.layout import ITEM_BYTES, DType, Landing
 from transfer.plan import Plan
 from transfer.pool import Pool
 from transfer.rows import Kind, Side, Walk, Walks, sides
 from transfer.scaling import Scaling, scale_counts, scale_form, table_of
+from transfer.walking import COUNT, I64, TARGET
 
 if TYPE_CHECKING:
     from transfer.digest import PrefixDigest
@@ -32,7 +33,7 @@ FRAME_BYTES = 1 << 20
 FRAME_RUNS = 8192
 """The most runs that one frame names."""
 
-WINDOW_BYTES = 256 << 10
+WINDOW_BYTES = 512 << 10
 """About how much is written before it is read again for the digest, while it is in the cache."""
 
 
@@ -92,17 +93,17 @@ class Conversion:
             PeerMisbehaved: those of the landing do, or it is for another number of tokens.
         """
         self._plan = plan
-        self._pool = Pool.of(source.layout, source.pool_blocks, source.pool)
+        self._pool = Pool.of(plan.source, source.pool_blocks, source.pool)
         self._from = sides(
-            source.layout, source.pool_blocks, source.blocks, source.tokens, plan.heads.first
+            plan.source, source.pool_blocks, source.blocks, source.tokens, plan.heads.first
         )
-        self._to = _sides_of(landing, source.tokens, plan.heads.first)
-        self._target_bytes = landing.pool_blocks * landing.layout.block_bytes
+        self._to = _sides_of(plan, landing, source.tokens)
+        self._target_bytes = landing.pool_blocks * plan.target.block_bytes
         self._source_scales = table_of(self._pool, self._from, 1)
         self._scaling: Scaling | None = None
         if plan.recode and plan.target.scales is not None:
             self._scaling = Scaling(plan, self._pool, self._from, source.tokens)
-        numbers = landing.layout.tables(landing.pool_blocks)[0].nbytes
+        numbers = plan.target.tables(landing.pool_blocks)[0].nbytes
         self._legs = [self._numbers_leg(), *self._scales_leg(numbers)]
         self._scratch = np.empty(scratch_bytes(plan.row_items), np.uint8)
         self._stage = np.empty(0, np.uint8)
@@ -114,44 +115,50 @@ class Conversion:
         return self._plan.verbatim
 
     def frames(self, part: KVSlice) -> Iterator[Frame]:
-        """Yield all of `part` that is kept, in pieces of about 1 MiB.
+        """Yield all of `part` that is kept, layer by layer, in pieces of about 1 MiB.
 
         Raises:
             ValueError: `part` is not a part of the prefix.
         """
-        start = self._first(part)
-        if start >= part.end:
-            return
-        self._scale(part.layer, start, part.end)
+        for some in self.kept(part):
+            for layer in range(some.layer, some.layer + some.layers):
+                yield from self._frames(KVSlice(layer, some.start, some.end))
+
+    def _frames(self, part: KVSlice) -> Iterator[Frame]:
+        self._scale(part)
         for leg in self._legs:
-            way = leg.walks.over(start, part.end)
+            way = leg.walks.over(part.start, part.end)
             shift = leg.start + part.layer * leg.target_step
             for staged in leg.staged(way):
                 size = int(staged.lengths.sum())
                 if self._stage.size < size:
                     self._stage = np.empty(max(size, min(FRAME_BYTES, 4 * size)), np.uint8)
                 stage = (0, 0, np.array([self._stage.ctypes.data], np.int64))
-                self._move(leg, way, staged.strips, part.layer, stage)
+                self._move(leg, way, staged.strips, part, stage)
                 yield Frame(part.layer, staged.offsets + shift, staged.lengths, self._stage[:size])
 
     def moves(self, part: KVSlice) -> tuple[I64, I64, I64]:
         """Addresses at the source, offsets at the target and lengths of the longest runs of `part`.
+
+        In the order in which `fill` puts their bytes.
 
         Raises:
             ValueError: `part` is not a part of the prefix, or the conversion is not verbatim.
         """
         if not self.verbatim:
             raise ValueError(f"nothing can be moved as it is: {self._plan.line}")
-        start = self._first(part)
-        found = [(NOWHERE, NOWHERE, NOWHERE)]
-        for leg, table, side in zip(self._legs, self._pool.tables, self._from, strict=True):
-            if start < part.end:
-                here, there, lengths = leg.walks.over(start, part.end).runs
-                here = here + (table.start + part.layer * side.along("layer"))
-                there = there + (leg.start + part.layer * leg.target_step)
-                found.append((self._pool.addresses(here), there, lengths))
-        if len(found) == 2:
-            return found[1]
+        found = []
+        for some in self.kept(part):
+            layers = np.arange(some.layer, some.layer + some.layers)[:, None]
+            for leg, table, side in zip(self._legs, self._pool.tables, self._from, strict=True):
+                here, there, lengths = leg.walks.over(some.start, some.end).runs
+                here = here + (layers * side.along("layer") + table.start)
+                there = there + (layers * leg.target_step + leg.start)
+                all_lengths = np.broadcast_to(lengths, here.shape).ravel()
+                found.append((self._pool.addresses(here.ravel()), there.ravel(), all_lengths))
+        if len(found) == 1:
+            return found[0]
+        found.append((NOWHERE, NOWHERE, NOWHERE))
         here, there, lengths = (np.concatenate(it) for it in zip(*found, strict=True))
         return here, there, lengths
 
@@ -164,35 +171,79 @@ class Conversion:
         """
         if target.nbytes != self._target_bytes:
             raise ValueError(f"pool: {target.nbytes} bytes, the landing's {self._target_bytes}")
-        tokens = max(1, WINDOW_BYTES // self._plan.token_bytes)
-        if digest is None:
-            tokens = self.tokens
-        for start in range(self._first(part), part.end, tokens):
-            end = min(part.end, start + tokens)
-            self._scale(part.layer, start, end)
-            for leg, table in zip(self._legs, target.tables, strict=True):
-                way = leg.walks.over(start, end)
-                there = (table.region_bytes, leg.target_step, table.bases)
-                self._move(leg, way, way.strips, part.layer, there)
+        for some in [part] if digest is None else self.windows(part, WINDOW_BYTES):
             if digest is not None:
-                digest.add(KVSlice(part.layer, start, end))
+                digest.add(some)
+            for kept in self.kept(some):
+                self._scale(kept)
+                for leg, table in zip(self._legs, target.tables, strict=True):
+                    way = leg.walks.over(kept.start, kept.end)
+                    there = (table.region_bytes, leg.target_step, table.bases)
+                    self._move(leg, way, way.strips, kept, there)
 
-    def _first(self, part: KVSlice) -> int:
-        """The first token of a slice that the target keeps."""
-        check_part(part, self._plan.target.layers, self.tokens)
-        return max(part.start, self._plan.target.kept(part.layer, self.tokens))
+    def size(self, part: KVSlice) -> int:
+        """Bytes of the target that make up `part`; raises as `kept`."""
+        return sum(
+            leg.walks.over(some.start, some.end).nbytes * some.layers
+            for some in self.kept(part)
+            for leg in self._legs
+        )
 
-    def _scale(self, layer: int, start: int, end: int) -> None:
+    def fill(self, part: KVSlice, address: int) -> None:
+        """Convert all of `part` to `address` on, without gaps; `size` says how much that is.
+
+        Layer by layer, numbers before scales, each in the order of the target's memory: whoever
+        knows the landing knows where each byte belongs.
+
+        Raises:
+            ValueError: `part` is not a part of the prefix.
+        """
+        for some in self.kept(part):
+            self._scale(some)
+            for leg in self._legs:
+                way = leg.walks.over(some.start, some.end)
+                self._move(leg, way, way.strips, some, (0, 0, np.array([address], np.int64)))
+                address += way.nbytes * some.layers
+
+    def windows(self, part: KVSlice, most: int) -> Iterator[KVSlice]:
+        """Cut a slice into smaller ones of about `most` bytes of the target, at least one token."""
+        layer_bytes = (part.end - part.start) * self._plan.token_bytes
+        last = part.layer + part.layers
+        if layer_bytes <= most:
+            step = most // layer_bytes
+            for layer in range(part.layer, last, step):
+                yield KVSlice(layer, part.start, part.end, min(step, last - layer))
+            return
+        step = max(1, most // self._plan.token_bytes)
+        grid = max(self._plan.source.block_tokens, self._plan.target.block_tokens)
+        step = max(1, step // grid) * grid if step >= grid else step
+        for layer in range(part.layer, last):
+            start = part.start
+            while start < part.end:
+                end = min(part.end, (start + step) // step * step)
+                yield KVSlice(layer, start, end)
+                start = end
+
+    def kept(self, part: KVSlice) -> Iterator[KVSlice]:
+        """What the target keeps of `part`, as slices of layers that go together.
+
+        Raises:
+            ValueError: `part` is not a part of the prefix.
+        """
+        return kept(self._plan, part, self.tokens)
+
+    def _scale(self, part: KVSlice) -> None:
         if self._scaling is not None:
-            self._scaling.fill(layer, start, end)
+            self._scaling.fill(part.layer, part.start, part.end)
 
-    def _move(self, leg: _Leg, way: Walk, strips: I64, layer: int, target: Table) -> None:
+    def _move(self, leg: _Leg, way: Walk, strips: I64, part: KVSlice, target: Table) -> None:
         """Where `target` has no region bytes, one strip after the other from its base on."""
         move(
             strips,
             way.steps,
             way.row_bytes,
-            layer,
+            part.layer,
+            part.layer + part.layers,
             leg.source,
             target,
             self._source_scales,
@@ -245,14 +296,14 @@ def _cut(way: Walk) -> Iterator[_Staged]:
         first, before = end, int(taken[end - 1])
 
 
-def _sides_of(landing: Landing, tokens: int, first_head: int) -> tuple[Side, ...]:
+def _sides_of(plan: Plan, landing: Landing, tokens: int) -> tuple[Side, ...]:
     """Where to write. A landing comes from another worker: what is wrong with it is not ours."""
     if landing.tokens != tokens:
         raise PeerMisbehaved(
             f"landing {landing.id}: tokens: {landing.tokens}, for a prefix of {tokens}"
         )
     try:
-        return sides(landing.layout, landing.pool_blocks, landing.blocks, tokens, first_head)
+        return sides(plan.target, landing.pool_blocks, landing.blocks, tokens, plan.heads.first)
     except ValueError as error:
         raise PeerMisbehaved(f"landing {landing.id}: {error}") from error
 
@@ -261,7 +312,25 @@ def rest_of(part: KVSlice, present: int) -> KVSlice | None:
     """What of a slice is beyond the first `present` tokens."""
     if part.start >= present:
         return part
-    return KVSlice(part.layer, present, part.end) if part.end > present else None
+    return KVSlice(part.layer, present, part.end, part.layers) if part.end > present else None
+
+
+def kept(plan: Plan, part: KVSlice, tokens: int) -> Iterator[KVSlice]:
+    """What a plan's target keeps of `part`, as slices of layers that can be dealt with at once.
+
+    Scales are found, and follow the numbers, one layer at a time.
+
+    Raises:
+        ValueError: `part` is not a part of a prefix of so many tokens.
+    """
+    check_part(part, plan.target.layers, tokens)
+    if plan.target.scales is None and not plan.target.windows:
+        yield part
+        return
+    for layer in range(part.layer, part.layer + part.layers):
+        start = max(part.start, plan.target.kept(layer, tokens))
+        if start < part.end:
+            yield KVSlice(layer, start, part.end)
 
 
 def check_part(part: KVSlice, layers: int, tokens: int) -> None:
@@ -270,8 +339,9 @@ def check_part(part: KVSlice, layers: int, tokens: int) -> None:
     Raises:
         ValueError: names the field.
     """
-    if not 0 <= part.layer < layers:
-        raise ValueError(f"layer: {part.layer} is not one of {layers}")
+    if not 0 <= part.layer < part.layer + part.layers <= layers:
+        last = part.layer + part.layers - 1
+        raise ValueError(f"layer: {part.layer} to {last} is not within {layers} layers")
     if not 0 <= part.start < part.end <= tokens:
         raise ValueError(
             f"start, end: {part.start} to {part.end} is not within a prefix of {tokens} tokens"

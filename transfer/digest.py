@@ -6,11 +6,11 @@ landing, so that each end goes through its own memory in its own order, and neit
 of an earlier handoff nor anything in a wrong place agrees. Both ends use `PrefixDigest`: the
 sender reads its source (not what it converted to send), the receiver its own pool.
 
-A scale is a tile of its own. A tile is hashed by NH on 32-bit words, twice with independent keys.
-NH is 2**-32-almost universal on strings of equal length (Black, Halevi, Krawczyk, Krovetz, Rogaway:
-UMAC, CRYPTO 1999, theorem 4.2), so two unlike tiles agree in both with a probability of at most
-2**-64, for anyone who does not know the landing's secret. Both hashes and the place then go through
-one-to-one mixing before they are added up: a single tile that hashes differently always shows.
+A scale is a tile of its own. A tile is hashed by NH on 64-bit words, which is 2**-64-almost
+universal on strings of equal length (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, CRYPTO 1999,
+theorem 4.2): two unlike tiles agree in all 128 bits with a probability of at most 2**-64, for
+anyone who does not know the landing's secret. Both halves and the place then go through one-to-one
+mixing before they are added up: a single tile that hashes differently always shows.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import msgspec
 import numpy as np
 
 from transfer.contract import Buffer, KVSlice, Proof
-from transfer.convert import check_part
-from transfer.kernels import CHUNK_KEYS, TOKEN_BITS, U64, Form, Table, add_tiles, scratch_bytes
+from transfer.convert import kept
+from transfer.kernels import TOKEN_BITS, U64, WORD_BYTES, Form, Table, add_tiles, scratch_bytes
 from transfer.layout import ITEM_BYTES, DType, KVLayout, Landing
 from transfer.plan import Plan, plan
 from transfer.pool import Pool
-from transfer.raw import CHUNK_BYTES
+from transfer.raw import PAIR_BYTES
 from transfer.rows import Kind, Side, Walks, sides
 from transfer.scaling import Scaling, canonical, scale_counts, scale_form, table_of
 
@@ -59,6 +59,7 @@ class PrefixDigest:
         Raises:
             ValueError: pool, blocks and tokens contradict each other.
         """
+        self.layers = plan.target.layers
         self._plan = plan
         self._tokens = tokens
         self._pool = Pool.of(plan.source, pool_blocks, pool)
@@ -78,17 +79,14 @@ class PrefixDigest:
         Raises:
             ValueError: `part` is not a part of the prefix.
         """
-        check_part(part, self._plan.target.layers, self._tokens)
-        self._add(part.layer, part.layer + 1, part.start, part.end)
+        for some in kept(self._plan, part, self._tokens):
+            self._add(some.layer, some.layer + some.layers, some.start, some.end)
 
     def add_all(self, start: int = 0, end: int | None = None) -> None:
         """Add the whole prefix, or tokens `start` to `end` (exclusive) of all layers."""
-        layers, end = self._plan.target.layers, self._tokens if end is None else end
-        if self._scaling is None and not self._plan.target.windows:
-            self._add(0, layers, start, end)
-            return
-        for layer in range(layers):
-            self._add(layer, layer + 1, start, end)
+        end = self._tokens if end is None else end
+        if start < end:
+            self.add(KVSlice(0, start, end, self._plan.target.layers))
 
     def result(self) -> bytes:
         """The sum so far."""
@@ -100,9 +98,6 @@ class PrefixDigest:
 
     def _add(self, first: int, last: int, start: int, end: int) -> None:
         """Add tokens `start` to `end` of layers `first` to `last`, all ends exclusive."""
-        start = max(start, self._plan.target.kept(first, self._tokens))
-        if start >= end:
-            return
         if self._scaling is not None:
             self._scaling.fill(first, start, end)
         for part in self._parts:
@@ -217,8 +212,8 @@ def _places(plan: Plan, tokens: int, origin: int = 0) -> Side:
 
 def _keys(key: bytes, tile_bytes: int) -> U64:
     """The random factors of one landing; the last is the seed."""
-    words = -(-tile_bytes // CHUNK_BYTES) * CHUNK_KEYS
-    stream = hashlib.shake_256(b"baton digest 2" + key).digest(8 * (words + 1))
+    words = -(-tile_bytes // PAIR_BYTES) * PAIR_BYTES // WORD_BYTES
+    stream = hashlib.shake_256(b"baton digest 3" + key).digest(WORD_BYTES * (words + 1))
     return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
 
 

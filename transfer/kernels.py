@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer import sockets, walking
 from transfer.raw import (
-    CHUNK_BYTES,
+    PAIR_BYTES,
     as_float,
     compiled,
     copy,
@@ -21,7 +22,6 @@ from transfer.raw import (
     inlined,
     load8,
     load32,
-    load64,
     nh,
     prefetch,
     store8,
@@ -42,8 +42,8 @@ from transfer.rounding import (
     settle,
     widen,
 )
+from transfer.walking import COUNT, FROM_SCALE, I64, PLANE, SOURCE, TARGET, TO_SCALE
 
-I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 Step = tuple[int, int, int, int]
 Table = tuple[int, int, I64]
@@ -53,29 +53,23 @@ Form = tuple[int, int, int, int, int, int, int, int]
 numbers' first and end, the kind of the source's scales (or `UNSCALED`), whether the target is
 scaled."""
 
-SOURCE, TARGET, FROM_SCALE, TO_SCALE, COUNT, PLANE = range(6)
-"""Columns of a walk's strips; the first four have a step each."""
-
 UNSCALED = -1
 AHEAD_BYTES = 2048
 """How far before a tile is hashed its memory is asked for."""
 
+LINE_BYTES = 64
 WORD_BYTES = 8
-CHUNK_KEYS = 32
-"""Words of the key for each chunk of a tile."""
 
 TOKEN_BITS = 32
 """Places of neighbouring heads are so many bits apart; below them is the token."""
 
 TOKENS = (1 << TOKEN_BITS) - 1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-LOW = np.uint64(0xFFFFFFFF)
-HALF = np.uint64(32)
 
 
 def scratch_bytes(items: int) -> int:
     """Room that `move` and `add_tiles` need where rows have `items` numbers."""
-    return 12 * items + 2 * CHUNK_BYTES
+    return 12 * items + LINE_BYTES
 
 
 @inlined
@@ -191,10 +185,10 @@ def _convert(
 
 @compiled
 def move(
-    strips: I64, steps: Step, row_bytes: tuple[int, int], layer: int, source: Table,
+    strips: I64, steps: Step, row_bytes: tuple[int, int], first: int, last: int, source: Table,
     target: Table, source_scales: Table, scales: int, form: Form, scratch: int,
 ) -> None:  # fmt: skip
-    """Carry out a walk for one layer.
+    """Carry out a walk for layers `first` to `last` (exclusive).
 
     A target without region bytes is written from its base on, without gaps, as the walk goes.
     `scales` is the address of the target's, as float32.
@@ -208,30 +202,31 @@ def move(
     room = scratch + 8 * items
     scale, to_scale = np.float32(0), np.float32(0)
     at = target[2][0]
-    for i in range(len(strips)):
-        count = strips[i, COUNT]
-        begin = _at(source, strips[i, SOURCE], layer)
-        if not gapless:
-            at = _at(target, strips[i, TARGET], layer)
-        paired = how != SAME and strips[i, PLANE] == 0
-        if plain and not paired and joined:
-            copy(at, begin, count * row_bytes[0])
-        elif plain and not paired:
-            _copy_rows(begin, at, count, step, to_step, row_bytes[0])
-        else:
-            for c in range(count):
-                if scale_kind != UNSCALED:
-                    offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
-                    scale = _scale(source_scales, scale_kind, offset, layer, room)
-                if form[7]:
-                    where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
-                    to_scale = as_float(load32(where, 0))
-                _convert(
-                    begin + c * step, at + c * to_step, items, paired, form, scale, to_scale,
-                    scratch,
-                )  # fmt: skip
-        if gapless:
-            at += count * row_bytes[1]
+    for layer in range(first, last):
+        for i in range(len(strips)):
+            count = strips[i, COUNT]
+            begin = _at(source, strips[i, SOURCE], layer)
+            if not gapless:
+                at = _at(target, strips[i, TARGET], layer)
+            paired = how != SAME and strips[i, PLANE] == 0
+            if plain and not paired and joined:
+                copy(at, begin, count * row_bytes[0])
+            elif plain and not paired:
+                _copy_rows(begin, at, count, step, to_step, row_bytes[0])
+            else:
+                for c in range(count):
+                    if scale_kind != UNSCALED:
+                        offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
+                        scale = _scale(source_scales, scale_kind, offset, layer, room)
+                    if form[7]:
+                        where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
+                        to_scale = as_float(load32(where, 0))
+                    _convert(
+                        begin + c * step, at + c * to_step, items, paired, form, scale, to_scale,
+                        scratch,
+                    )  # fmt: skip
+            if gapless:
+                at += count * row_bytes[1]
 
 
 @compiled
@@ -275,28 +270,47 @@ def _mix(value: Any) -> Any:
 
 
 @inlined
-def _hash(address: int, size: int, keys: int, scratch: int) -> tuple[Any, Any]:
-    """Both NH sums over a tile of `size` bytes; `scratch` has room for one chunk."""
-    if size <= WORD_BYTES:
-        word = np.uint64(0)
-        for i in range(size):
-            word |= np.uint64(load8(address, i)) << np.uint64(8 * i)
-        upper = word >> HALF
-        first = ((word + load64(keys, 0)) & LOW) * ((upper + load64(keys, 1)) & LOW)
-        second = ((word + load64(keys, 2)) & LOW) * ((upper + load64(keys, 3)) & LOW)
-        return first, second
-    chunks = size // CHUNK_BYTES
-    left = size - chunks * CHUNK_BYTES
-    first, second = np.uint64(0), np.uint64(0)
-    if chunks:
-        first, second = nh(address, chunks, keys)
-    if left:
-        copy(scratch, address + chunks * CHUNK_BYTES, left)
-        for i in range(left, CHUNK_BYTES):
-            store8(scratch, i, np.uint8(0))
-        one, other = nh(scratch, 1, keys + chunks * CHUNK_KEYS * WORD_BYTES)
-        first, second = first + one, second + other
-    return first, second
+def _hash(address: int, size: int, keys: int, scratch: int) -> Any:
+    """NH of a tile of `size` bytes, filled up with zeros, in halves; `scratch` has room for 16."""
+    if size == 128:
+        return nh(address, keys, 8)
+    if size == 256:
+        return nh(address, keys, 16)
+    low, high = np.uint64(0), np.uint64(0)
+    whole = size // PAIR_BYTES * PAIR_BYTES
+    for at in range(0, whole, PAIR_BYTES):
+        low, high = _sum(low, high, nh(address + at, keys + at, 1))
+    if whole < size:
+        for i in range(PAIR_BYTES):
+            store8(scratch, i, load8(address, whole + i) if whole + i < size else np.uint8(0))
+        low, high = _sum(low, high, nh(scratch, keys + whole, 1))
+    return low, high
+
+
+@inlined
+def _sum(low: Any, high: Any, more: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Of numbers of 128 bits, in halves."""
+    total = low + more[0]
+    return total, high + more[1] + np.uint64(total < low)
+
+
+@inlined
+def _add_strip(
+    tile: int, step: int, count: int, size: int, tags: tuple[Any, Any], key: int, scratch: int
+) -> tuple[Any, Any]:
+    """The sums over `count` tiles `step` bytes apart; `tags` stand for the places, in two parts."""
+    x, y = np.uint64(0), np.uint64(0)
+    tag = tags[0]
+    for _ in range(count):
+        for line in range(0, size, LINE_BYTES):
+            prefetch(tile + AHEAD_BYTES + line)
+        low, high = _hash(tile, size, key, scratch)
+        low = _mix(low + tag)
+        x += low
+        y += _mix(high + low)
+        tile += step
+        tag += tags[1]
+    return x, y
 
 
 @compiled
@@ -314,50 +328,59 @@ def add_tiles(
     how, kind, to_kind, dim, _, _, scale_kind, to_scaled = form
     plain = kind == to_kind and scale_kind == UNSCALED and not to_scaled
     seed = keys[-1]
-    tile_bytes, to_tile_bytes = dim * item_bytes(kind), dim * item_bytes(to_kind)
+    to_tile_bytes = dim * item_bytes(to_kind)
     step = steps[TARGET]
-    ahead = max(step, AHEAD_BYTES // step * step)
     converted = scratch + 8 * dim
     room = scratch + 12 * dim
     scale, to_scale = np.float32(0), np.float32(0)
     for layer in range(first, last):
         for i in range(len(strips)):
-            begin = _at(source, strips[i, TARGET], layer)
+            tile = _at(source, strips[i, TARGET], layer)
+            count = strips[i, COUNT]
             place = strips[i, SOURCE] + layer * layer_places
+            tags = np.uint64(place) * GOLDEN + seed, np.uint64(steps[SOURCE]) * GOLDEN
             paired = how != SAME and strips[i, PLANE] == 0
             line_of = (strips[i, SOURCE] & TOKENS) // apart
             x, y = sums[line_of, 0], sums[line_of, 1]
-            for c in range(strips[i, COUNT]):
-                tile = begin + c * step
-                for line in range(0, tile_bytes, CHUNK_BYTES):
-                    prefetch(tile + ahead + line)
-                if not plain or paired:
-                    if scale_kind != UNSCALED:
-                        offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
-                        scale = _scale(source_scales, scale_kind, offset, layer, room)
-                    if to_scaled:
-                        where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
-                        to_scale = as_float(load32(where, 0))
-                    _convert(tile, converted, dim, paired, form, scale, to_scale, scratch)
-                    tile = converted
-                one, other = _hash(tile, to_tile_bytes, key, room)
-                one = _mix(one + np.uint64(place + c * steps[SOURCE]) * GOLDEN + seed)
-                x += one
-                y += _mix(other + one)
+            if plain and not paired:
+                # Told the size, the compiler leaves no loop within a tile.
+                if to_tile_bytes == 128:
+                    more = _add_strip(tile, step, count, 128, tags, key, room)
+                elif to_tile_bytes == 256:
+                    more = _add_strip(tile, step, count, 256, tags, key, room)
+                else:
+                    more = _add_strip(tile, step, count, to_tile_bytes, tags, key, room)
+                sums[line_of, 0], sums[line_of, 1] = x + more[0], y + more[1]
+                continue
+            for c in range(count):
+                if scale_kind != UNSCALED:
+                    offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
+                    scale = _scale(source_scales, scale_kind, offset, layer, room)
+                if to_scaled:
+                    where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
+                    to_scale = as_float(load32(where, 0))
+                _convert(
+                    tile + c * step, converted, dim, paired, form, scale, to_scale, scratch
+                )  # fmt: skip
+                one = tags[0] + np.uint64(c) * tags[1], tags[1]
+                more = _add_strip(converted, 0, 1, to_tile_bytes, one, key, room)
+                x, y = x + more[0], y + more[1]
             sums[line_of, 0], sums[line_of, 1] = x, y
 
 
 def warm_up() -> None:
     """Compile every kernel or load it from disk, so that no handoff has to wait for that."""
+    sockets.warm_up()
+    walking.warm_up()
     memory = np.zeros(1024, np.uint8)
     at = memory.ctypes.data
     copy_runs(*(np.zeros(0, np.int64) for _ in range(3)))
     table = (1024, 0, np.array([at], np.int64))
     strips = np.array([[0, 128, 0, 0, 1, 0]], np.int64)
-    keys, sums = np.zeros(CHUNK_KEYS + 1, np.uint64), np.zeros((1, 2), np.uint64)
+    keys, sums = np.zeros(3, np.uint64), np.zeros((1, 2), np.uint64)
     form = (TO_HALF, FLOAT32, FLOAT16, 2, 0, 2, UNSCALED, 0)
     steps = (8, 8, 0, 0)
-    move(strips, steps, (8, 4), 0, table, table, table, at, form, at + 512)
+    move(strips, steps, (8, 4), 0, 1, table, table, table, at, form, at + 512)
     find_scales(strips, steps, 0, table, table, at, form, at + 512)
     settle_scales(at, 1, INT8, FLOAT32, at + 512)
     add_tiles(

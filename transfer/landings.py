@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
@@ -16,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfer.bounds import Bounds
-from transfer.contract import Arrival, Buffer, KVSlice, Proof, nobody_minds
+from transfer.contract import Arrival, Buffer, KVSlice, Proof, Source, nobody_minds
 from transfer.digest import PrefixDigest, add_up, apart, landing_key, seal
 from transfer.errors import DigestMismatch, KeptChanged, LandingGone, PeerMisbehaved
-from transfer.layout import Epoch, KVLayout, Landing, Shard
-from transfer.plan import plan
+from transfer.layout import Epoch, KVLayout, Landing
+from transfer.plan import Plan, plan
 from transfer.pool import Pool
 from transfer.rows import scatter
 
@@ -45,7 +46,6 @@ class Expected:
         if not kept == landing.present < landing.tokens:
             raise ValueError(f"present: {landing.present} tokens, with {len(proofs)} proofs")
         self.landing = landing
-        self._buffer = pool
         self.pool = Pool.of(landing.layout, landing.pool_blocks, pool)
         if not self.pool.writable:
             raise ValueError("pool: the buffer is read-only")
@@ -87,37 +87,45 @@ class Expected:
     def digest(self, number: int = 0, of: int = 1) -> bytes:
         """Compute the digest of each block that lies in the pool. Slow; any thread.
 
-        Or share `number` of so many, which make up the whole (`total`). What is present is
-        digested under the keys that it was proven with, with all heads that lie here.
+        Or share `number` of so many, which make up the whole (`total`).
         """
-        landing, start, shares = self.landing, 0, []
-        for key, some in groupby(self._proofs, key=lambda it: it.key):
-            end = start + len(list(some)) * landing.layout.block_tokens
-            shares.append(self._digest(None, key, (start, end), (number, of)))
-            start = end
-        rest, key = (start, landing.tokens), landing_key(landing)
-        shares.append(self._digest(landing.heads, key, rest, (number, of)))
+        rest = self.landing.present, self.landing.tokens
+        shares = [self.digest_of_present(number, of), _share(self.begin_digest(), *rest, number, of)]
         return total(shares)
 
-    def _digest(
-        self, heads: Shard | None, key: bytes, tokens: tuple[int, int], share: tuple[int, int]
-    ) -> bytes:
-        landing, (number, of) = self.landing, share
-        digest = PrefixDigest(
-            plan(landing.layout, landing.layout, heads=heads),
-            self._buffer,
-            landing.pool_blocks,
-            landing.blocks,
-            landing.tokens,
-            key,
-            landing.layout.block_tokens,
-        )
-        if of == 1:
-            digest.add_all(*tokens)
-        else:
-            for layer in range(number, landing.layout.layers, of):
-                digest.add(KVSlice(layer, *tokens))
-        return digest.parts()
+    def digest_of_present(self, number: int = 0, of: int = 1) -> bytes:
+        """The part of `digest` for what is present.
+
+        Under the keys that it was proven with, with all heads that lie here.
+        """
+        layout = self.landing.layout
+        start, shares = 0, [self.begin_digest().parts()]  # at least so many blocks
+        for key, some in groupby(self._proofs, key=lambda it: it.key):
+            end = start + len(list(some)) * layout.block_tokens
+            digest = self._begin(plan(layout, layout), key)
+            shares.append(_share(digest, start, end, number, of))
+            start = end
+        return total(shares)
+
+    def begin_digest(self) -> PrefixDigest:
+        """A digest of each block of this landing to which nothing has been added yet."""
+        return self._begin(self.plan, landing_key(self.landing))
+
+    def _begin(self, agreed: Plan, key: bytes) -> PrefixDigest:
+        it = self.landing
+        size = it.layout.block_tokens
+        return PrefixDigest(agreed, self.pool, it.pool_blocks, it.blocks, it.tokens, key, size)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """From the landing to itself."""
+        return plan(self.landing.layout, self.landing.layout, heads=self.landing.heads)
+
+    @property
+    def source(self) -> Source:
+        """The landing as if it were to be handed over."""
+        it = self.landing
+        return Source(it.layout, self.pool, it.pool_blocks, it.blocks, it.tokens)
 
     def begin_verifying(self) -> None:
         """Accept no more writes: from now on the digest is being computed."""
@@ -256,6 +264,16 @@ class Landings:
         """Drop an entry that is over, unless its id has been entered anew."""
         if self._book.get(entry.landing.id) is entry:
             del self._book[entry.landing.id]
+
+
+def _share(digest: PrefixDigest, start: int, end: int, number: int, of: int) -> bytes:
+    """Share `number` of so many of the digest of tokens `start` to `end`: some of the layers."""
+    if of == 1:
+        digest.add_all(start, end)
+    else:
+        for layer in range(number, digest.layers, of):
+            digest.add(KVSlice(layer, start, end))
+    return digest.parts()
 
 
 def total(shares: Iterable[bytes]) -> bytes:

@@ -6,6 +6,7 @@ Nothing here moves a byte or knows an accelerator; `plan.py` compares two layout
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import cached_property
 from math import prod
 from typing import Annotated, Literal, cast
@@ -70,24 +71,24 @@ class Order(msgspec.Struct, frozen=True):
     apart: tuple[Axis, ...]
 
 
-class Array(msgspec.Struct, frozen=True):
+class Array(msgspec.Struct, frozen=True, dict=True):
     """One of the arrays that a pool consists of: the lengths of its axes, the bytes of an item."""
 
     order: Order
     sizes: dict[str, int]
     item_bytes: int
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all of it."""
         return prod(self.sizes.values()) * self.item_bytes
 
-    @property
+    @cached_property
     def regions(self) -> int:
         """Regions in which it lies, all of one size."""
         return prod(self.sizes[axis] for axis in self.order.apart)
 
-    @property
+    @cached_property
     def strides(self) -> dict[str, int]:
         """How many bytes apart two neighbours along each axis lie."""
         apart: dict[str, int] = {}
@@ -207,13 +208,18 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def tables(self, pool_blocks: int) -> tuple[Array, ...]:
         """The arrays of a pool of `pool_blocks` blocks: the numbers, then the scales, if any."""
+        kept: tuple[int, tuple[Array, ...]] | None = self.__dict__.get("_tables")
+        if kept is None or kept[0] != pool_blocks:  # mostly asked for one and the same pool
+            kept = self.__dict__["_tables"] = pool_blocks, tuple(self._arrays(pool_blocks))
+        return kept[1]
+
+    def _arrays(self, pool_blocks: int) -> Iterator[Array]:
         sizes = self.sizes(pool_blocks)
-        numbers = Array(self._numbers, sizes, self.item_bytes)
-        if self.scales is None:
-            return (numbers,)
-        order = read_axes(self.scales.axes)
-        lengths = {str(axis): sizes.get(axis, 1) for axis in order.axes}
-        return numbers, Array(order, lengths, ITEM_BYTES[self.scales.dtype])
+        yield Array(self._numbers, sizes, self.item_bytes)
+        if self.scales is not None:
+            order = read_axes(self.scales.axes)
+            lengths = {str(axis): sizes.get(axis, 1) for axis in order.axes}
+            yield Array(order, lengths, ITEM_BYTES[self.scales.dtype])
 
     @property
     def item_bytes(self) -> int:

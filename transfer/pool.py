@@ -6,6 +6,7 @@ else counts offsets through all of them; only who copies asks `Pool` for address
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Self
 
 import msgspec
@@ -16,8 +17,8 @@ from transfer.layout import Array, KVLayout
 
 Buffer = Any
 """A whole pool: an object with the buffer protocol, C-contiguous, that holds all regions one after
-the other; or a list or tuple of such objects, one for each region, those of the scales last. The
-target's is writable."""
+the other; or a list or tuple of such objects, one for each region, those of the scales last; or a
+`Pool`. The target's is writable."""
 
 
 class Table(msgspec.Struct, frozen=True, eq=False):
@@ -42,15 +43,17 @@ class Pool:
     def __init__(self, layout: KVLayout, blocks: int, regions: list[NDArray[np.uint8]]) -> None:
         """Take regions of the right number and sizes; `Pool.of` is the way in."""
         self.regions = tuple(regions)
-        self.nbytes = sum(it.size for it in regions)
-        self.starts: NDArray[np.int64] = np.cumsum([0, *(it.size for it in regions)])
+        self.layout, self.blocks = layout, blocks
+        sizes = [it.size for it in regions]
+        self.starts: NDArray[np.int64] = np.array([0, *itertools.accumulate(sizes)], np.int64)
         self.bases: NDArray[np.int64] = np.array([it.ctypes.data for it in regions], np.int64)
+        self.nbytes = int(self.starts[-1])
         tables = []
         first = 0
         for array in layout.tables(blocks):
             bases = self.bases[first : first + array.regions]
             size = array.nbytes // array.regions
-            if (np.diff(bases) == size).all():
+            if len(bases) == 1 or (np.diff(bases) == size).all():
                 bases, size = bases[:1], array.nbytes
             tables.append(Table(int(self.starts[first]), size, bases))
             first += array.regions
@@ -63,6 +66,10 @@ class Pool:
         Raises:
             ValueError: their number or length is not that of such a pool.
         """
+        if isinstance(buffers, cls):
+            if buffers.blocks != blocks or buffers.layout != layout:
+                raise ValueError(f"pool: it is not one of {blocks} blocks in this layout")
+            return buffers
         arrays = layout.tables(blocks)
         if isinstance(buffers, list | tuple):
             flat = [np.frombuffer(it, dtype=np.uint8) for it in buffers]
@@ -79,7 +86,9 @@ class Pool:
             raise ValueError(
                 f"pool: {whole.size} bytes are not {blocks} blocks of {layout.block_bytes}"
             )
-        return cls(layout, blocks, np.split(whole, np.cumsum(_sizes(arrays))[:-1]))
+        ends = list(itertools.accumulate(_sizes(arrays)))
+        cuts = itertools.pairwise([0, *ends])
+        return cls(layout, blocks, [whole[start:end] for start, end in cuts])
 
     @property
     def writable(self) -> bool:

@@ -22,7 +22,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
 
-_FILES = [Path(__file__).with_name(it) for it in ("raw.py", "rounding.py", "kernels.py")]
+_NAMES = ("raw.py", "rounding.py", "walking.py", "kernels.py")
+_FILES = [Path(__file__).with_name(it) for it in _NAMES]
 SOURCES = hashlib.sha256(b"".join(it.read_bytes() for it in _FILES)).hexdigest()
 
 
@@ -86,7 +87,7 @@ def _storer(kind: Any, word: ir.Type) -> Any:
 load8, store8 = _loader(types.uint8, ir.IntType(8)), _storer(types.uint8, ir.IntType(8))
 load16, store16 = _loader(types.uint16, ir.IntType(16)), _storer(types.uint16, ir.IntType(16))
 load32, store32 = _loader(types.uint32, ir.IntType(32)), _storer(types.uint32, ir.IntType(32))
-load64 = _loader(types.uint64, ir.IntType(64))
+load64, store64 = _loader(types.uint64, ir.IntType(64)), _storer(types.uint64, ir.IntType(64))
 
 
 def _bitcast(source: Any, target: Any, word: ir.Type) -> Any:
@@ -155,66 +156,64 @@ def prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-CHUNK_BYTES = 64
-"""What `nh` reads at a time: one vector of eight 64-bit words."""
-
-_PAIR: Any = types.UniTuple
 _declare: Any = cgutils.get_or_insert_function
-_WORD = ir.IntType(64)
-_VECTOR = ir.VectorType(_WORD, CHUNK_BYTES // 8)
-_SUM = "llvm.vector.reduce.add.v8i64"
 
 
-def _product(builder: Any, one: Any, other: Any) -> Any:
-    """The products of the lower 32 bits of each lane, 64 bits wide."""
-    low = ir.Constant(_VECTOR, [0xFFFFFFFF] * _VECTOR.count)
-    return builder.mul(builder.and_(one, low), builder.and_(other, low))
+def _on_socket(name: str) -> Any:
+    def call(typing: Any, descriptor: Any, message: Any, flags: Any) -> Any:
+        """`sendmsg` or `recvmsg` with a `struct msghdr` at an address: bytes, or minus `errno`."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.IntType(64), [number, _POINTER, number])
+            function = _declare(builder.module, kind, name)
+            where = ir.FunctionType(number.as_pointer(), [])
+            error = _declare(builder.module, where, "__errno_location")
+            descriptor, flags = (builder.trunc(arguments[it], number) for it in (0, 2))
+            message = builder.inttoptr(arguments[1], _POINTER)
+            count = builder.call(function, [descriptor, message, flags])
+            code = builder.sext(builder.load(builder.call(error, [])), count.type)
+            failed = builder.icmp_signed("<", count, ir.Constant(count.type, 0))
+            return builder.select(failed, builder.neg(code), count)
+
+        return types.int64(types.int64, types.int64, types.int64), generate
+
+    return intrinsic(call)
 
 
-def _nh_step(builder: Any, data: Any, keys: Any, chunk: Any) -> tuple[Any, Any]:
-    """What one chunk adds to either sum, lane by lane."""
-    word = builder.load(builder.gep(data, [chunk]), align=1)
-    upper = builder.lshr(word, ir.Constant(_VECTOR, [32] * _VECTOR.count))
-    first = builder.mul(chunk, ir.Constant(_WORD, 4))
-    key = [
-        builder.load(builder.gep(keys, [builder.add(first, ir.Constant(_WORD, it))]), align=8)
-        for it in range(4)
-    ]
-    one = _product(builder, builder.add(word, key[0]), builder.add(upper, key[1]))
-    other = _product(builder, builder.add(word, key[2]), builder.add(upper, key[3]))
-    return one, other
+sendmsg, recvmsg = _on_socket("sendmsg"), _on_socket("recvmsg")
+
+PAIR_BYTES = 16
+"""What one product of `nh` takes in: two words of 64 bits."""
+
+_WORD, _WIDE = ir.IntType(64), ir.IntType(128)
+_PAIR: Any = types.UniTuple
 
 
 @intrinsic
-def nh(typing: Any, address: Any, chunks: Any, keys: Any) -> Any:
-    """NH over `chunks` (at least one) of `CHUNK_BYTES` each, twice, with keys of their own.
+def nh(typing: Any, address: Any, keys: Any, pairs: Any) -> Any:
+    """NH over `pairs` (a literal) pairs of 64-bit words at `address`, with as many at `keys`.
 
-    `keys` is the address of 4 * 8 words of 64 bits for each chunk, of which the lower halves
-    count: eight for the lower and eight for the upper halves of the chunk's words, then the same
-    for the second sum. Written out because loops over tiles this small do not vectorise well.
+    The sum of the products of (word + key) * (word + key), modulo 2**128: its lower and its upper
+    half. Written out because there is no such product in Python's types.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data, table = (
-            builder.inttoptr(it, _VECTOR.as_pointer()) for it in (arguments[0], arguments[2])
-        )
-        entry = builder.block
-        loop = builder.append_basic_block("nh.loop")
-        done = builder.append_basic_block("nh.done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        chunk, *sums = (builder.phi(it) for it in (_WORD, _VECTOR, _VECTOR))
-        added = _nh_step(builder, data, table, chunk)
-        totals = [builder.add(total, more) for total, more in zip(sums, added, strict=True)]
-        following = builder.add(chunk, ir.Constant(_WORD, 1))
-        for phi, value in ((chunk, following), *zip(sums, totals, strict=True)):
-            phi.add_incoming(ir.Constant(phi.type, None), entry)
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, arguments[1]), loop, done)
-        builder.position_at_end(done)
-        kind = ir.FunctionType(_WORD, [_VECTOR])
-        reduce = _declare(builder.module, kind, _SUM)
-        lanes = [builder.call(reduce, [total]) for total in totals]
-        return context.make_tuple(builder, signature.return_type, lanes)
+        data, key = (builder.inttoptr(it, _WORD.as_pointer()) for it in arguments[:2])
 
-    return _PAIR(types.uint64, 2)(types.int64, types.int64, types.int64), generate
+        def factor(number: int) -> Any:
+            index = [ir.Constant(_WORD, number)]
+            word = builder.load(builder.gep(data, index), align=1)
+            keyed = builder.add(word, builder.load(builder.gep(key, index), align=8))
+            return builder.zext(keyed, _WIDE)
+
+        total = ir.Constant(_WIDE, 0)
+        for number in range(0, 2 * pairs.literal_value, 2):
+            total = builder.add(total, builder.mul(factor(number), factor(number + 1)))
+        upper = builder.lshr(total, ir.Constant(_WIDE, 64))
+        halves = [builder.trunc(it, _WORD) for it in (total, upper)]
+        return context.make_tuple(builder, signature.return_type, halves)
+
+    if not isinstance(pairs, types.IntegerLiteral):
+        return None
+    return _PAIR(types.uint64, 2)(types.int64, types.int64, pairs), generate

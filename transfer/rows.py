@@ -10,24 +10,15 @@ Knows neither what the numbers mean nor where memory is: all offsets are bytes (
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from transfer.kernels import (
-    COUNT,
-    FROM_SCALE,
-    I64,
-    PLANE,
-    SOURCE,
-    TARGET,
-    TO_SCALE,
-    copy_runs,
-)
+from transfer.kernels import copy_runs
 from transfer.layout import Axis, KVLayout, Order
+from transfer.walking import BLOCK, COUNT, HEAD, I64, KV, TARGET, find_runs, lay_out
 
 MAX_POOL_BYTES = 1 << 62
 """Beyond this, places would not fit into 64 bits."""
@@ -36,6 +27,8 @@ STRIP_BYTES = 1 << 20
 """The most that one strip holds, unless a single row is more."""
 
 
+NUMBERED = {"block": BLOCK, "kv": KV, "head": HEAD}
+NO_BLOCKS: I64 = np.zeros(0, np.int64)
 KEPT_STRIPS = 1 << 18
 """Walks are kept up to so many strips; each takes 48 bytes, and as much again for its runs."""
 
@@ -63,11 +56,11 @@ class Side(msgspec.Struct, frozen=True, eq=False):
     wrap: int
     region: int
 
-    def at(self, tokens: I64) -> I64:
-        """Where the first number of each of `tokens` lies, in layer 0, plane 0, head 0."""
-        block, within = np.divmod(tokens, self.block_tokens)
-        there: I64 = self.blocks[block] * self.step["block"] + within * self.step["token"]
-        return there + self.origin
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What `walking.lay_out` wants to know, but for the blocks."""
+        steps = (self.along(it) for it in ("block", "token", "kv", "head"))
+        return self.block_tokens, *steps, self.origin
 
     def along(self, axis: str) -> int:
         """How far apart neighbours along `axis` are; 0 if the array has no such axis."""
@@ -84,10 +77,10 @@ def sides(
     """
     if pool_blocks * layout.block_bytes >= MAX_POOL_BYTES:
         raise ValueError(f"pool_blocks: {pool_blocks} is more than memory can hold")
-    numbers = np.asarray(blocks, dtype=np.int64)
     if len(blocks) < layout.blocks_for(tokens):
         raise ValueError(f"blocks: {len(blocks)} do not hold {tokens} tokens")
-    if len(blocks) and not 0 <= numbers.min() <= numbers.max() < pool_blocks:
+    numbers = np.array(blocks, dtype=np.int64)
+    if len(blocks) and not 0 <= min(blocks) <= max(blocks) < pool_blocks:
         raise ValueError(f"blocks: not all of them are in a pool of {pool_blocks}")
     made = []
     for table in layout.tables(pool_blocks):
@@ -102,7 +95,7 @@ def sides(
 class Walk(msgspec.Struct, frozen=True, eq=False, dict=True):
     """The strips of a slice in layer 0, in the order of the target.
 
-    `strips` has a line for each, whose columns `kernels.py` names, and `steps` says how far apart
+    `strips` has a line for each, whose columns `walking.py` names, and `steps` says how far apart
     the rows of a strip are; `row_bytes` is a row's length, both at the source and at the target.
     """
 
@@ -112,50 +105,28 @@ class Walk(msgspec.Struct, frozen=True, eq=False, dict=True):
     source: Side
     target: Side
 
-    def rows(self) -> tuple[I64, I64]:
-        """Where each single row begins, at the source and at the target."""
-        count = self.strips[:, COUNT]
-        within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-        source, target = (
-            np.repeat(self.strips[:, column], count) + within * self.steps[column]
-            for column in (SOURCE, TARGET)
-        )
-        return source, target
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the target."""
+        return int(self.strips[:, COUNT].sum()) * self.row_bytes[TARGET]
 
     @property
     def target_runs(self) -> tuple[I64, I64]:
         """Offsets and lengths of the longest runs that the walk makes of the target."""
-        if self.steps[TARGET] == self.row_bytes[TARGET]:
-            target = self.strips[:, TARGET]
-            lengths = self.strips[:, COUNT] * self.row_bytes[TARGET]
-        else:
-            _, target = self.rows()
-            lengths = np.full(len(target), self.row_bytes[TARGET])
-        first = self._first_of_run(target, lengths, np.zeros(len(target), np.bool_))
-        return target[first], np.add.reduceat(lengths, first)
+        _, there, lengths = self._runs(both=False)
+        return there, lengths
 
     @cached_property
     def runs(self) -> tuple[I64, I64, I64]:
         """Offsets at the source and at the target, and lengths, of what can be copied at once."""
-        if self.steps[:2] == self.row_bytes:
-            source, target = self.strips[:, SOURCE], self.strips[:, TARGET]
-            lengths = self.strips[:, COUNT] * self.row_bytes[TARGET]
-        else:
-            source, target = self.rows()
-            lengths = np.full(len(target), self.row_bytes[TARGET])
-        jumps = np.zeros(len(source), np.bool_)
-        jumps[1:] = source[1:] != source[:-1] + lengths[:-1]
-        jumps[1:] |= source[1:] % self.source.region == 0
-        first = self._first_of_run(target, lengths, jumps)
-        return source[first], target[first], np.add.reduceat(lengths, first)
+        return self._runs(both=True)
 
-    def _first_of_run(self, target: I64, lengths: I64, jumps: NDArray[np.bool_]) -> I64:
-        # The last block and, one round of blocks further, the first are no neighbours.
-        after = target[1:]
-        jumps[1:] |= (after != target[:-1] + lengths[:-1]) | (after % self.target.wrap == 0)
-        jumps[1:] |= after % self.target.region == 0
-        jumps[0] = True
-        return np.flatnonzero(jumps)
+    def _runs(self, *, both: bool) -> tuple[I64, I64, I64]:
+        bounds = self.source.region, self.target.region, self.target.wrap
+        found: tuple[I64, I64, I64] = find_runs(
+            self.strips, self.steps[:2], self.row_bytes, bounds, both
+        )
+        return found
 
 
 class Kind(msgspec.Struct, frozen=True, eq=False):
@@ -170,57 +141,42 @@ class Kind(msgspec.Struct, frozen=True, eq=False):
     scales: tuple[Side | None, Side | None] = (None, None)
 
 
-def walk(source: Side, target: Side, start: int, end: int, kind: Kind) -> Walk:
-    """The walk over tokens `start` to `end`."""
-    counts, row_bytes = kind.counts, kind.row_bytes
-    order = [
-        axis
-        for axis in target.order.axes
-        if axis != "layer" and axis not in kind.inner and counts.get(axis) != 1
-    ]
-    along: str = order[-1]  # along which strips lie, if rows are at constant distance there
-    if along not in ("token", "head") or along in (*source.order.apart, *target.order.apart):
-        along = "none"
-    tokens, lengths = _pieces(source, target, start, end, along, max(row_bytes))
-    there = target.at(tokens)
-    if (there[1:] < there[:-1]).any():
-        rank = np.argsort(there, kind="stable")
-        tokens, there, lengths = tokens[rank], there[rank], lengths[rank]
-    columns = {SOURCE: source, TARGET: target, FROM_SCALE: kind.scales[0], TO_SCALE: kind.scales[1]}
-    known = {column: side for column, side in columns.items() if side is not None}
-    axes = [axis for axis in order if axis not in ("token", along)]
-    shape = [len(there) if it == "block" else counts[it] for it in axes]
-    strips = np.zeros((*shape, len(columns) + 2), np.int64)
-    strips[..., COUNT] = counts.get(along, 1)
-    for place, axis in enumerate(axes):
-        turned = [-1 if it == place else 1 for it in range(len(axes))]
-        if axis == "block":
-            for column, side in known.items():
-                strips[..., column] += side.at(tokens).reshape(turned)
-            strips[..., COUNT] *= lengths.reshape(turned)
-            continue
-        number = np.arange(counts[axis]).reshape(turned)
-        for column, side in known.items():
-            strips[..., column] += number * side.along(axis)
-        if axis == "kv":
-            strips[..., PLANE] = number
-    strips = strips.reshape(-1, strips.shape[-1])
-    if along != "token" and order.index("token") != order.index("block") + 1:
-        strips = strips[np.argsort(strips[:, TARGET], kind="stable")]
-    steps = [side.along(along) if side is not None else 0 for side in columns.values()]
-    if along == "none":
-        steps[:2] = row_bytes
-    return Walk(strips, (steps[0], steps[1], steps[2], steps[3]), row_bytes, source, target)
-
-
 class Walks:
     """The walks between two sides, each kept for the next layer, which usually asks the same."""
 
     def __init__(self, source: Side, target: Side, kind: Kind) -> None:
-        """As `walk`, which makes them."""
+        """Go over what `kind` says."""
         self._made: dict[tuple[int, int], Walk] = {}
         self._strips = 0
-        self._make = partial(walk, source, target, kind=kind)
+        self._source, self._target = source, target
+        self._row_bytes = kind.row_bytes
+        counts = kind.counts
+        order = [
+            axis
+            for axis in target.order.axes
+            if axis != "layer" and axis not in kind.inner and counts.get(axis) != 1
+        ]
+        along: str = order[-1]  # along which strips lie, if rows are at constant distance there
+        if along not in ("token", "head") or along in (*source.order.apart, *target.order.apart):
+            along = "none"
+        columns = (source, target, *kind.scales)
+        steps = [side.along(along) if side is not None else 0 for side in columns]
+        if along == "none":
+            steps[:2] = kind.row_bytes
+        self._steps = steps[0], steps[1], steps[2], steps[3]
+        grids = source.block_tokens, target.block_tokens
+        self._grids = (
+            (*grids, max(1, STRIP_BYTES // max(kind.row_bytes))) if along == "token" else (1, 1, 1)
+        )
+        axes = [axis for axis in order if axis not in ("token", along)]
+        self._axes = np.array([NUMBERED[axis] for axis in axes], np.int64)
+        self._counts = np.array([counts.get(axis, 0) for axis in axes], np.int64)
+        self._rows = counts.get(along, 1)
+        self._sides = np.array(
+            [(1,) * 6 if side is None else side.numbers for side in columns], np.int64
+        )
+        blocks = [NO_BLOCKS if side is None else side.blocks for side in columns]
+        self._blocks = blocks[0], blocks[1], blocks[2], blocks[3]
 
     def over(self, start: int, end: int) -> Walk:
         """The walk over tokens `start` to `end`."""
@@ -234,21 +190,15 @@ class Walks:
             self._made[start, end] = way
         return way
 
-
-def _pieces(
-    source: Side, target: Side, start: int, end: int, along: str, row_bytes: int
-) -> tuple[I64, I64]:
-    """Cut tokens into pieces: the first of each, and how many.
-
-    Along tokens a piece lies within one block on either side; else it is a single token.
-    """
-    if along != "token":
-        tokens = np.arange(start, end)
-        return tokens, np.ones_like(tokens)
-    grids = {source.block_tokens, target.block_tokens, max(1, STRIP_BYTES // row_bytes)}
-    cuts = [np.arange(start // grid * grid + grid, end, grid) for grid in grids]
-    first = np.unique(np.concatenate([[start], *cuts]))
-    return first, np.diff(first, append=end)
+    def _make(self, start: int, end: int) -> Walk:
+        strips = lay_out(
+            start, end, self._grids, self._axes, self._counts, self._rows, self._sides,
+            self._blocks,
+        )  # fmt: skip
+        there = strips[:, TARGET]
+        if (there[1:] < there[:-1]).any():
+            strips = strips[np.argsort(there, kind="stable")]
+        return Walk(strips, self._steps, self._row_bytes, self._source, self._target)
 
 
 def scatter(data: Any, addresses: I64, lengths: I64) -> None:

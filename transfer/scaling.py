@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from transfer.kernels import I64, UNSCALED, Form, Table, find_scales, settle_scales
+from transfer.kernels import UNSCALED, Form, Table, find_scales, settle_scales
 from transfer.layout import KVLayout, Order, read_axes
 from transfer.plan import Plan
 from transfer.pool import Pool
 from transfer.rounding import KIND, SAME
 from transfer.rows import Kind, Side, Walks
+from transfer.walking import I64
 
 FLOAT_BYTES = 4
 ANYWHERE = 1 << 62

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 
@@ -76,29 +77,40 @@ class Push:
         self._commit_seconds = commit_seconds
         self._handed = handed
         self._failed = failed
-        self._parts: asyncio.Queue[KVSlice | bytes] = asyncio.Queue()
+        self._parts: deque[KVSlice] = deque()
+        self._note: bytes | None = None
+        self._news = asyncio.Event()
         self._first_ready: float | None = None
         self._last_ready = 0.0
         self.writer: Writer | None = None
 
     def slice(self, part: KVSlice) -> None:
-        """`part` is final in the source."""
+        """`part` is final in the source. What waits to be written is joined."""
         self._last_ready = time.monotonic()
         if self._first_ready is None:
             self._first_ready = self._last_ready
-        self._parts.put_nowait(part)
+        both = self._parts[-1].joined(part) if self._parts else None
+        if both is not None:
+            self._parts.pop()
+        self._parts.append(both or part)
+        self._news.set()
 
     def finish(self, firsts: tuple[First, ...]) -> None:
         """All slices have been given; commit after the last one."""
-        self._parts.put_nowait(encode_note(firsts))
+        self._note = encode_note(firsts)
+        self._news.set()
 
     async def run(self, sources: Sequence[Source]) -> None:
         """Open, write, commit. Failures go to `failed`; a cancelled run tells nobody."""
         try:
             writer = await self._open(sources)
-            while isinstance(part := await self._parts.get(), KVSlice):
-                await writer.write(part)
-            receipt = await writer.commit(part, self._commit_seconds)
+            while self._note is None or self._parts:
+                if self._parts:
+                    await writer.write(self._parts.popleft())
+                    continue
+                self._news.clear()
+                await self._news.wait()
+            receipt = await writer.commit(self._note, self._commit_seconds)
         except (TransferError, TimeoutError, MemoryError) as error:
             self._failed(error)
             return

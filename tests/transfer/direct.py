@@ -138,9 +138,6 @@ class DirectMove:
                 put(POOLS[landing.id], frame)
         self._outgoing.digest.add(part)
 
-    def flush(self):
-        pass
-
     def settle(self):
         return b"settled"
 

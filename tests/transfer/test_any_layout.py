@@ -90,11 +90,10 @@ def handoffs(draw):
         blocks = tuple(draw(some.permutations(range(pool_blocks)))[:needed])
         sides.append((layout, pool_blocks, blocks))
     cuts = sorted(draw(some.sets(some.integers(0, tokens), max_size=3)) | {0, tokens})
-    slices = [
-        KVSlice(layer, start, end)
-        for layer in range(shape["layers"])
-        for start, end in itertools.pairwise(cuts)
-    ]
+    slices = []
+    for start, end in itertools.pairwise(cuts):
+        step = draw(some.integers(1, shape["layers"]))
+        slices += [KVSlice(it, start, end, step) for it in range(0, shape["layers"], step)]
     return agreed, tokens, sides, draw(some.permutations(slices)), draw(some.integers(0, 2**32))
 
 
@@ -189,6 +188,16 @@ def test_every_conversion_agrees_with_the_naive_one(drawn, with_nan):
         assert (np.concatenate(moved) == wanted).all()
 
     received = plan(theirs, theirs, heads=agreed.heads)
+    gapless = regions_of(theirs, to_blocks, before)
+    itself = Conversion(received, Source(theirs, gapless, to_blocks, there, tokens), landing)
+    for part in slices:
+        data = np.empty(conversion.size(part), np.uint8)
+        conversion.fill(part, data.ctypes.data)
+        addresses, _, lengths = itself.moves(part)
+        assert lengths.sum() == itself.size(part) == data.size
+        copy_runs(np.cumsum(lengths) - lengths + data.ctypes.data, addresses, lengths)
+    assert (np.concatenate(gapless) == wanted).all()
+
     size = theirs.block_tokens
     found = PrefixDigest(received, wanted, to_blocks, there, tokens, b"key", size)
     found.add_all()

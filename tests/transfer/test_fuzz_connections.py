@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tcp_desk import WIDE, Owner, Stranger, opening, runs, wide_source
 
 from tests.support.garbage import examples, garbage
-from transfer.contract import whole
+from transfer.contract import KVSlice, whole
 from transfer.layout import Epoch, Landing
 from transfer.nixl import available
 from transfer.nixl import wire as nixl
@@ -50,7 +50,9 @@ HEADS = [
     wire.head(0, *runs((0, 8192), (8192, 8192)), 16384) + b"\xaa" * 16384,
     wire.head(wire.NOBODY, *runs((0, 64)), 64) + b"\xaa" * 64,
     wire.head(0, *runs((0, 2**62), (64, 2**62)), 64) + b"\xaa" * 64,
-    wire.HEAD.pack(0, wire.MAX_RUNS, wire.MAX_PAYLOAD_BYTES),
+    wire.head_of_part(0, KVSlice(0, 0, 8, 2), 2 * BLOCK) + b"\xaa" * 2 * BLOCK,
+    wire.head_of_part(0, KVSlice(1, 5, 9), 9) + b"\xaa" * 9,
+    wire.HEAD.pack(0, wire.MAX_RUNS, wire.MAX_PAYLOAD_BYTES, 0, 0, 0, 0),
 ]
 
 

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support.garbage import LIES, garbage
-from transfer.contract import Source
+from transfer.contract import KVSlice, Source
 from transfer.convert import Conversion
 from transfer.errors import LayoutMismatch, PeerMisbehaved
 from transfer.landings import Landings
@@ -26,6 +26,7 @@ from transfer.sharded import pieces
 from transfer.shm import wire as shm
 from transfer.stage import SOURCE, SOURCE_BLOCKS, TARGET, TARGET_BLOCKS, TOKENS
 from transfer.tcp import wire
+from transfer.tcp.arrivals import Arrivals
 
 MESSAGES = [
     session.Hello(session.VERSION, TARGET.fingerprint, b"n" * 32),
@@ -108,6 +109,7 @@ HEADS = st.one_of(
         st.integers(0, 2**64 - 1),
         st.integers(0, wire.MAX_RUNS + 1),
         st.integers(0, wire.MAX_PAYLOAD_BYTES + 1),
+        *(st.integers(0, 2**32 - 1) for _ in range(4)),
     ),
 )
 
@@ -115,9 +117,34 @@ HEADS = st.one_of(
 @given(data=HEADS)
 def test_the_head_of_a_frame_is_bounded(data: bytes) -> None:
     with contextlib.suppress(PeerMisbehaved):
-        _, runs, payload = wire.measures(data)
-        assert 0 < runs <= wire.MAX_RUNS
-        assert 0 < payload <= wire.MAX_PAYLOAD_BYTES
+        head = wire.read_head(data)
+        assert head.payload_bytes > 0
+        if head.part is None:
+            assert 0 < head.runs <= wire.MAX_RUNS
+            assert head.payload_bytes <= wire.MAX_PAYLOAD_BYTES
+
+
+PART = st.builds(
+    KVSlice, *(st.one_of(st.integers(0, 40), st.integers(0, 2**32 - 1)) for _ in range(4))
+)
+
+
+@given(part=PART, size=st.integers(1, 2**32 - 1), honest=st.booleans())
+def test_a_part_that_is_accepted_lies_within_the_landing(
+    part: KVSlice, size: int, honest: bool
+) -> None:
+    landings = Landings(TARGET)
+    pool = np.zeros(TARGET_BLOCKS * TARGET.block_bytes, np.uint8)
+    landings.expect(LANDING, pool, lambda: None, lambda _: b"", lambda _: None)
+    entry = landings.claim(LANDING.id, LANDING.epoch, LANDING.secret, object())
+    if honest:
+        size = part.layers * (part.end - part.start) * TARGET.token_bytes // TARGET.layers
+    try:
+        addresses, lengths = Arrivals(entry, digest=True).places(part, size)
+    except PeerMisbehaved:
+        return
+    entry.check(addresses - pool.ctypes.data, lengths)
+    assert lengths.sum() == size
 
 
 NUMBERS = st.one_of(

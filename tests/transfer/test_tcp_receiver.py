@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tcp_desk import WIDE, Owner, Stranger, landing_at, opening, runs, wide_source
 
-from transfer.contract import Source, whole
+from transfer.contract import KVSlice, Source, whole
 from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.layout import Epoch
 from transfer.session import wire as session
@@ -122,6 +122,7 @@ async def test_nonsense_closes_its_connection_and_no_other(receiver, sender, non
     await writer.commit(b"", 5.0)
 
 
+LAYER_BLOCK = WIDE.block_bytes // WIDE.layers
 OUTSIDE = 2 * WIDE.block_bytes  # block 2 is not the landing's
 
 
@@ -132,14 +133,20 @@ OUTSIDE = 2 * WIDE.block_bytes  # block 2 is not the landing's
         wire.head(0, *runs((0, 64)), 63),
         wire.head(0, *runs((0, 64)), 0xFFFFFFFF),
         wire.head(0, *runs((0, 1 << 62), (0, 1 << 62), (0, 1 << 62), (0, (1 << 62) + 64)), 64),
-        wire.HEAD.pack(0, 0, 64),
-        wire.HEAD.pack(0, 0xFFFFFFFF, 64),
+        wire.HEAD.pack(0, 0, 64, 0, 0, 0, 0),
+        wire.HEAD.pack(0, 0xFFFFFFFF, 64, 0, 0, 0, 0),
         wire.head(0, *runs((0, 0)), 0),
         wire.head(0, *runs((0, 64), (64, 0)), 64),
         wire.head(0, *runs((-64, 64)), 64),
         wire.head(0, *runs((OUTSIDE - 1, 2)), 2),
         wire.head(0, *runs((4 * WIDE.block_bytes - 1, 2)), 2),
         wire.head(0, *runs((0, 64), (OUTSIDE, 64)), 128),
+        wire.head_of_part(0, KVSlice(0, 0, 8), LAYER_BLOCK + 1),
+        wire.head_of_part(0, KVSlice(0, 0, 25), 25 * LAYER_BLOCK // 8),
+        wire.head_of_part(0, KVSlice(0, 8, 8), 64),
+        wire.head_of_part(0, KVSlice(0, 9, 8), 64),
+        wire.head_of_part(0, KVSlice(1, 0, 8, 2), 2 * LAYER_BLOCK),
+        wire.head_of_part(0, KVSlice(0, 0, 2**32 - 1, 2**32 - 1), 64),
     ],
 )
 async def test_a_sender_that_lies_in_a_frame_is_cut_off_and_its_landing_freed(lie):

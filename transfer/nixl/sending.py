@@ -209,9 +209,6 @@ class NixlMove:
         self._add(part)
         self._way.push()
 
-    def flush(self) -> None:
-        """As `Move.flush`: nothing is held back."""
-
     def settle(self) -> bytes:
         """As `Move.settle`: waits until everything has landed."""
         self._way.drain()

@@ -37,6 +37,16 @@ class Peer(Protocol):
         """End the session, from any thread. Its landings fail with `reason`."""
 
 
+class Summed(Protocol):
+    """What an intake through which all bytes of a handoff come knows of them."""
+
+    def digest(self) -> bytes | None:
+        """Once everything has arrived: what `Expected.digest` gives, but for what was present.
+
+        None if that must be computed.
+        """
+
+
 class Handoff:
     """What is known of one ticket. `entry` is None where the landing was refused at once.
 
@@ -44,10 +54,14 @@ class Handoff:
     """
 
     def __init__(self, ticket: int, peer: Peer, say: Callable[[wire.Message], None]) -> None:
-        """Enter a ticket; `say` reaches its sender, or nobody if that is gone."""
+        """Enter a ticket; `say` reaches its sender, or nobody if that is gone.
+
+        `summed` is the intake's to set.
+        """
         self.ticket = ticket
         self.peer = peer
         self.entry: Expected | None = None
+        self.summed: Summed | None = None
         self.quiet: asyncio.Future[None] = peer.loop.create_future()
         self._say = say
         self._ended = False

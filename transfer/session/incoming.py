@@ -17,6 +17,9 @@ from transfer.session.handoff import Handoff
 from transfer.session.mover import Intake
 from transfer.session.stream import Stream
 
+WAITS = 4
+"""A wait is cut into so many: a process that was stopped must not find all of its time over."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -85,10 +88,12 @@ class Incoming:
 
     def find(self, ticket: int, seconds: float) -> Handoff | None:
         """As `Peer.find`."""
+        known = False
         with self._opening:
-            known = self._opening.wait_for(
-                lambda: ticket < self._opened or self._ended is not None, seconds
-            )
+            for _ in range(WAITS):
+                known = known or self._opening.wait_for(
+                    lambda: ticket < self._opened or self._ended is not None, seconds / WAITS
+                )
         if self._ended is not None:
             raise PeerLost(f"the session has ended: {self._ended}")
         if not known:

@@ -8,7 +8,6 @@ Who calls what, in which thread:
     Carrier.meet    dialling thread -> Mover        Intake.welcome    the connection's thread
     Mover.begin     event loop      -> Move         Intake.join       the connection's thread
     Move.write      the session's moving thread     Intake.complete   event loop
-    Move.flush      the session's moving thread
     Move.settle     the session's moving thread     Intake.stopped    event loop
     Move.release    the session's moving thread     Intake.acknowledged  event loop
     Mover.probe     the session's moving thread     Intake.parted     event loop
@@ -81,13 +80,6 @@ class Move(Protocol):
 
         Raises:
             OSError: the peer cannot be written to any more; the whole session is lost.
-        """
-
-    def flush(self) -> None:
-        """Nothing more is queued for now: what `write` may have held back must leave.
-
-        Raises:
-            OSError: as in `write`.
         """
 
     def settle(self) -> bytes:

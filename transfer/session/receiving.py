@@ -296,17 +296,26 @@ class SessionReceiver:
         self._sessions.pop(incoming.token, None)
 
     def verify(self, handoff: Handoff, entry: Expected, commit: wire.Commit) -> None:
-        """Compute the digest in a thread, then settle the landing and answer."""
+        """Have the digest, which may take a thread its time; then settle the landing and answer."""
         entry.begin_verifying()
-        size = entry.landing.tokens * self.layout.token_bytes
-        shares = 0 if not self._digest else 1 if size < SHARED_BYTES else VERIFIERS
+        begun = time.monotonic()
+        summed = handoff.summed.digest() if handoff.summed is not None else None
+        present = entry.landing.present
+        if not self._digest or (summed is not None and not present):
+            self._settle(handoff, entry, commit, begun, summed)
+            return
+        tokens = entry.landing.tokens if summed is None else present
+        compute = entry.digest if summed is None else entry.digest_of_present
+        size = tokens * self.layout.token_bytes
+        shares = 1 if size < SHARED_BYTES else VERIFIERS
         found = asyncio.gather(
             *(
-                self._loop.run_in_executor(self._verifier, entry.digest, number, shares)
+                self._loop.run_in_executor(self._verifier, compute, number, shares)
                 for number in range(shares)
             )
         )
-        found.add_done_callback(partial(self._verified, handoff, entry, commit, time.monotonic()))
+        told = handoff, entry, commit, begun, summed
+        found.add_done_callback(partial(self._verified, *told))
 
     def _verified(
         self,
@@ -314,16 +323,31 @@ class SessionReceiver:
         entry: Expected,
         commit: wire.Commit,
         begun: float,
+        summed: bytes | None,
         found: asyncio.Future[list[bytes]],
     ) -> None:
-        seconds = time.monotonic() - begun
         broken = PeerLost("closed") if found.cancelled() else found.exception()
+        if broken is None:
+            shares = found.result() if summed is None else [summed, *found.result()]
+            self._settle(handoff, entry, commit, begun, total(shares))
+            return
+        entry.fail(broken)
+        handoff.end("gone", f"the pool could not be verified: {broken}")
+        handoff.released()
+        self.landings.forget(entry)
+
+    def _settle(
+        self,
+        handoff: Handoff,
+        entry: Expected,
+        commit: wire.Commit,
+        begun: float,
+        found: bytes | None,
+    ) -> None:
+        """End a landing that was verified, and answer."""
+        seconds = time.monotonic() - begun
         try:
-            if broken is not None:
-                entry.fail(broken)
-                raise LandingGone(f"the pool could not be verified: {broken}")
-            here = total(found.result()) if self._digest else None
-            answer = entry.settle(here, commit.digest, commit.seal, commit.note, seconds)
+            answer = entry.settle(found, commit.digest, commit.seal, commit.note, seconds)
         except DigestMismatch as error:
             handoff.end("mismatch", str(error))
         except LandingGone as error:

@@ -70,7 +70,7 @@ class SessionSender:
     async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
         """As `Sender.connect`."""
         agreed = self._plan(source, target)
-        await self._session(endpoint, target)
+        await self._session(endpoint, agreed.target)
         return agreed.line
 
     async def probe(self, endpoint: Endpoint) -> Probe:
@@ -88,7 +88,7 @@ class SessionSender:
         endpoint = next((it for it in landing.endpoints if it.transport == transport), None)
         if endpoint is None:
             raise PeerLost(f"worker {landing.worker} offers no {transport} endpoint")
-        session = await self._session(endpoint, landing.layout)
+        session = await self._session(endpoint, agreed.target)
         return SessionWriter(session, agreed, landing, source, self.tamper, self.tamper_note)
 
     async def close(self) -> None:

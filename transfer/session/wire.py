@@ -27,7 +27,7 @@ import msgspec
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Epoch, Natural
 
-VERSION = 3
+VERSION = 4
 PREFIX = struct.Struct(">I")
 
 MAX_NOTE_BYTES = 4 << 20

@@ -7,15 +7,21 @@ import time
 from collections import deque
 from functools import partial
 
+import msgspec
+
 from transfer.contract import TOUCH_SECONDS, KVSlice, Receipt, Source
 from transfer.convert import Tamper, TamperNote, check_part, rest_of
 from transfer.digest import PrefixDigest, landing_key, seal
 from transfer.errors import DigestMismatch, LandingGone, PeerLost, PeerMisbehaved, TransferError
 from transfer.layout import Landing
 from transfer.plan import Plan
+from transfer.pool import Pool
 from transfer.session import wire
 from transfer.session.mover import Outgoing
 from transfer.session.outgoing import Session
+
+JOINED_BYTES = 8 << 20
+"""Slices that wait are written as one, up to about so much: the queue's room is free after that."""
 
 
 class SessionWriter:
@@ -42,6 +48,8 @@ class SessionWriter:
         self._plan = agreed
         self._tokens = source.tokens
         self._tamper_note = tamper_note
+        pool = Pool.of(agreed.source, source.pool_blocks, source.pool)
+        source = msgspec.structs.replace(source, pool=pool)
         self._digest = _digest_of(agreed, source, landing) if session.digest else None
         loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[None] = loop.create_future()
@@ -71,7 +79,7 @@ class SessionWriter:
         await self._permission()
         rest = rest_of(part, self._landing.present)
         target = self._plan.target
-        tokens = rest.end - rest.start if rest is not None else 0
+        tokens = (rest.end - rest.start) * rest.layers if rest is not None else 0
         size = tokens * target.token_bytes // target.layers
         await self._session.backlog.take(size)
         try:
@@ -134,20 +142,30 @@ class SessionWriter:
         return self._stopped or self._error is not None or self._session.broken
 
     def _write(self) -> None:
-        """Write all that is queued. The last one stays in the queue until it is written."""
+        """Write all that is queued. What is being written stays in the queue until it is."""
         while self._queue:
-            part, size = self._queue[0]
-            self._write_one(part, last=len(self._queue) == 1)
+            part, size, count = self._next()
+            self._write_one(part)
             self._session.backlog.give(size)
-            self._queue.popleft()
+            for _ in range(count):
+                self._queue.popleft()
 
-    def _write_one(self, part: KVSlice, *, last: bool) -> None:
+    def _next(self) -> tuple[KVSlice, int, int]:
+        """The next slice, with those behind it that are one with it: their bytes, their number."""
+        (joined, size), count = self._queue[0], 1
+        while size < JOINED_BYTES and count < len(self._queue):
+            part, more = self._queue[count]
+            both = joined.joined(part)
+            if both is None:
+                break
+            joined, size, count = both, size + more, count + 1
+        return joined, size, count
+
+    def _write_one(self, part: KVSlice) -> None:
         try:
             rest = rest_of(part, self._landing.present)
             if rest is not None and not self._over():
                 self._move.write(rest)
-            if last and not self._over():
-                self._move.flush()
             if not self._over():
                 self._touch()
         except OSError as error:

@@ -138,14 +138,12 @@ class _ShmMove:
         self._pool = pool
         self._outgoing = outgoing
         self._conversion = Conversion(outgoing.plan, outgoing.source, outgoing.landing)
-        self._tokens = max(1, PIECE_BYTES // outgoing.plan.token_bytes)
 
     def write(self, part: KVSlice) -> None:
         """As `Move.write`; all has landed when it returns."""
-        for start in range(part.start, part.end, self._tokens):
+        for piece in self._conversion.windows(part, PIECE_BYTES):
             if self._outgoing.over():
                 return
-            piece = KVSlice(part.layer, start, min(part.end, start + self._tokens))
             if self._outgoing.tamper is None:
                 self._conversion.write(piece, self._pool, self._outgoing.digest)
             else:
@@ -158,9 +156,6 @@ class _ShmMove:
                 put(damaged, self._pool)
         if self._outgoing.digest is not None:
             self._outgoing.digest.add(piece)
-
-    def flush(self) -> None:
-        """As `Move.flush`: nothing is held back."""
 
     def settle(self) -> bytes:
         """As `Move.settle`: a write that has returned has landed."""

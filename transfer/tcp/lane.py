@@ -13,29 +13,29 @@ import socket
 import ssl
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from transfer.landings import Expected
+from transfer.rows import scatter
 from transfer.session.handoff import Handoff, Peer, Presence
+from transfer.sockets import I64, Places
 from transfer.tcp import wire
-from transfer.tcp.vectored import Places
+from transfer.tcp.arrivals import Arrivals
 
 DIRECT_BYTES = 4 << 10
 """Runs at least this long, on average, are received in place, shorter ones via a staging copy."""
 
-GROUP_BYTES = 256 << 10
-"""What is read at once, so that the sender may go on meanwhile."""
+WAKE_BYTES = 128 << 10
+"""How much of a frame must be there for the thread to wake up: it does not for every packet."""
 
 _LATER = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-Runs = NDArray[np.int64]
 
 
 class Reception(Protocol):
     """Whom a lane tells, from its thread."""
 
-    def arrived(self, handoff: Handoff, count: int) -> None:
+    def arrivals(self, handoff: Handoff, entry: Expected) -> Arrivals:
+        """The account of a handoff, which `entry` is the landing of."""
+
+    def arrived(self, handoff: Handoff, arrivals: Arrivals, count: int) -> None:
         """So many bytes of payload have been dealt with.
 
         Raises:
@@ -88,39 +88,49 @@ class Lane:
     # ---- frames -----------------------------------------------------------------------------
 
     def _frame(self) -> None:
-        ticket, runs, size = wire.measures(self._head)
-        table = memoryview(bytearray(runs * wire.RUN_BYTES))
+        head = wire.read_head(self._head)
+        table = memoryview(bytearray(head.runs * wire.RUN_BYTES))
         self._fill(table)
-        offsets, lengths = wire.runs_of(table, size)
-        if ticket == wire.NOBODY:
-            self._discard(size)
+        if head.ticket == wire.NOBODY:
+            self._discard(head.payload_bytes)
             self._connection.send(b"!")
             return
-        handoff = self._peer.find(ticket, self._stall_seconds)
+        handoff = self._peer.find(head.ticket, self._stall_seconds)
         entry = handoff.live if handoff is not None else None
         if handoff is None or entry is None:
-            self._discard(size)
+            self._discard(head.payload_bytes)
             return
-        entry.check(offsets, lengths)
-        if size < DIRECT_BYTES * runs or self._encrypted:
-            self._stage(handoff, entry, offsets, lengths, size)
+        arrivals = self._reception.arrivals(handoff, entry)
+        fresh = False
+        if head.part is not None:
+            addresses, lengths = arrivals.places(head.part, head.payload_bytes)
+            fresh = arrivals.claim(head.part)
         else:
-            self._receive(handoff, entry, offsets, lengths)
-        self._reception.arrived(handoff, size)
+            offsets, lengths = wire.runs_of(table, head.payload_bytes)
+            entry.check(offsets, lengths)
+            addresses = entry.pool.addresses(offsets)
+            arrivals.void()
+        if head.payload_bytes < DIRECT_BYTES * len(lengths) or self._encrypted:
+            self._stage(handoff, addresses, lengths, head.payload_bytes)
+        else:
+            self._receive(handoff, addresses, lengths)
+        if fresh and head.part is not None:
+            arrivals.hash(head.part)
+        self._reception.arrived(handoff, arrivals, head.payload_bytes)
 
-    def _stage(
-        self, handoff: Handoff, entry: Expected, offsets: Runs, lengths: Runs, size: int
-    ) -> None:
+    def _stage(self, handoff: Handoff, addresses: I64, lengths: I64, size: int) -> None:
+        if len(self._staging) < size:
+            self._staging = memoryview(bytearray(size))
         data = self._staging[:size]
         self._fill(data)
         if self._presence.enter(handoff):
             try:
-                entry.put(data, offsets, lengths)
+                scatter(data, addresses, lengths)
             finally:
                 self._presence.leave(handoff)
 
-    def _receive(self, handoff: Handoff, entry: Expected, offsets: Runs, lengths: Runs) -> None:
-        places = Places(entry.pool.addresses(offsets), lengths, GROUP_BYTES)
+    def _receive(self, handoff: Handoff, addresses: I64, lengths: I64) -> None:
+        places = Places(addresses, lengths)
         while places.left:
             if not self._presence.enter(handoff):
                 self._discard(places.left)
@@ -133,7 +143,7 @@ class Lane:
             finally:
                 self._presence.leave(handoff)
             if dry:
-                self._wait()
+                self._wait_for(min(places.left, WAKE_BYTES))
 
     def _discard(self, count: int) -> None:
         """Read what nobody wants any more."""
@@ -176,6 +186,14 @@ class Lane:
         if not count:
             raise ConnectionResetError("a connection was closed within a frame")
         return count
+
+    def _wait_for(self, count: int) -> None:
+        """Wait until so many bytes are there."""
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+        try:
+            self._wait()
+        finally:
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def _wait(self, *, idle: bool = False) -> None:
         while not self._poll.poll(self._stall_seconds * 1000):

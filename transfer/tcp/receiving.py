@@ -9,14 +9,15 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-import weakref
 from collections.abc import Callable
 
 from transfer.errors import PeerMisbehaved
+from transfer.landings import Expected
 from transfer.layout import Endpoint, KVLayout
 from transfer.session import Offer, SessionReceiver
 from transfer.session.handoff import Handoff, Peer
 from transfer.tcp import wire
+from transfer.tcp.arrivals import Arrivals
 from transfer.tcp.lane import Lane
 
 WILDCARDS = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 -- refused, not listened on
@@ -50,7 +51,7 @@ class TcpReceiver(SessionReceiver):
             raise ValueError(f"advertise: must be set where host is {host!r}")
         super().__init__(
             layout,
-            TcpIntake(host, port, advertise or host, stall_seconds),
+            TcpIntake(host, port, advertise or host, stall_seconds, digest=digest),
             secret=secret,
             tls=tls,
             stall_seconds=stall_seconds,
@@ -59,25 +60,18 @@ class TcpReceiver(SessionReceiver):
         )
 
 
-class _Account:
-    """How much of one handoff has arrived, and how much will have to."""
-
-    def __init__(self) -> None:
-        self.arrived = 0
-        self.due: int | None = None
-        self.then: Callable[[], None] | None = None
-
-
 class TcpIntake:
     """Listens at `host:port`, and says that it is reached at `advertise`."""
 
-    def __init__(self, host: str, port: int, advertise: str, stall_seconds: float) -> None:
-        """Prepare; nothing is listened on yet."""
+    def __init__(
+        self, host: str, port: int, advertise: str, stall_seconds: float, *, digest: bool = True
+    ) -> None:
+        """Prepare; nothing is listened on yet. Without `digest`, nothing is hashed."""
         self._host, self._port, self._advertise = host, port, advertise
         self._stall_seconds = stall_seconds
         self._lock = threading.Lock()
         self._lanes: dict[Peer, list[Lane]] = {}
-        self._accounts: weakref.WeakKeyDictionary[Handoff, _Account] = weakref.WeakKeyDictionary()
+        self._digest = digest
 
     def listen(self) -> tuple[socket.socket, Endpoint]:
         """As `Intake.listen`."""
@@ -113,10 +107,13 @@ class TcpIntake:
     def complete(self, handoff: Handoff, proof: bytes, then: Callable[[], None]) -> None:
         """As `Intake.complete`: waits for as many bytes as were sent."""
         due = wire.proof_of(proof)
+        entry = handoff.live
+        if entry is None:
+            return
+        arrivals = self.arrivals(handoff, entry)
         with self._lock:
-            account = self._account(handoff)
-            account.due, account.then = due, then
-            arrived = account.arrived
+            arrivals.due, arrivals.then = due, then
+            arrived = arrivals.arrived
         if arrived > due:
             raise PeerMisbehaved(f"{arrived} bytes, where {due} were committed")
         if arrived == due:
@@ -147,12 +144,19 @@ class TcpIntake:
 
     # ---- what lanes tell, in their threads ---------------------------------------------------
 
-    def arrived(self, handoff: Handoff, count: int) -> None:
+    def arrivals(self, handoff: Handoff, entry: Expected) -> Arrivals:
+        """As `Reception.arrivals`."""
+        with self._lock:
+            if isinstance(handoff.summed, Arrivals):
+                return handoff.summed
+            handoff.summed = arrivals = Arrivals(entry, digest=self._digest)
+            return arrivals
+
+    def arrived(self, handoff: Handoff, arrivals: Arrivals, count: int) -> None:
         """As `Reception.arrived`."""
         with self._lock:
-            account = self._account(handoff)
-            account.arrived += count
-            arrived, due, then = account.arrived, account.due, account.then
+            arrivals.arrived += count
+            arrived, due, then = arrivals.arrived, arrivals.due, arrivals.then
         if due is not None and arrived > due:
             raise PeerMisbehaved(f"{arrived} bytes, where {due} were committed")
         if arrived == due and then is not None:
@@ -161,6 +165,3 @@ class TcpIntake:
     def left(self, handoff: Handoff) -> None:
         """As `Reception.left`."""
         handoff.peer.loop.call_soon_threadsafe(self.stopped, handoff)
-
-    def _account(self, handoff: Handoff) -> _Account:
-        return self._accounts.setdefault(handoff, _Account())

@@ -9,21 +9,22 @@ import ssl
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transfer.contract import KVSlice
 from transfer.convert import Conversion, Tamper
-from transfer.layout import Endpoint, Landing
+from transfer.layout import Endpoint
 from transfer.session import Met, Move, Outgoing, SessionSender
+from transfer.sockets import I64, Places
 from transfer.tcp import wire
-from transfer.tcp.vectored import I64, Places
 
 PROBE_FRAMES = 4
 
-FRAME_BYTES = 256 << 10
-"""A frame is sent once it has so many bytes: the cost of a frame is small beside that."""
+FRAME_BYTES = 1 << 20
+"""About how much a frame carries: either end reads it again for its digest, out of the cache."""
 
-WINDOW_BYTES = 1 << 20
-"""About how much is sent before it is read again for the digest, while it is in the cache."""
+DIRECT_BYTES = 1 << 10
+"""Runs at least this long, on average, are sent from where they lie, shorter ones as a copy."""
 
 
 class TcpSender(SessionSender):
@@ -98,13 +99,13 @@ def _dial(host: str, port: int, seconds: float) -> socket.socket:
 
 
 class TcpMover:
-    """The data connection to one peer. Over TLS, all bytes are `staged`."""
+    """The data connection to one peer."""
 
     waits_for_grant = False  # the receiver checks each frame
 
     def __init__(self, connection: socket.socket, stall_seconds: float) -> None:
         """Own `connection`, which blocks, from now on."""
-        self.staged = isinstance(connection, ssl.SSLSocket)
+        self.encrypted = isinstance(connection, ssl.SSLSocket)
         self._connection = connection
         self._stall_seconds = stall_seconds
         self._poll = select.poll()
@@ -124,18 +125,21 @@ class TcpMover:
         places = Places(
             np.concatenate([[start.ctypes.data], addresses]),
             np.concatenate([[len(head)], lengths]),
-            wire.MAX_PAYLOAD_BYTES,
         )
-        if self.staged:
-            for view in places.views():
-                self._connection.sendall(view)
-            return
         while places.left:
             try:
                 places.send(self._connection)
             except BlockingIOError:
                 if not self._poll.poll(self._stall_seconds * 1000):
                     raise TimeoutError(f"nothing was taken for {self._stall_seconds} s") from None
+
+    def send_copy(self, head: bytes, data: NDArray[np.uint8]) -> None:
+        """Send a frame: its head, then `data`; as `send`, also over TLS."""
+        if self.encrypted:
+            self._connection.sendall(head)
+            self._connection.sendall(data.data)
+        else:
+            self.send(head, np.array([data.ctypes.data]), np.array([data.size]))
 
     def probe(self) -> float:
         """As `Mover.probe`: frames that the other end reads, answers and forgets."""
@@ -161,84 +165,54 @@ class TcpMover:
 
 
 class _TcpMove:
-    """One handoff as frames. What is too little for a frame waits for more, or for `flush`."""
+    """One handoff as frames."""
 
     def __init__(self, mover: TcpMover, outgoing: Outgoing) -> None:
         self._mover = mover
-        self._ticket = outgoing.ticket
-        self._landing: Landing = outgoing.landing
-        self._over = outgoing.over
-        self._digest = outgoing.digest
-        self._tamper: Tamper | None = outgoing.tamper
+        self._outgoing = outgoing
         self._conversion = Conversion(outgoing.plan, outgoing.source, outgoing.landing)
-        self._window = max(1, WINDOW_BYTES // outgoing.plan.token_bytes)
-        self._verbatim = self._conversion.verbatim and self._tamper is None and not mover.staged
-        self._staging = np.empty(0 if self._verbatim else FRAME_BYTES, np.uint8)
-        self._staged = 0
-        self._held: list[tuple[I64, I64, I64]] = []
-        self._held_bytes = 0
+        self._in_place = self._conversion.verbatim and not mover.encrypted
+        self._staging = np.empty(0, np.uint8)
         self._sent = 0
 
     def write(self, part: KVSlice) -> None:
         """As `Move.write`."""
-        step = self._window if self._digest is not None else part.end - part.start
-        for start in range(part.start, part.end, step):
-            if self._over():
+        outgoing = self._outgoing
+        for window in self._conversion.windows(part, FRAME_BYTES):
+            if outgoing.over():
                 return
-            window = KVSlice(part.layer, start, min(part.end, start + step))
-            if self._verbatim:
-                self._hold(*self._conversion.moves(window))
-            else:
-                self._stage(window)
-            if self._digest is not None:
-                self._digest.add(window)
-
-    def flush(self) -> None:
-        """As `Move.flush`."""
-        if self._held and not self._over():
-            self._send()
+            if outgoing.tamper is not None:
+                self._send_damaged(window, outgoing.tamper)
+            elif size := self._conversion.size(window):
+                self._send(window, size)
+            if outgoing.digest is not None:
+                outgoing.digest.add(window)
 
     def settle(self) -> bytes:
         """As `Move.settle`: how much was sent."""
-        self.flush()
         return wire.PROOF.pack(self._sent)
 
     def release(self) -> None:
         """As `Move.release`: the thread that calls it is the one that would write."""
 
-    def _hold(self, addresses: I64, offsets: I64, lengths: I64) -> None:
-        """Add runs to the frame that is being filled, and send what fills one."""
-        for piece in wire.pieces(addresses, offsets, lengths, FRAME_BYTES):
-            size = int(piece[2].sum())
-            if self._held_bytes + size > wire.MAX_PAYLOAD_BYTES:
-                self._send()
-            self._held.append(piece)
-            self._held_bytes += size
-            if self._held_bytes >= FRAME_BYTES:
-                self._send()
-
-    def _stage(self, window: KVSlice) -> None:
-        """Convert; what does not fill a frame is copied to where it can wait."""
-        for frame in self._conversion.frames(window):
-            shown = self._tamper(self._landing.id, frame) if self._tamper is not None else frame
-            if self._over() or shown is None:
-                continue
-            size = len(shown.data)
-            if self._held_bytes + size > FRAME_BYTES:
-                self.flush()
-            begin = np.cumsum(shown.lengths) - shown.lengths
-            if self._held_bytes + size > FRAME_BYTES // 2:
-                self._hold(begin + shown.data.ctypes.data, shown.offsets, shown.lengths)
-                self.flush()  # before the next frame takes its place
-                continue
-            room = self._staging[self._held_bytes : self._held_bytes + size]
-            room[:] = shown.data
-            self._hold(begin + room.ctypes.data, shown.offsets, shown.lengths)
-
-    def _send(self) -> None:
-        """Send what is held as one frame."""
-        addresses, offsets, lengths = (np.concatenate(it) for it in zip(*self._held, strict=True))
-        size, self._held_bytes = self._held_bytes, 0
-        self._held.clear()
+    def _send(self, window: KVSlice, size: int) -> None:
+        head = wire.head_of_part(self._outgoing.ticket, window, size)
         self._sent += size
-        self._mover.send(wire.head(self._ticket, offsets, lengths, size), addresses, lengths)
+        if self._in_place:
+            addresses, _, lengths = self._conversion.moves(window)
+            if size >= DIRECT_BYTES * len(lengths):
+                self._mover.send(head, addresses, lengths)
+                return
+        if self._staging.size < size:
+            self._staging = np.empty(size, np.uint8)
+        self._conversion.fill(window, self._staging.ctypes.data)
+        self._mover.send_copy(head, self._staging[:size])
+
+    def _send_damaged(self, window: KVSlice, tamper: Tamper) -> None:
+        for frame in self._conversion.frames(window):
+            shown = tamper(self._outgoing.landing.id, frame)
+            if shown is not None:
+                size = len(shown.data)
+                head = wire.head(self._outgoing.ticket, shown.offsets, shown.lengths, size)
+                self._sent += size
+                self._mover.send_copy(head, shown.data)

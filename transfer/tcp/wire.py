@@ -1,9 +1,14 @@
 """What travels on a data connection, one frame after the other, all little-endian.
 
-    head       ticket u64, number of runs u32, bytes of payload u32
+    head       ticket u64, number of runs u32, bytes of payload u32,
+               layer, layers, start, end u32 each
     offsets    one i64 for each run, flat byte offsets into the target pool
     lengths    one i64 for each run
     payload    the bytes of the runs, one after the other
+
+Without runs, a frame is the part of the prefix that its head names (see `KVSlice`), in the order
+of `Conversion.fill`: the receiver knows by itself where those bytes belong. A frame with runs
+names no part; its bytes may be anything.
 
 A frame under the ticket `NOBODY` is read, answered with a single byte, and forgotten. It is for
 measurements. A commit names, as its proof, how many bytes of payload were sent under its ticket.
@@ -13,43 +18,63 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from transfer.contract import KVSlice
 from transfer.errors import PeerMisbehaved
 from transfer.layout import Endpoint
-from transfer.tcp.vectored import cut
 
-HEAD = struct.Struct("<QII")
+HEAD = struct.Struct("<QIIIIII")
 PROOF = struct.Struct("<Q")
 RUN_BYTES = 16
 
 NOBODY = (1 << 64) - 1
 MAX_RUNS = 1 << 16
 MAX_PAYLOAD_BYTES = 4 << 20
+"""The most that a frame carries, unless it is a single token of a single layer."""
+
 BUFFER_BYTES = 4 << 20
+
+
+class Head(NamedTuple):
+    """How a frame begins: either it has runs, or it is a part."""
+
+    ticket: int
+    runs: int
+    payload_bytes: int
+    part: KVSlice | None
 
 
 def head(
     ticket: int, offsets: NDArray[np.int64], lengths: NDArray[np.int64], payload_bytes: int
 ) -> bytes:
-    """A frame up to its payload."""
+    """A frame with runs, up to its payload."""
     runs = offsets.astype("<i8").tobytes() + lengths.astype("<i8").tobytes()
-    return HEAD.pack(ticket, len(offsets), payload_bytes) + runs
+    return HEAD.pack(ticket, len(offsets), payload_bytes, 0, 0, 0, 0) + runs
 
 
-def measures(data: bytes | bytearray | memoryview) -> tuple[int, int, int]:
-    """Ticket, number of runs and bytes of payload that a head names.
+def head_of_part(ticket: int, part: KVSlice, payload_bytes: int) -> bytes:
+    """A frame that is a part, up to its payload."""
+    return HEAD.pack(ticket, 0, payload_bytes, part.layer, part.layers, part.start, part.end)
+
+
+def read_head(data: bytes | bytearray | memoryview) -> Head:
+    """The beginning of a frame.
 
     Raises:
-        PeerMisbehaved: they are out of bounds.
+        PeerMisbehaved: it is out of bounds.
     """
-    ticket, runs, payload_bytes = HEAD.unpack(data)
-    if not 0 < runs <= MAX_RUNS or not 0 < payload_bytes <= MAX_PAYLOAD_BYTES:
-        raise PeerMisbehaved(f"a frame of {runs} runs and {payload_bytes} bytes")
-    return ticket, runs, payload_bytes
+    ticket, runs, payload_bytes, layer, layers, start, end = HEAD.unpack(data)
+    if runs:
+        fits, part = runs <= MAX_RUNS and payload_bytes <= MAX_PAYLOAD_BYTES, None
+    else:
+        fits, part = layers > 0 and ticket != NOBODY, KVSlice(layer, start, end, layers)
+    if not fits or not payload_bytes:
+        raise PeerMisbehaved(f"a frame of {runs} runs, {layers} layers and {payload_bytes} bytes")
+    return Head(ticket, runs, payload_bytes, part)
 
 
 def runs_of(table: memoryview, payload_bytes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -76,30 +101,6 @@ def proof_of(data: bytes) -> int:
         raise PeerMisbehaved(f"a proof of {len(data)} bytes")
     [sent] = PROOF.unpack(data)
     return int(sent)
-
-
-def pieces(
-    addresses: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    most: int,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Runs in groups of at most `MAX_RUNS`, and about `most` bytes unless one run is longer.
-
-    A run longer than `most` is cut.
-    """
-    if len(lengths) <= MAX_RUNS and int(lengths.sum()) <= most:  # as most are, of a small prefix
-        yield addresses, offsets, lengths
-        return
-    addresses, offsets, lengths = cut(most, lengths, addresses, offsets)
-    ends = np.cumsum(lengths)
-    begin = 0
-    while begin < len(lengths):
-        reached = int(ends[begin] - lengths[begin]) + most
-        end = max(begin + 1, int(np.searchsorted(ends, reached, side="right")))
-        end = min(end, begin + MAX_RUNS)
-        yield addresses[begin:end], offsets[begin:end], lengths[begin:end]
-        begin = end
 
 
 def enlarge(connection: socket.socket) -> None:

@@ -1,7 +1,7 @@
 """Baton's own transports, from `open` to the receipt of `commit`, as a worker uses them.
 
 The landing is expected before the clock starts (what `reserve` costs is another benchmark); each
-transfer opens a writer, writes the prefix layer by layer, commits and hears the answer.
+transfer opens a writer, writes the prefix, all of which is ready, commits and hears the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from tests.bench.transfer.cases import Case, is_there
 from tests.bench.transfer.memory import source_pool, target_pool
 from tests.bench.transfer.transports import receiver_of, sender_of
-from transfer.contract import Arrival, Source, whole
+from transfer.contract import Arrival, KVSlice, Source
 from transfer.layout import Endpoint, Epoch, Landing
 
 ANSWER_SECONDS = 60.0
@@ -106,8 +106,7 @@ class Sender:
     async def _once(self, landing: Landing) -> float:
         began = time.perf_counter()
         writer = await self._sender.open(landing, self._source)
-        for part in whole(self._case.shape.layers, self._case.tokens):
-            await writer.write(part)
+        await writer.write(KVSlice(0, 0, self._case.tokens, self._case.shape.layers))
         await writer.commit(b"", ANSWER_SECONDS)
         took = time.perf_counter() - began
         await writer.abort()
