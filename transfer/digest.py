@@ -25,7 +25,16 @@ import numpy as np
 
 from transfer.contract import Buffer, KVSlice, Proof
 from transfer.convert import kept
-from transfer.kernels import TOKEN_BITS, U64, WORD_BYTES, Form, Table, add_tiles, scratch_bytes
+from transfer.kernels import (
+    TOKEN_BITS,
+    U64,
+    WORD_BYTES,
+    Form,
+    Table,
+    Tiles,
+    add_tiles,
+    scratch_bytes,
+)
 from transfer.layout import ITEM_BYTES, DType, KVLayout, Landing
 from transfer.plan import Plan, plan
 from transfer.pool import Pool
@@ -101,23 +110,34 @@ class PrefixDigest:
         if self._scaling is not None:
             self._scaling.fill(first, start, end)
         for part in self._parts:
-            way = part.walks.over(start, end)
-            add_tiles(
-                way.strips,
-                way.steps,
-                first,
-                last,
-                part.table,
-                part.layer_places,
-                table_of(self._pool, self._where, 1),
-                self._scaling.address if self._scaling is not None else 0,
-                part.form,
-                self._keys,
-                self._keys.ctypes.data,
-                self._scratch.ctypes.data,
-                self._apart,
-                self._sums,
-            )
+            add_tiles(*self._told(part, first, last, start, end))
+
+    def tiles(self, part: KVSlice) -> Tiles | None:
+        """What `add_tiles` is told to add `part`; None where one call does not do that."""
+        [some, *others] = kept(self._plan, part, self._tokens)
+        if others or len(self._parts) > 1:
+            return None
+        last = some.layer + some.layers
+        return self._told(self._parts[0], some.layer, last, some.start, some.end)
+
+    def _told(self, part: _Part, first: int, last: int, start: int, end: int) -> Tiles:
+        way = part.walks.over(start, end)
+        return (
+            way.strips,
+            way.steps,
+            first,
+            last,
+            part.table,
+            part.layer_places,
+            table_of(self._pool, self._where, 1),
+            self._scaling.address if self._scaling is not None else 0,
+            part.form,
+            self._keys,
+            self._keys.ctypes.data,
+            self._scratch.ctypes.data,
+            self._apart,
+            self._sums,
+        )
 
     def _numbers(self) -> _Part:
         plan = self._plan

@@ -10,10 +10,10 @@ import numpy as np
 from transfer.contract import Source, whole
 from transfer.convert import Conversion
 from transfer.digest import PrefixDigest
-from transfer.kernels import warm_up
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.plan import Plan, plan
 from transfer.pool import Pool
+from transfer.warming import warm_up
 
 SAMPLE_BYTES = 64 << 20
 """About as much of the target is converted to see how long it takes."""

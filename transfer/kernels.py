@@ -2,7 +2,7 @@
 
 They work on bare addresses and run without the interpreter's lock; whoever calls has checked every
 offset. What a *walk* is, `rows.py` says. Called with the types below and no others, so that
-`warm_up` has loaded all of them once it returns.
+`warming.warm_up` has loaded all of them once it returns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer import sockets, walking
 from transfer.raw import (
     PAIR_BYTES,
     as_float,
@@ -28,11 +27,8 @@ from transfer.raw import (
     store32,
 )
 from transfer.rounding import (
-    FLOAT16,
     FLOAT32,
-    INT8,
     SAME,
-    TO_HALF,
     encode,
     item_bytes,
     largest,
@@ -52,6 +48,9 @@ Form = tuple[int, int, int, int, int, int, int, int]
 """How numbers are converted: the pairing, the kinds at source and target, head_dim, the rotary
 numbers' first and end, the kind of the source's scales (or `UNSCALED`), whether the target is
 scaled."""
+
+Tiles = tuple[I64, Step, int, int, Table, int, Table, int, Form, U64, int, int, int, U64]
+"""What `add_tiles` is told."""
 
 UNSCALED = -1
 AHEAD_BYTES = 2048
@@ -82,7 +81,7 @@ def _address(bases: Any, region_bytes: int, offset: int) -> int:
 
 
 @inlined
-def _at(table: Table, offset: int, layer: int) -> int:
+def address_in(table: Table, offset: int, layer: int) -> int:
     """Where what lies at `offset` in layer 0 of a table lies in `layer`."""
     return _address(table[2], table[0], offset + layer * table[1])
 
@@ -140,7 +139,7 @@ def _pair_rows(source: int, target: int, items: int, form: Form) -> None:
 @inlined
 def _scale(table: Table, kind: int, offset: int, layer: int, room: int) -> Any:
     """A scale of the source, in float32."""
-    widen(kind, _at(table, offset, layer), room, 1)
+    widen(kind, address_in(table, offset, layer), room, 1)
     return as_float(load32(room, 0))
 
 
@@ -205,9 +204,9 @@ def move(
     for layer in range(first, last):
         for i in range(len(strips)):
             count = strips[i, COUNT]
-            begin = _at(source, strips[i, SOURCE], layer)
+            begin = address_in(source, strips[i, SOURCE], layer)
             if not gapless:
-                at = _at(target, strips[i, TARGET], layer)
+                at = address_in(target, strips[i, TARGET], layer)
             paired = how != SAME and strips[i, PLANE] == 0
             if plain and not paired and joined:
                 copy(at, begin, count * row_bytes[0])
@@ -246,7 +245,7 @@ def find_scales(
             if scale_kind != UNSCALED:
                 offset = strips[i, FROM_SCALE] + c * steps[FROM_SCALE]
                 scale = _scale(source_scales, scale_kind, offset, layer, room)
-            vector = _at(source, strips[i, TARGET], layer) + c * steps[TARGET]
+            vector = address_in(source, strips[i, TARGET], layer) + c * steps[TARGET]
             most = largest(_floats(vector, dim, False, form, scale, scratch), dim)
             where = scales + strips[i, TO_SCALE] + c * steps[TO_SCALE]
             store32(where, 0, max(most, load32(where, 0)))
@@ -335,7 +334,7 @@ def add_tiles(
     scale, to_scale = np.float32(0), np.float32(0)
     for layer in range(first, last):
         for i in range(len(strips)):
-            tile = _at(source, strips[i, TARGET], layer)
+            tile = address_in(source, strips[i, TARGET], layer)
             count = strips[i, COUNT]
             place = strips[i, SOURCE] + layer * layer_places
             tags = np.uint64(place) * GOLDEN + seed, np.uint64(steps[SOURCE]) * GOLDEN
@@ -366,23 +365,3 @@ def add_tiles(
                 more = _add_strip(converted, 0, 1, to_tile_bytes, one, key, room)
                 x, y = x + more[0], y + more[1]
             sums[line_of, 0], sums[line_of, 1] = x, y
-
-
-def warm_up() -> None:
-    """Compile every kernel or load it from disk, so that no handoff has to wait for that."""
-    sockets.warm_up()
-    walking.warm_up()
-    memory = np.zeros(1024, np.uint8)
-    at = memory.ctypes.data
-    copy_runs(*(np.zeros(0, np.int64) for _ in range(3)))
-    table = (1024, 0, np.array([at], np.int64))
-    strips = np.array([[0, 128, 0, 0, 1, 0]], np.int64)
-    keys, sums = np.zeros(3, np.uint64), np.zeros((1, 2), np.uint64)
-    form = (TO_HALF, FLOAT32, FLOAT16, 2, 0, 2, UNSCALED, 0)
-    steps = (8, 8, 0, 0)
-    move(strips, steps, (8, 4), 0, 1, table, table, table, at, form, at + 512)
-    find_scales(strips, steps, 0, table, table, at, form, at + 512)
-    settle_scales(at, 1, INT8, FLOAT32, at + 512)
-    add_tiles(
-        strips, steps, 0, 1, table, 0, table, at, form, keys, keys.ctypes.data, at + 512, 1, sums
-    )  # fmt: skip

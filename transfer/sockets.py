@@ -31,41 +31,51 @@ PLACE_BYTES = 16
 MESSAGE_BYTES = 56
 SCRATCH_BYTES = MAX_PLACES * PLACE_BYTES + MESSAGE_BYTES
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_NEXT, _WITHIN, _LEFT = range(3)
+_NEXT, _WITHIN, LEFT = range(3)
+CLOSED = -1
+"""Instead of `errno`: the other end has closed the connection."""
 
 
 @compiled
-def _work_off(
+def work_once(
+    descriptor: int, sends: int, addresses: I64, lengths: I64, state: I64, scratch: int, most: int
+) -> int:
+    """One call to the kernel for up to `most` bytes; answers as `work_off`."""
+    message = scratch + MAX_PLACES * PLACE_BYTES
+    count, total = 0, 0
+    place, within = state[_NEXT], state[_WITHIN]
+    while count < MAX_PLACES and total < most and place < len(lengths):
+        size = min(lengths[place] - within, most - total)
+        store64(scratch, 2 * count, np.uint64(addresses[place] + within))
+        store64(scratch, 2 * count + 1, np.uint64(size))
+        count, total, place, within = count + 1, total + size, place + 1, 0
+    for i in range(MESSAGE_BYTES // 8):  # `struct msghdr`: but for two fields, zero
+        store64(message, i, np.uint64(0))
+    store64(message, 2, np.uint64(scratch))
+    store64(message, 3, np.uint64(count))
+    done = sendmsg(descriptor, message, _FLAGS) if sends else recvmsg(descriptor, message, _FLAGS)
+    if done <= 0:
+        return -done if done else CLOSED
+    state[LEFT] -= done
+    while done:
+        size = min(lengths[state[_NEXT]] - state[_WITHIN], done)
+        done -= size
+        state[_WITHIN] += size
+        if state[_WITHIN] == lengths[state[_NEXT]]:
+            state[_NEXT], state[_WITHIN] = state[_NEXT] + 1, 0
+    return 0
+
+
+@compiled
+def work_off(
     descriptor: int, sends: int, addresses: I64, lengths: I64, state: I64, scratch: int
 ) -> int:
-    """Go on where `state` says; 0 when all is done, else `errno`, or -1 at the end of a stream."""
+    """Go on where `state` says; 0 when all is done, else `errno`, or `CLOSED`."""
     most = SENT_BYTES if sends else TAKEN_BYTES
-    message = scratch + MAX_PLACES * PLACE_BYTES
-    while state[_LEFT]:
-        count, total = 0, 0
-        place, within = state[_NEXT], state[_WITHIN]
-        while count < MAX_PLACES and total < most and place < len(lengths):
-            size = min(lengths[place] - within, most - total)
-            store64(scratch, 2 * count, np.uint64(addresses[place] + within))
-            store64(scratch, 2 * count + 1, np.uint64(size))
-            count, total, place, within = count + 1, total + size, place + 1, 0
-        for i in range(MESSAGE_BYTES // 8):  # `struct msghdr`: but for two fields, zero
-            store64(message, i, np.uint64(0))
-        store64(message, 2, np.uint64(scratch))
-        store64(message, 3, np.uint64(count))
-        if sends:
-            done = sendmsg(descriptor, message, _FLAGS)
-        else:
-            done = recvmsg(descriptor, message, _FLAGS)
-        if done <= 0:
-            return -done if done else -1
-        state[_LEFT] -= done
-        while done:
-            size = min(lengths[state[_NEXT]] - state[_WITHIN], done)
-            done -= size
-            state[_WITHIN] += size
-            if state[_WITHIN] == lengths[state[_NEXT]]:
-                state[_NEXT], state[_WITHIN] = state[_NEXT] + 1, 0
+    while state[LEFT]:
+        error = work_once(descriptor, sends, addresses, lengths, state, scratch, most)
+        if error:
+            return error
     return 0
 
 
@@ -82,7 +92,7 @@ class Places:
     @property
     def left(self) -> int:
         """Bytes that are still to be sent or received."""
-        return int(self._state[_LEFT])
+        return int(self._state[LEFT])
 
     def send(self, connection: socket.socket) -> None:
         """Send all that the kernel takes now.
@@ -103,21 +113,17 @@ class Places:
         self._call(connection, 0)
 
     def _call(self, connection: socket.socket, sends: int) -> None:
-        error = _work_off(
-            connection.fileno(),
-            sends,
-            self._addresses,
-            self._lengths,
-            self._state,
-            self._scratch.ctypes.data,
-        )
-        if error == -1:
-            raise ConnectionResetError("a connection was closed within a frame")
-        if error and error != errno.EINTR:
-            raise OSError(error, os.strerror(error))  # of the kind that `error` stands for
+        raise_for(work_off(connection.fileno(), sends, *self.table))
+
+    @property
+    def table(self) -> tuple[I64, I64, I64, int]:
+        """What the kernels are told."""
+        return self._addresses, self._lengths, self._state, self._scratch.ctypes.data
 
 
-def warm_up() -> None:
-    """Compile or load, so that no handoff has to wait for that."""
-    nothing = np.zeros(0, np.int64)
-    _work_off(-1, 0, nothing, nothing, np.zeros(3, np.int64), 0)
+def raise_for(error: int) -> None:
+    """Raise what a kernel's answer means, if it is an error."""
+    if error == CLOSED:
+        raise ConnectionResetError("a connection was closed within a frame")
+    if error and error != errno.EINTR:
+        raise OSError(error, os.strerror(error))  # of the kind that `error` stands for

@@ -111,11 +111,3 @@ def find_runs(
             here[found], there[found], lengths[found] = source, target, size
             found += 1
     return here[:found], there[:found], lengths[:found]
-
-
-def warm_up() -> None:
-    """Compile or load, so that no handoff has to wait for that."""
-    zero = np.zeros(1, np.int64)
-    sides = np.ones((4, 6), np.int64)
-    strips = lay_out(0, 1, (1, 1, 1), zero, zero, 1, sides, (zero, zero, zero, zero))
-    find_runs(strips, (1, 1), (1, 1), (1, 1, 1), True)

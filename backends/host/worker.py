@@ -49,7 +49,7 @@ from backends.protocol import (
     Welcome,
 )
 from backends.protocol import Ledger as LedgerAnswer
-from transfer.kernels import warm_up
+from transfer.warming import warm_up
 
 log = structlog.get_logger()
 

@@ -1,8 +1,8 @@
 import pytest
 
-from transfer.kernels import warm_up
 from transfer.stage import TARGET
 from transfer.tcp import TcpReceiver, TcpSender
+from transfer.warming import warm_up
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,10 +15,10 @@ import numpy as np
 
 from transfer.contract import Source, whole
 from transfer.errors import TransferError
-from transfer.kernels import warm_up
 from transfer.layout import Landing
 from transfer.shm import ShmSender
 from transfer.stage import SOURCE, SOURCE_BLOCKS, TOKENS
+from transfer.warming import warm_up
 
 
 async def main(what, stall_seconds):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from transfer import kernels
+from transfer import kernels, sockets, taking, walking
 from transfer.bounds import Bounds
 from transfer.contract import KVSlice, Source, whole
 from transfer.convert import Conversion
@@ -19,6 +19,7 @@ from transfer.layout import Epoch, KVLayout, Landing, Shard
 from transfer.plan import plan
 from transfer.pool import Pool
 from transfer.rows import scatter
+from transfer.warming import warm_up
 
 OUTER = ("layer", "kv", "block", "head", "token")
 WORDS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
@@ -147,10 +148,11 @@ def test_a_warm_process_compiles_nothing_more():
     target = msgspec.structs.replace(
         source, rope="interleaved", dtype="float16", axes="layer | block kv head token dim"
     )
-    kernels.warm_up()
+    warm_up()
     compiled = {
         name: it
-        for name, it in vars(kernels).items()
+        for module in (kernels, taking, sockets, walking)
+        for name, it in vars(module).items()
         if isinstance(it, numba.core.dispatcher.Dispatcher)
     }
     before = {name: list(it.signatures) for name, it in compiled.items()}

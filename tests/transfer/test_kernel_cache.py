@@ -6,8 +6,8 @@ import sys
 NOWHERE = """
 from numba.core import caching
 caching.CacheImpl._locator_classes = []  # as on a machine without a folder that can be written
-from transfer import kernels
-kernels.warm_up()
+from transfer.warming import warm_up
+warm_up()
 """
 
 

@@ -15,8 +15,11 @@ import pytest
 from tcp_desk import WIDE, Owner, Stranger, landing_at, opening, runs, wide_source
 
 from transfer.contract import KVSlice, Source, whole
+from transfer.convert import Conversion
+from transfer.digest import PrefixDigest, landing_key, seal
 from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.layout import Epoch
+from transfer.plan import plan
 from transfer.session import wire as session
 from transfer.stage import Pair, Stage, eventually
 from transfer.tcp import TcpReceiver, wire
@@ -217,6 +220,49 @@ async def test_a_commit_waits_for_the_bytes_it_names():
         stranger.write(0, *runs((64, 64)))
         stranger.lane.write(b"\xaa" * 64)
         assert (await stranger.hear()).outcome == "mismatch"
+
+
+OTHER = 64 * b"\xaa"
+
+
+@pytest.mark.parametrize(
+    ("later", "outcome"),
+    [
+        (lambda right: [], "landed"),
+        (lambda right: [wire.head(0, *runs((0, 64)), 64) + OTHER], "mismatch"),
+        (lambda right: [part_of(right, KVSlice(1, 8, 9), flip=True)], "mismatch"),
+        (lambda right: [part_of(right, KVSlice(0, 0, 24, 2), flip=True)], "mismatch"),
+        (lambda right: [part_of(right, KVSlice(1, 8, 9))], "landed"),
+    ],
+    ids=["nothing", "runs", "a token", "all of it", "the same"],
+)
+async def test_what_is_written_over_what_was_hashed_is_caught(later, outcome):
+    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+        await stranger.greeted()
+        owner, source = Owner(receiver), wide_source()
+        landing = owner.landing
+        right = Conversion(plan(WIDE, WIDE), source, landing)
+        where = source.pool_blocks, source.blocks, source.tokens
+        digest = PrefixDigest(plan(WIDE, WIDE), source.pool, *where, landing_key(landing))
+        digest.add_all()
+        stranger.say(opening(landing))
+        frames = [part_of(right, KVSlice(0, 0, 16, 2)), part_of(right, KVSlice(0, 16, 24, 2))]
+        frames += later(right)
+        stranger.lane.write(b"".join(frames))
+        tables = sum(wire.RUN_BYTES for it in frames if it.endswith(OTHER))
+        sent = sum(map(len, frames)) - len(frames) * wire.HEAD.size - tables
+        proof = wire.PROOF.pack(sent)
+        sealed = seal(landing, digest.result(), b"")
+        stranger.say(session.Commit(0, digest.result(), sealed, proof, b""))
+        assert (await stranger.hear()).outcome == outcome
+
+
+def part_of(right, part, *, flip=False):
+    """A frame that is `part`; with `flip`, its last bit is wrong."""
+    data = np.empty(right.size(part), np.uint8)
+    right.fill(part, data.ctypes.data)
+    data[-1] ^= flip
+    return wire.head_of_part(0, part, data.size) + data.tobytes()
 
 
 async def test_a_frame_before_its_opening_waits_for_it():

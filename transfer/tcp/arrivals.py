@@ -16,6 +16,7 @@ import numpy as np
 from transfer.contract import KVSlice
 from transfer.convert import Conversion, kept
 from transfer.errors import PeerMisbehaved
+from transfer.kernels import Tiles
 from transfer.landings import Expected
 from transfer.sockets import I64
 from transfer.tcp.wire import MAX_PAYLOAD_BYTES
@@ -36,6 +37,7 @@ class Arrivals:
         self._digest = entry.begin_digest() if digest else None
         self._layers = entry.landing.layout.layers
         self._seen = np.zeros((self._layers, self._tokens), np.bool_)
+        self._hashing = False
         self._hashed = 0
         self._lock = threading.Lock()
 
@@ -60,19 +62,25 @@ class Arrivals:
         return addresses, lengths
 
     def claim(self, part: KVSlice) -> bool:
-        """Before a part is written: whether it may be hashed afterwards."""
+        """Before a part is written: whether it may be hashed, with `tiles` or with `hash`."""
         with self._lock:
             if self._digest is None:
                 return False
             seen = self._seen[part.layer : part.layer + part.layers, part.start : part.end]
-            if seen.any():
+            if self._hashing or seen.any():
                 self._digest = None
                 return False
             seen[:] = True
+            self._hashing = True
             return True
 
+    def tiles(self, part: KVSlice) -> Tiles | None:
+        """What to hash as the bytes of a part come, where that can be told."""
+        with self._lock:
+            return self._digest.tiles(part) if self._digest is not None else None
+
     def void(self) -> None:
-        """Before anything else is written."""
+        """Before anything else is written, and where something else was hashed."""
         with self._lock:
             self._digest = None
 
@@ -81,7 +89,13 @@ class Arrivals:
         with self._lock:
             if self._digest is not None:
                 self._digest.add(part)
-                self._hashed += self._cells(part)
+        self.hashed(part)
+
+    def hashed(self, part: KVSlice) -> None:
+        """A part that was claimed has been written and hashed."""
+        with self._lock:
+            self._hashing = False
+            self._hashed += self._cells(part)
 
     def digest(self) -> bytes | None:
         """The digest of each block that was awaited; None if it must be computed anew."""

@@ -13,10 +13,12 @@ import socket
 import ssl
 from typing import Protocol
 
+from transfer.kernels import Tiles
 from transfer.landings import Expected
 from transfer.rows import scatter
 from transfer.session.handoff import Handoff, Peer, Presence
-from transfer.sockets import I64, Places
+from transfer.sockets import I64, Places, raise_for
+from transfer.taking import DUE, NOTHING, UNLIKE, begin, take
 from transfer.tcp import wire
 from transfer.tcp.arrivals import Arrivals
 
@@ -101,22 +103,25 @@ class Lane:
             self._discard(head.payload_bytes)
             return
         arrivals = self._reception.arrivals(handoff, entry)
-        fresh = False
-        if head.part is not None:
-            addresses, lengths = arrivals.places(head.part, head.payload_bytes)
-            fresh = arrivals.claim(head.part)
+        part, size, fresh = head.part, head.payload_bytes, False
+        if part is not None:
+            addresses, lengths = arrivals.places(part, size)
+            fresh = arrivals.claim(part)
         else:
-            offsets, lengths = wire.runs_of(table, head.payload_bytes)
+            offsets, lengths = wire.runs_of(table, size)
             entry.check(offsets, lengths)
             addresses = entry.pool.addresses(offsets)
             arrivals.void()
-        if head.payload_bytes < DIRECT_BYTES * len(lengths) or self._encrypted:
-            self._stage(handoff, addresses, lengths, head.payload_bytes)
+        tiles = None
+        if size < DIRECT_BYTES * len(lengths) or self._encrypted:
+            self._stage(handoff, addresses, lengths, size)
         else:
-            self._receive(handoff, addresses, lengths)
-        if fresh and head.part is not None:
-            arrivals.hash(head.part)
-        self._reception.arrived(handoff, arrivals, head.payload_bytes)
+            tiles = arrivals.tiles(part) if fresh and part is not None else None
+            if not self._receive(handoff, Places(addresses, lengths), tiles):
+                arrivals.void()
+        if fresh and part is not None:
+            (arrivals.hash if tiles is None else arrivals.hashed)(part)
+        self._reception.arrived(handoff, arrivals, size)
 
     def _stage(self, handoff: Handoff, addresses: I64, lengths: I64, size: int) -> None:
         if len(self._staging) < size:
@@ -129,14 +134,23 @@ class Lane:
             finally:
                 self._presence.leave(handoff)
 
-    def _receive(self, handoff: Handoff, addresses: I64, lengths: I64) -> None:
-        places = Places(addresses, lengths)
+    def _receive(self, handoff: Handoff, places: Places, tiles: Tiles | None) -> bool:
+        """Read straight into the pool, and hash `tiles`; whether that is what was hashed."""
+        hashed = begin(tiles[2], places.left) if tiles is not None else NOTHING
         while places.left:
             if not self._presence.enter(handoff):
                 self._discard(places.left)
-                return
+                return False
             try:
-                places.receive(self._connection)
+                if tiles is None:
+                    places.receive(self._connection)
+                else:
+                    told = (*places.table, hashed, *tiles)
+                    found = take(self._connection.fileno(), *told)
+                    if found == UNLIKE:
+                        tiles = None
+                    else:
+                        raise_for(found)
                 dry = False
             except BlockingIOError:
                 dry = True
@@ -144,6 +158,7 @@ class Lane:
                 self._presence.leave(handoff)
             if dry:
                 self._wait_for(min(places.left, WAKE_BYTES))
+        return hashed is NOTHING or (tiles is not None and not hashed[DUE])
 
     def _discard(self, count: int) -> None:
         """Read what nobody wants any more."""
