@@ -90,7 +90,10 @@ class Expected:
         Or share `number` of so many, which make up the whole (`total`).
         """
         rest = self.landing.present, self.landing.tokens
-        shares = [self.digest_of_present(number, of), _share(self.begin_digest(), *rest, number, of)]
+        shares = [
+            self.digest_of_present(number, of),
+            _share(self.begin_digest(), *rest, number, of),
+        ]
         return total(shares)
 
     def digest_of_present(self, number: int = 0, of: int = 1) -> bytes:

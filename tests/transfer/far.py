@@ -30,9 +30,9 @@ import structlog
 from ends import receiver_of, sender_of
 
 from transfer.contract import Source, whole
-from transfer.kernels import warm_up
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.shared_memory import allocate
+from transfer.warming import warm_up
 
 # 4 MiB a layer for 1,024 tokens, in runs of 64 KiB.
 LAYOUT = KVLayout(
