@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import aiohttp
 import msgspec
 
+from loadtest.chat import RequestRefused, StreamFailed
+from loadtest.resuming import GaveUp, Resuming
 from loadtest.sse import Events
 from tests.storm.site import MODEL
 
@@ -20,11 +23,6 @@ PATIENCE_SECONDS = 20.0
 """How long a client looks for a gateway that it can connect to."""
 
 PAUSE_SECONDS = 0.2
-STEADY_SECONDS = 60.0
-"""How long a reconnecting client goes on without having heard a word."""
-
-FINAL = frozenset({"deadline_exceeded", "invalid_value", "context_length_exceeded"})
-"""Codes for which asking again is of no use."""
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -70,7 +68,12 @@ class Answer:
     longest_pause: float = 0.0
     began: float = 0.0
     last: float = 0.0
-    event_id: str = ""
+
+    def tick(self) -> None:
+        """Something new has come."""
+        now = time.monotonic()
+        self.longest_pause = max(self.longest_pause, now - (self.last or now))
+        self.last = now
 
 
 class Ordinary:
@@ -110,44 +113,34 @@ class Ordinary:
             return answer
 
 
-class Steady(Ordinary):
+class Steady:
     """Asks again under the same key until it has everything: a cut stream goes on where it was."""
 
     steady = True
 
-    async def ask(self, ask: Ask) -> Answer:
-        """The whole answer, or why `PATIENCE_SECONDS` of asking again did not help."""
-        answer = Answer(began=time.monotonic(), last=time.monotonic())
-        key = secrets.token_hex(16)
-        while True:
-            headers = {"Idempotency-Key": key}
-            if answer.event_id:
-                headers["Last-Event-ID"] = answer.event_id
-                answer.resumed += 1
-            else:  # it is told everything again
-                answer.tokens, answer.text, answer.finish = {}, {}, {}
-            wait = await self._try(ask, answer, headers)
-            if answer.end == "whole" or answer.code in FINAL:
-                return answer
-            if time.monotonic() - answer.last > STEADY_SECONDS:
-                return answer
-            await asyncio.sleep(wait)
+    def __init__(self, _: aiohttp.ClientSession, urls: Sequence[str]) -> None:
+        self._urls = [*urls]
+        self._thread = ThreadPoolExecutor(1)
 
-    async def _try(self, ask: Ask, answer: Answer, headers: dict[str, str]) -> float:
-        answer.attempts += 1
-        answer.end, answer.code = "broken", ""
-        self._turn += 1
-        url = self._urls[self._turn % len(self._urls)]
+    async def ask(self, ask: Ask) -> Answer:
+        """The whole answer, or why asking again did not help."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._ask, ask)
+
+    def _ask(self, ask: Ask) -> Answer:
+        answer = Answer(began=time.monotonic())
+        random.shuffle(self._urls)
+        client = Resuming(self._urls)
         try:
-            async with self._http.post(
-                f"{url}/v1/completions", json=ask.body, headers=headers
-            ) as got:
-                await hear(got, answer)
-                return float(got.headers.get("Retry-After", PAUSE_SECONDS))
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            answer.attempts -= isinstance(error, aiohttp.ClientConnectorError)
-            answer.detail = f"{url}: {type(error).__name__}: {error}"
-        return PAUSE_SECONDS
+            for chunk in client.stream("/v1/completions", ask.body):
+                answer.tick()
+                add(chunk, answer)
+            answer.end = "whole"
+        except (RequestRefused, StreamFailed, GaveUp) as error:
+            answer.end, answer.code, answer.detail = "error", type(error).__name__, str(error)
+        answer.resumed = client.reconnects
+        answer.attempts = 1 + client.reconnects
+        return answer
 
 
 async def hear(got: aiohttp.ClientResponse, answer: Answer) -> None:
@@ -157,32 +150,13 @@ async def hear(got: aiohttp.ClientResponse, answer: Answer) -> None:
         answer.end, answer.code = "error", body["error"]["code"]
         answer.detail = f"{got.status}: {body['error']['message']}"
         return
-    events = Numbered()
-    answer.last = answer.last or time.monotonic()
+    events = Events()
     async for piece in got.content.iter_any():
-        for number, data in events.feed(piece):
-            now = time.monotonic()
-            answer.longest_pause = max(answer.longest_pause, now - answer.last)
-            answer.last = now
-            answer.event_id = number or answer.event_id
+        for data in events.feed(piece):
+            answer.tick()
             take(data, answer)
     if answer.end == "broken":
         answer.end = "cut"
-
-
-class Numbered:
-    """Cuts bytes into events with their ids."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, piece: bytes) -> Iterator[tuple[str, str]]:
-        """The id, where it has one, and the data of each event that ends in `piece`."""
-        *events, self._rest = (self._rest + piece).split(b"\n\n")
-        for event in events:
-            ids = [line[3:].strip() for line in event.split(b"\n") if line.startswith(b"id:")]
-            for data in Events().feed(event + b"\n\n"):
-                yield ids[-1].decode() if ids else "", data
 
 
 def take(data: str, answer: Answer) -> None:
@@ -195,7 +169,12 @@ def take(data: str, answer: Answer) -> None:
         answer.end, answer.code = "error", event["error"]["code"]
         answer.detail = event["error"]["message"]
         return
-    for choice in event["choices"]:
+    add(event, answer)
+
+
+def add(chunk: dict[str, Any], answer: Answer) -> None:
+    """What one chunk says."""
+    for choice in chunk["choices"]:
         index = choice["index"]
         answer.text[index] = answer.text.get(index, "") + choice["text"]
         answer.tokens.setdefault(index, []).extend(choice.get("token_ids") or ())

@@ -63,7 +63,10 @@ class Fate:
         self._faults = faults
 
     async def run(self) -> None:
-        """Return when all is done, and everything runs again."""
+        """Return when all is done, and everything runs again.
+
+        Whoever is still starting is spared: on a busy machine nothing would ever come up.
+        """
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with asyncio.TaskGroup() as tasks:
@@ -72,8 +75,8 @@ class Fate:
                 tasks.create_task(self._strike(self._site.parts[fault.target], fault))
 
     async def _strike(self, part: Part, fault: Fault) -> None:
-        if part.name in self._down:
-            return  # it was killed a moment ago
+        if part.name in self._down or not await part.serves():
+            return  # it was killed a moment ago, and is not back yet
         self.done.append(fault)
         if fault.kind == "stop":
             await self._stop(part, fault.seconds)

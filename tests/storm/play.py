@@ -123,7 +123,7 @@ def _complaints(
         elif answer.code in NO_EXCUSE:
             found.append(f"a bug: {answer.code} {answer.detail}")
         elif record.steady and answer.end != "whole":
-            tries = f"{answer.attempts} tries, {answer.event_id}"
+            tries = f"{answer.attempts} tries"
             found.append(f"lost: {answer.end} {answer.code} {answer.detail}, {tries}")
         elif answer.end == "broken" and not _excused(record, gateways):
             found.append(f"broken while no gateway was killed: {answer.detail}")

@@ -70,6 +70,19 @@ class Part:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
+    async def serves(self) -> bool:
+        """Whether a gateway can be connected to; of others this is not asked."""
+        if not self.url:
+            return True
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        try:
+            async with asyncio.timeout(1):
+                _, writer = await asyncio.open_connection(host, int(port))
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
     async def ended(self, seconds: float = STOP_SECONDS) -> int:
         """Wait for its end; the exit code."""
         assert self._process is not None
