@@ -224,3 +224,27 @@ async def test_a_dead_gateway_s_requests_stop_counting(redis: Redis) -> None:
         async with alive.turn(ticket(terms=terms)):
             pass
         await turn.__aexit__(None, None, None)
+
+
+async def test_tokens_of_those_who_died_waiting_come_back(redis: Redis) -> None:
+    terms = Terms(decode_tokens=1000)
+    async with (
+        workers(redis, decode=10),
+        gateway(redis, "alive", Limits(lease_seconds=0.6)) as alive,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, alive, ticket())
+        await first.inside.wait()
+        dead = Admission(redis, "test", "dead", LASTING)
+        running = asyncio.ensure_future(dead.run())
+        await asyncio.wait_for(dead.until_available(), 5)
+        ghost = Turn(tasks, dead, ticket(terms=terms, expected_tokens=900, seconds=0.5))
+        async with asyncio.timeout(5):
+            while (await quota(redis)).get("decode", 1000) > 200:
+                await asyncio.sleep(0.005)
+        running.cancel()
+        await asyncio.wait([running, ghost.task])
+        async with asyncio.timeout(5):
+            while (await quota(redis))["decode"] < 1000:
+                await asyncio.sleep(0.02)
+        first.leave.set()
