@@ -15,6 +15,7 @@ from backends.host.requests import Requests
 from backends.host.steps import StepLoop
 from backends.protocol import Cancel
 from gateway.admission.queue import Admission
+from gateway.admission.scripts import SCRIPTS, script
 from gateway.life.fleet import Fleet
 from gateway.life.leg import Leg
 from gateway.life.worker import Worker
@@ -35,6 +36,9 @@ class Mutant(msgspec.Struct, frozen=True):
     @contextlib.contextmanager
     def played(self) -> Iterator[Control]:
         """The scenario with this mutant in it."""
+        if self.lua is not None:
+            sources = [script(name).source for name in SCRIPTS]
+            assert any(self.lua[0] in source for source in sources), "the mutant is out of date"
         scenario = Control(Parts(lua=self.lua))
         if self.method is None:
             yield scenario
@@ -205,13 +209,13 @@ MUTANTS = {
     ),
     "never reaps": Mutant(lua=("leases, '-inf', now, 'LIMIT'", "leases, '-inf', 0, 'LIMIT'")),
     "grants twice": Mutant(
-        lua=("      serve(id, ticket)\n      hold(id", "      clock(ticket.band)\n      hold(id")
+        lua=(
+            "      serve(id, ticket)\n      let_in(id",
+            "      clock(ticket.band)\n      let_in(id",
+        )
     ),
     "settles twice": Mutant(
-        lua=(
-            "if redis.call('ZREM', leases, id) == 0 then return false end",
-            "if redis.call('ZREM', leases, id) == 0 and ticket.epoch == 0 then return false end",
-        )
+        lua=("    ticket.prefill = 0\n", "    ticket.prefill = ticket.prefill + 0\n")
     ),
     "grants what has no room": Mutant(
         lua=("elseif not fits(ticket) then", "elseif book.staffed == 0 then")
