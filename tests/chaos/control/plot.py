@@ -71,15 +71,18 @@ WORLD = (
 )
 """What happens to clients, processes and lines, whatever is under way."""
 
+RARE = ("delay", "leave", "kill gateway", "kill decode", "kill redis")
+"""What strikes where requests seldom come: when a worker was fuller than it had seemed."""
+
 MENU = {
     "post": ("delay", *WORLD),
     "enqueue": ("delay", *WORLD),
-    "requeue": ("delay", *WORLD),
+    "requeue": RARE,
     "leave": ("delay", *WORLD),
     "grant": ("drop", "delay", "again", *WORLD),
     "Reserve": ("delay", *WORLD),
     "Granted": ("delay", *WORLD),
-    "Refused": ("delay", *WORLD),
+    "Refused": RARE,
     "Prefill": ("delay", *WORLD),
     "compute": WORLD,
     "FirstToken": ("delay", "again", *WORLD),
@@ -143,7 +146,7 @@ OWN: Mapping[str, tuple[str, ...]] = {
     "Landed": ("prefilling", "handing_over", "behind"),
     "step": ("prefilling", "handing_over", "decoding", "behind"),
     "Tokens": ("prefilling", "handing_over", "decoding", "behind"),
-    "Failed": ("prefilling", "handing_over", "decoding", "behind"),
+    "Failed": ("prefilling", "handing_over", "behind"),
     "Cancel": ("placed", "prefilling", "handing_over", "decoding"),
     "token": ("handing_over", "decoding"),
     "end": ("over",),
@@ -163,6 +166,7 @@ _HELD = (("compute", 1, "part control", 0.25), ("compute", 1, "part control", 0.
 """No cancel reaches either worker for two seconds."""
 
 APPROACHES = (
+    *[Approach((), (("Refused", 1), ("requeue", 1)))] * 8,
     *[Approach((("Reserve", 1, "leave", 0.0),), (("Granted", 1),))] * 2,
     *[Approach((("Prefill", 1, "leave", 0.0),), (("compute", 1),))] * 6,
     *[Approach((("compute", 1, "kill gateway", 0.5),), (("open", 1), ("write", 1)))] * 2,
