@@ -2,7 +2,8 @@
 
 Prompts of a long, shared beginning and a short end, one after the other, on the real model with a
 prefill and a decode worker on a core each: asked for the first time, and again with another end.
-Beside it the first time on workers that keep nothing. Start with `CASES`.
+Beside it the first time on workers that keep nothing, on the same cores; all take turns. Start with
+`CASES`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from loadtest.sse import Events
 
 OFF, COLD, AGAIN = "first time, nothing is kept", "first time", "again, with another end"
 CASES = (OFF, COLD, AGAIN)
+POOL_TOKENS = 16384
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,19 +56,19 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Client:
-    """Asks one prompt at a time."""
+    """Asks one prompt at a time; `sites` says where each case is asked."""
 
-    def __init__(self, session: aiohttp.ClientSession, shape: Shape) -> None:
-        self._session = session
+    def __init__(self, sites: dict[str, aiohttp.ClientSession], shape: Shape) -> None:
+        self._sites = sites
         self._shape = shape
         self._rng = random.Random(shape.seed)
 
-    async def rounds(self, *cases: str) -> list[Answer]:
+    async def rounds(self) -> list[Answer]:
         """Every case once a round; the first round, which finds everything cold, is left out."""
         answers = []
         for number in range(self._shape.rounds + 1):
             shared = self._tokens(self._shape.shared_tokens)
-            for case in cases:
+            for case in CASES:
                 answer = await self._ask(case, [*shared, *self._tokens(self._shape.end_tokens)])
                 if number:
                     answers.append(answer)
@@ -88,7 +90,7 @@ class Client:
             "stream_options": {"include_usage": True},
         }
         began, times, cached = loop.time(), list[float](), 0
-        async with self._session.post("/v1/completions", json=body) as response:
+        async with self._sites[case].post("/v1/completions", json=body) as response:
             response.raise_for_status()
             events = Events()
             async for piece in response.content.iter_any():
@@ -101,10 +103,13 @@ class Client:
         return Answer(case=case, first=times[0] - began, gap=times[1] - times[0], cached=cached)
 
 
-async def _measure(port: int, shape: Shape, *cases: str) -> list[Answer]:
+async def _measure(off: int, on: int, shape: Shape) -> list[Answer]:
     patience = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=patience) as session:
-        return await Client(session, shape).rounds(*cases)
+    async with (
+        aiohttp.ClientSession(f"http://127.0.0.1:{off}", timeout=patience) as nothing,
+        aiohttp.ClientSession(f"http://127.0.0.1:{on}", timeout=patience) as something,
+    ):
+        return await Client({OFF: nothing, COLD: something, AGAIN: something}, shape).rounds()
 
 
 def _placement(shape: Shape, reuse: str) -> Placement:
@@ -115,20 +120,19 @@ def _placement(shape: Shape, reuse: str) -> Placement:
     workers = placements([cores[0], cores[-1]], load)[-1].workers
     for worker in workers.values():
         worker["reuse"] = reuse
-        worker["options"]["dtype"] = shape.dtype
+        worker["options"] |= {"dtype": shape.dtype, "pool_tokens": POOL_TOKENS}
     return Placement(name=f"reuse {reuse}", workers=workers)
 
 
 def run(shape: Shape) -> int:
     """Measure and print; the exit code."""
-    answers: list[Answer] = []
-    for reuse, cases in (("off", (OFF,)), ("on", (COLD, AGAIN))):
-        try:
-            with serving(_placement(shape, reuse)) as port:
-                answers += uvloop.run(_measure(port, shape, *cases))
-        except (NotStarted, OSError, aiohttp.ClientError) as error:
-            print(f"reuse {reuse}: {error}")
-            return 1
+    off, on = _placement(shape, "off"), _placement(shape, "on")
+    try:
+        with serving(off) as first, serving(on) as second:
+            answers = uvloop.run(_measure(first, second, shape))
+    except (NotStarted, OSError, aiohttp.ClientError) as error:
+        print(error)
+        return 1
     results = Results("reuse", msgspec.to_builtins(shape), ROOT / "bench-results")
     for answer in answers:
         results.add(msgspec.to_builtins(answer))
