@@ -25,7 +25,7 @@ from tests.storm.play import Judge, Outcome, Plan, storm, table
 from tests.storm.site import site, synthetic, workers
 from tests.storm.truth import NearTies, asks, confirm, learn, questions, wrong
 
-GATEWAY = {"request_timeout_seconds": 120, "max_retries": 8}
+GATEWAY = {"request_timeout_seconds": 240, "max_retries": 8}
 QUEUE = {"lease_seconds": 3}
 SYNTHETIC_TREE: Mapping[str, Any] = {
     "workers": synthetic(step_seconds=0.02, prefill_seconds_per_token=0.0001),

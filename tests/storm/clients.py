@@ -23,6 +23,8 @@ PATIENCE_SECONDS = 20.0
 """How long a client looks for a gateway that it can connect to."""
 
 PAUSE_SECONDS = 0.2
+STEADY_SECONDS = 120.0
+"""How long a reconnecting client hopes for a new word."""
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -130,7 +132,7 @@ class Steady:
     def _ask(self, ask: Ask) -> Answer:
         answer = Answer(began=time.monotonic())
         random.shuffle(self._urls)
-        client = Resuming(self._urls)
+        client = Resuming(self._urls, patience_seconds=STEADY_SECONDS)
         try:
             for chunk in client.stream("/v1/completions", ask.body):
                 answer.tick()
