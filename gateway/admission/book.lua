@@ -28,7 +28,7 @@ local now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
 local now = math.floor(now_us / 1000)
 
 local FIELDS = {
-  'held_prefill', 'held_decode', 'offered_prefill', 'offered_decode', 'staffed',
+  'held_prefill', 'held_decode', 'offered_prefill', 'offered_decode', 'largest_prefill', 'staffed',
   'recount_at', 'shy_until', 'touched_at', 'grace_until', 'settle_until', 'restarted_at',
   'alive_since', 'epoch', 'arrivals', 'grants', 'granted_at', 'gap',
 }
@@ -86,18 +86,25 @@ local function count_in(id, ticket)
   end
 end
 
+-- One worker computes a prompt: it claims no more room than one offers, however long it is, or it
+-- would wait until all workers have run dry.
+local function claim(ticket)
+  if book.largest_prefill == 0 then return ticket.prefill end
+  return math.min(ticket.prefill, book.largest_prefill)
+end
+
 local function hold(id, ticket, epoch)
-  ticket.epoch = epoch
+  ticket.epoch, ticket.claim = epoch, claim(ticket)
   note(id, ticket)
   redis.call('ZADD', leases, now + lease, id)
-  book.held_prefill = book.held_prefill + ticket.prefill
+  book.held_prefill = book.held_prefill + ticket.claim
   book.held_decode = book.held_decode + ticket.decode
 end
 
 -- Take a lease back; the ticket stays. True when there was one.
 local function release(id, ticket)
   if redis.call('ZREM', leases, id) == 0 then return false end
-  book.held_prefill = book.held_prefill - ticket.prefill
+  book.held_prefill = book.held_prefill - ticket.claim
   book.held_decode = book.held_decode - ticket.decode
   return true
 end

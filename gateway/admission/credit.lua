@@ -25,7 +25,7 @@ end
 
 -- Add up what the workers offer, without those that have not repeated their offer in time.
 local function recount()
-  book.offered_prefill, book.offered_decode = 0, 0
+  book.offered_prefill, book.offered_decode, book.largest_prefill = 0, 0, 0
   book.recount_at = now + lifetime
   local prefills, decodes = false, false
   local offers = redis.call('HGETALL', credits)
@@ -39,6 +39,7 @@ local function recount()
         redis.call('HSET', credits, offers[i], cmsgpack.pack(offer))
       end
       prefills, decodes = prefills or offer.prefill > 0, decodes or offer.decode > 0
+      book.largest_prefill = math.max(book.largest_prefill, offer.prefill)
       book.offered_prefill = book.offered_prefill + offer.prefill - (offer.cut_prefill or 0)
       book.offered_decode = book.offered_decode + offer.decode - (offer.cut_decode or 0)
       book.recount_at = math.min(book.recount_at, lapses, offer.probe_at or lapses)
@@ -72,7 +73,7 @@ end
 -- A ticket larger than everything that is offered runs alone: it must not wait for ever.
 local function fits(ticket)
   if book.staffed == 0 then return false end
-  if ticket.prefill <= book.offered_prefill - book.held_prefill
+  if claim(ticket) <= book.offered_prefill - book.held_prefill
     and ticket.decode <= book.offered_decode - book.held_decode then
     return true
   end

@@ -16,8 +16,8 @@ for _, item in ipairs(wish.prefilled) do
   local ticket = ticket_of(id)
   if ticket and ticket.gateway == me and ticket.epoch == epoch
     and redis.call('ZSCORE', leases, id) then
-    book.held_prefill = book.held_prefill - ticket.prefill
-    ticket.prefill = 0
+    book.held_prefill = book.held_prefill - ticket.claim
+    ticket.prefill, ticket.claim = 0, 0
     note(id, ticket)
   end
 end

@@ -173,3 +173,25 @@ async def test_while_redis_is_away_a_refused_right_is_kept(mortal_server: LiveSe
         await until(lambda: admission.available)
         assert (await book(redis))["held_decode"] == 10
         turn.leave.set()
+
+
+async def test_a_long_prompt_claims_no_more_room_than_one_worker_offers(redis: Redis) -> None:
+    """It need not wait until all workers have run dry, and gives back what it has claimed."""
+    async with (
+        workers(redis, prefill=10, decode=1000, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = Turn(tasks, one, ticket("first", prefill=5, decode=1))
+        await first.inside.wait()
+        long = Turn(tasks, one, ticket("long", prefill=5000, decode=1))
+        await until(lambda: one.waiting == 1)
+        first.grant.prefilled()  # it is decoded on and keeps its lease
+        await asyncio.wait_for(long.inside.wait(), 5)
+        assert (await book(redis))["held_prefill"] == 10
+        long.grant.prefilled()
+        async with asyncio.timeout(5):
+            while (await book(redis))["held_prefill"] != 0:
+                await asyncio.sleep(0.005)
+        first.leave.set()
+        long.leave.set()
