@@ -14,8 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-transfer \
-	bench-interference bench-reuse bench-cancel chaos loadtest soak clean
+.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine \
+	bench-transfer bench-interference bench-placement bench-reuse bench-cancel chaos loadtest soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -74,6 +74,9 @@ bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, N
 
 bench-cancel: $(VENV)/.dev ## Measure how soon a cancel frees all blocks, state by state
 	@exec $(BIN)/python -m tests.life.cancels
+
+bench-placement: $(VENV)/.dev ## Simulate how many requests meet their targets, beside other policies
+	@exec $(BIN)/python -m tests.bench.placement
 
 bench-interference: $(VENV)/.runtime ## Measure what a long prompt does to running streams
 	@exec $(BIN)/python -m loadtest.interference

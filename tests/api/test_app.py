@@ -96,6 +96,19 @@ async def test_what_is_not_public_asks_for_a_key(vocabulary, path: str):
                 assert answer.status == 200
 
 
+async def test_a_request_is_shown_by_its_id(vocabulary):
+    known = {"id": "r1", "state": "done"}
+    async with (
+        serving(vocabulary, request=lambda name: known if name == "r1" else None) as served,
+        aiohttp.ClientSession(served.url) as http,
+    ):
+        async with http.get("/admin/requests/r1") as answer:
+            assert await answer.json() == known
+        async with http.get("/admin/requests/r2") as answer:
+            assert answer.status == 404
+            assert (await answer.json())["error"]["code"] == "request_not_found"
+
+
 async def test_a_worker_is_drained_by_its_name(http: aiohttp.ClientSession):
     async with http.post("/admin/workers/d0/drain") as answer:
         assert answer.status == 202
@@ -110,6 +123,7 @@ async def test_a_worker_is_drained_by_its_name(http: aiohttp.ClientSession):
 ADMIN_PAGES = [
     ("GET", "/debug/ledger", 200),
     ("GET", "/admin/workers", 200),
+    ("GET", "/admin/requests/r1", 404),
     ("POST", "/admin/workers/d0/drain", 202),
 ]
 

@@ -1,6 +1,6 @@
 """The part of requests that get their first token and their gaps in time, policy by policy.
 
-    python -m tests.bench.placement [--requests 4000] [--seeds 2] [--folder bench-results]
+    python -m tests.bench.placement [--requests 3000] [--seeds 2] [--folder bench-results]
 
 In virtual time and seeded: the same command gives the same figures on any machine. Load 1 is what
 keeps the busier of the two phases busy all the time.
@@ -72,7 +72,7 @@ def verdict(loads: Sequence[float], found: dict[str, list[float]]) -> str:
 def main() -> int:
     """Play and print; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--loads", default=",".join(map(str, LOADS)))
     parser.add_argument("--shapes", default=",".join(map(str, range(len(SHAPES)))))
