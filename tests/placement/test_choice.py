@@ -71,10 +71,18 @@ def test_an_idle_worker_that_does_both_needs_no_handoff() -> None:
 
 
 def test_a_worker_that_does_both_is_left_to_those_who_decode_there() -> None:
-    """It would be as soon there, but each of them would lose the time of the prefill."""
-    seen = snapshot(worker("p", "prefill"), worker("d", "decode", running=4),
-                    worker("b", "both", running=4))  # fmt: skip
-    assert chosen(seen, wish(tokens=4000))[0] == "p"
+    """It would be sooner there, but each of them would lose the time of the prefill."""
+    seen = snapshot(
+        worker("p", "prefill", queued_seconds=0.3, queued_tokens=3000),
+        worker("d", "decode", running=4),
+        worker("b", "both", running=4),
+    )
+    answer = place(seen, wish(tokens=4000))
+    assert isinstance(answer, Placement)
+    assert answer.prefill == "p"
+    (there,) = [it for it in answer.reason.candidates if it.decode is None]
+    assert there.forecast.first_token < answer.forecast.first_token
+    assert there.forecast.delay == pytest.approx(4 * there.forecast.first_token)
 
 
 def test_prefill_stays_where_it_is_decoded_when_the_prefill_workers_are_busy() -> None:
