@@ -91,6 +91,7 @@ class Checks:
             counted = sum(ticket[kind] for ticket in held.values())
             if noted != counted:
                 self._game.blame(f"{noted:.0f} {kind} tokens are held, and leases say {counted}")
+        self._epochs = {it: right for it, right in self._epochs.items() if it in held}
         for turn, ticket in held.items():
             right = ticket["epoch"], ticket["gateway"]
             before = self._epochs.get(turn, right)
@@ -169,8 +170,8 @@ class Checks:
     def computing(self, worker: WorkerProcess, number: int) -> None:
         """A step has a row of that request: somebody must want it, or have wanted it just now."""
         client = self._game.clients.get(number)
-        if client is None or client.ended_at is None:
-            return
+        if client is None or client.ended_at is None or client.key:
+            return  # what has a key is kept for a while
         late = self._game.world.now - max(client.ended_at, self._game.calm)
         if late > plot.CANCEL_SECONDS:
             self._game.blame(f"{worker} computes for {client}, {late:.2f} s after it had ended")

@@ -13,6 +13,7 @@ from tests.chaos.control.processes import FRONT_PORT
 if TYPE_CHECKING:
     from tests.chaos.control.game import Game
 
+TRY_AGAIN = frozenset({"TakenOver"})
 TENANTS = ("ann", "bob", "eve")
 ATTEMPTS = 4
 RETRY_SECONDS = 0.4
@@ -48,6 +49,7 @@ class Client:
         self.ended_at: float | None = None
         self.prefill = dice.choose(plot.PREFILLS, "prefill", number)
         self.decode = dice.choose(plot.DECODES, "decode", number)
+        self.key = f"key-{number}" if dice("resumes", number) < 0.5 else ""
         self.attempts = 0
         self.attempt: Attempt | None = None
 
@@ -84,17 +86,23 @@ class Client:
             "decode_estimate": 1 + self.max_tokens // 2,
             "priority": dice.below(3, "priority", self.number) - 1,
         }
-        return "post", self.number, asked, self.seconds
+        told = tuple(len(self.told[index]) for index in range(self.n))
+        return "post", self.number, asked, self.seconds, self.key, told if any(told) else ()
 
     def put_off(self, why: str, detail: str) -> None:
-        """A 503, or nobody there: whoever was told nothing yet may ask again, elsewhere."""
-        if self.attempts == ATTEMPTS or any(self.told.values()):
+        """A 503, or nobody there: whoever was told nothing yet may ask again, elsewhere.
+
+        With a key of its own, it may ask for the rest whenever the connection has broken.
+        """
+        if self.attempts == ATTEMPTS * (3 if self.key else 1) or (
+            any(self.told.values()) and not self.key
+        ):
             self.end(why, detail)
             return
         self.game.tell(f"{self} is put off: {why} {detail}".rstrip())
         self.attempt = None
         self.gateway = next(it for it in plot.GATEWAYS if it != self.gateway)
-        seconds = RETRY_SECONDS * self.attempts
+        seconds = RETRY_SECONDS * min(self.attempts, 4)
         asyncio.get_running_loop().call_later(seconds, lambda: self.game.spawn(self.ask()))
 
     def leave(self) -> None:
@@ -158,7 +166,10 @@ class Attempt(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._over:
             self._over = True
-            self.client.end("broken")
+            if self.client.key:
+                self.client.put_off("broken", "")
+            else:
+                self.client.end("broken")
 
     def data_received(self, data: Any) -> None:
         what, *rest = data
@@ -169,7 +180,7 @@ class Attempt(asyncio.Protocol):
         else:
             self._over = True
             _, kind, detail = rest
-            if kind in PUTS_OFF:
+            if kind in PUTS_OFF or (kind in TRY_AGAIN and self.client.key):
                 self.client.put_off(kind, detail)
             else:
                 self.client.end(kind, detail)

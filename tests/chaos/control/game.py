@@ -322,7 +322,8 @@ class Game:
         for fault in self.strike(number, point):
             told = told or Treatment(data)
             if fault.kind == "delay":
-                told.later = self._lasts(fault.amount * plot.LONG_SECONDS)
+                told.later = fault.amount * plot.LONG_SECONDS
+                self.calm = max(self.calm, self.world.now) + told.later  # after what holds it up
             elif fault.kind == "again":
                 told.again = True
             elif fault.kind == "drop":

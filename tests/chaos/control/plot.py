@@ -45,6 +45,9 @@ and the grace that everybody has after an outage of Redis.
 CANCEL_SECONDS = 0.15
 """How long a worker may compute for somebody who has gone, while nothing holds the news up."""
 
+KEEP_SECONDS = 2.0
+"""How long workers keep what nobody owns."""
+
 LONG_TOKENS = 48
 """What a few ask for: enough to be gone in the middle of it."""
 
@@ -114,6 +117,8 @@ CAUSES: Mapping[str, Sequence[str]] = defaultdict(
         "left": ("leave",),
         "broken": ("kill gateway",),
         "unreachable": ("kill gateway",),
+        "RequestUnknown": ("kill redis",),
+        "ContinuationLost": _WORKERS,
         "QueueUnavailable": (*_REDIS, *_HELD_UP),
         "NoWorkers": (*_REDIS, *_WORKERS, *_HELD_UP),
         "WorkerFailed": (*_WORKERS, *_HELD_UP, "corrupt", "stale"),

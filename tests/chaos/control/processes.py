@@ -12,10 +12,11 @@ from backends.host import HostConfig, WorkerHost
 from backends.host.peers import Peers
 from backends.protocol import Sampling
 from gateway.admission import Admission, Limits, Registration, Registry, WorkerRecord
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, Repeated
 from gateway.life.fleet import Fleet
 from gateway.life.job import Job, Take
 from gateway.life.relay import Relay
+from gateway.resume import Claim, JobClaim, Records, Retention, Saved
 from tests.chaos.control import plot, redis_server
 from tests.chaos.control.backend import TinyBackend
 from tests.chaos.control.transport import WireReceiver, WireSender
@@ -104,6 +105,10 @@ class GatewayProcess(Process):
             max_retries=plot.MAX_RETRIES,
             worker_wait_seconds=plot.WORKER_WAIT_SECONDS,
         )
+        retention = Retention(keep_seconds=plot.KEEP_SECONDS)
+        self.records = Records(
+            redis, DEPLOYMENT, self.id, retention, timeout_seconds=plot.REDIS_TIMEOUT_SECONDS
+        )
         self.jobs: dict[int, Job] = {}
         self.launch(self._run())
 
@@ -114,6 +119,7 @@ class GatewayProcess(Process):
                 self.admission.run(),
                 self.registry.watch(self._learn),
                 self.fleet.run(),
+                self.records.run(),
             ):
                 tasks.create_task(part)
             await self.loop.create_server(lambda: Front(self), self.slot, FRONT_PORT)
@@ -146,6 +152,8 @@ class Front(asyncio.Protocol):
         self._gateway = gateway
         self._transport: Any = None
         self._task: asyncio.Task[None] | None = None
+        self._skip: list[int] = []
+        self._told = False
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -157,16 +165,69 @@ class Front(asyncio.Protocol):
     def data_received(self, data: Any) -> None:
         self._task = self._gateway.spawn(self._serve(*data))
 
-    async def _serve(self, what: str, number: int, asked: dict[str, Any], seconds: float) -> None:
-        deadline = asyncio.get_running_loop().time() + seconds
-        job = Job(model=MODEL, sampling=Sampling(), deadline=deadline, **asked)
-        self._gateway.jobs[number] = job
+    async def _serve(
+        self,
+        what: str,
+        number: int,
+        asked: dict[str, Any],
+        seconds: float,
+        key: str,
+        told: tuple[int, ...],
+    ) -> None:
         try:
-            await self._gateway.relay.carry(job, self)
+            if key:
+                await self._claimed(number, asked, seconds, key, told)
+            else:
+                await self._carry(number, asked, seconds, None)
         except GatewayError as error:
             self._end(number, type(error).__name__, str(error))
         else:
             self._end(number, "done", "")
+
+    async def _claimed(
+        self, number: int, asked: dict[str, Any], seconds: float, key: str, told: tuple[int, ...]
+    ) -> None:
+        """As `gateway.api.endpoints` does with `Idempotency-Key` and `Last-Event-ID`."""
+        records, tenant = self._gateway.records, asked["tenant"]
+        if told:
+            claim = await records.take(tenant, asked["id"])
+        else:
+            saved = Saved(
+                id=asked["id"],
+                route="completion",
+                body=b"",
+                created=0,
+                seed=0,
+                prompts=(asked["prompt"],),
+            )
+            claim = records.open(tenant, key, saved, seconds=seconds)
+            try:
+                await self._owned(number, asked, claim, told)
+                return
+            except Repeated as repeated:
+                claim = repeated.claim
+        await self._owned(number, asked, claim, told)
+
+    async def _owned(
+        self, number: int, asked: dict[str, Any], claim: Claim, told: tuple[int, ...]
+    ) -> None:
+        self._skip = list(told)
+        (job,) = claim.jobs(told, len(asked["seeds"]))
+        try:
+            await self._carry(number, asked, claim.left, job)
+        except GatewayError as error:
+            claim.failed(error, told=self._told)
+            raise
+        finally:
+            claim.close()
+
+    async def _carry(
+        self, number: int, asked: dict[str, Any], seconds: float, claim: JobClaim | None
+    ) -> None:
+        deadline = asyncio.get_running_loop().time() + seconds
+        job = Job(model=MODEL, sampling=Sampling(), deadline=deadline, claim=claim, **asked)
+        self._gateway.jobs[number] = job
+        await self._gateway.relay.carry(job, self)
 
     def _end(self, number: int, kind: str, detail: str) -> None:
         self._transport.write(("end", number, kind, detail))
@@ -177,6 +238,10 @@ class Front(asyncio.Protocol):
         return partial(self._take, index)
 
     def _take(self, index: int, token: int, finish: Any, logprob: Any) -> bool:
+        if index < len(self._skip) and self._skip[index] > 0:
+            self._skip[index] -= 1
+            return False
+        self._told = True
         self._transport.write(("token", index, token, finish))
         return False
 
