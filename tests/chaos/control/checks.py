@@ -86,9 +86,9 @@ class Checks:
             self._game.blame(f"{both} wait and hold a lease")
         tickets, room = values.get(TICKETS, {}), values.get(ROOM, {})
         held = {it: msgspec.msgpack.decode(tickets[it]) for it in leases if it in tickets}
-        for kind in ("prefill", "decode"):
+        for kind, field in (("prefill", "claim"), ("decode", "decode")):
             noted = float(room.get(f"held_{kind}".encode(), b"0"))
-            counted = sum(ticket[kind] for ticket in held.values())
+            counted = sum(ticket[field] for ticket in held.values())
             if noted != counted:
                 self._game.blame(f"{noted:.0f} {kind} tokens are held, and leases say {counted}")
         self._epochs = {it: right for it, right in self._epochs.items() if it in held}

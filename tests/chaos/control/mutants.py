@@ -215,7 +215,7 @@ MUTANTS = {
         )
     ),
     "settles twice": Mutant(
-        lua=("    ticket.prefill = 0\n", "    ticket.prefill = ticket.prefill + 0\n")
+        lua=("    ticket.prefill, ticket.claim = 0, 0\n", "    ticket.prefill = 0\n")
     ),
     "grants what has no room": Mutant(
         lua=("elseif not fits(ticket) then", "elseif book.staffed == 0 then")

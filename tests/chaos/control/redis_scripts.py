@@ -140,11 +140,14 @@ def pack(value: Any) -> bytes:
             return b"\xda" + size.to_bytes(2, "big") + value
         return b"\xdb" + size.to_bytes(4, "big") + value
     if isinstance(value, list):
-        head = msgspec.msgpack.encode([None] * len(value))[: -len(value) or None]
-        return head + b"".join(map(pack, value))
+        return _head(len(value), 0x90, 0xDC) + b"".join(map(pack, value))
     if isinstance(value, dict):
-        head = msgspec.msgpack.encode(dict.fromkeys(range(len(value))))[: 1 if value else None]
-        return head + b"".join(pack(it) for pair in value.items() for it in pair)
+        items = [it for pair in value.items() for it in pair]
+        return _head(len(value), 0x80, 0xDE) + b"".join(map(pack, items))
     if isinstance(value, float) and struct.unpack(">f", struct.pack(">f", value))[0] == value:
         return b"\xca" + struct.pack(">f", value)
     return msgspec.msgpack.encode(value)
+
+
+def _head(size: int, short: int, long: int) -> bytes:
+    return bytes([short | size]) if size < 16 else bytes([long]) + size.to_bytes(2, "big")
