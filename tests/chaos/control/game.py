@@ -233,7 +233,7 @@ class Game:
     def _judge(self, client: Client) -> None:
         if client.ending is None:
             raise Violation(f"{client} has not ended")
-        if client.ending == "done" or (client.hurried and client.ending == "DeadlineExceeded"):
+        if client.ending == "done" or (client.hurried and client.ending in plot.LATE):
             return
         if not self.struck:
             raise Violation(f"{client} ended as {client.ending}, although nothing struck")

@@ -128,6 +128,9 @@ CAUSES: Mapping[str, Sequence[str]] = defaultdict(
 and nothing is one for a deadline that was not short.
 """
 
+LATE = frozenset({"DeadlineExceeded", "RequestUnknown"})
+"""How a request with a short deadline may end; its record is gone soon after that."""
+
 LEAST = {"WorkerFailed": MAX_RETRIES + 1}
 """How many of them, if not one: a worker's death costs time."""
 
