@@ -142,13 +142,19 @@ def test_steps_tick_at_absolute_times_though_the_host_works_between_them():
     backend = make(step_seconds=0.02)
     one = sequence()
     one.generated.append(prefill(backend, one, list(range(16))))
-    started = time.monotonic()
-    for _ in range(10):
-        decode(backend, [one], [list(range(16))], 1)
-        busy = time.monotonic() + 0.004
-        while time.monotonic() < busy:
-            pass
-    assert time.monotonic() - started < 0.235, "the host's 4 ms are inside the step's 20"
+
+    def ten_steps() -> float:
+        started = time.monotonic()
+        for _ in range(10):
+            decode(backend, [one], [list(range(16))], 1)
+            busy = time.monotonic() + 0.004
+            while time.monotonic() < busy:
+                pass
+        return time.monotonic() - started
+
+    # A machine that is busy with something else misses a tick now and then, but not in every round.
+    within = any(ten_steps() < 0.235 for _ in range(20))
+    assert within, "the host's 4 ms are inside the step's 20"
 
 
 def test_asked_for_logprobs_come_with_alternatives():
