@@ -19,6 +19,7 @@ from backends.protocol import (
     Cancel,
     Disown,
     Failed,
+    HandedOver,
     Landed,
     Part,
     Stage,
@@ -242,6 +243,12 @@ class AdoptedLeg(Leg):
         super().__init__(fleet, run, life, lines, placed, orphaned)
         self._handle = found.handle
         self._found = found
+
+    def heard(self, worker: Worker, message: LegMessage) -> None:
+        """As `Leg.heard`; what went to a worker that did not say that it has it is lost."""
+        super().heard(worker, message)
+        if isinstance(message, HandedOver) and self._decode is None:
+            self._fail("handoff", worker, "lost", "nobody keeps what it handed over", retry=True)
 
     async def _begin(self) -> None:
         """Take what has been said so far, also since it was decided to go on here."""

@@ -5,6 +5,7 @@ import pytest
 from tests.chaos.control.game import CONCURRENT, Control
 from tests.chaos.control.mutants import MUTANTS
 from tests.chaos.machine import broken, explore, played
+from tests.chaos.schedule import Schedule
 
 SCHEDULES = 5000
 
@@ -54,3 +55,20 @@ def test_a_mutant_is_shown_by_a_short_story() -> None:
     assert 1 <= len(failure.schedule.actors) <= 3
     assert 1 <= len(failure.schedule.faults) <= 3
     assert str(failure.found.seed) in str(failure)
+
+
+def test_what_was_handed_to_a_worker_that_does_not_answer_is_computed_again() -> None:
+    """A gateway adopts a prefill while the decode worker, which has it by now, stands still."""
+    scenario = Control()
+    whole = scenario.schedule(2461)
+    wanted = {
+        (2, "end", "stop decode"),
+        (4, "compute", "kill gateway"),
+        (4, "open", "kill decode"),
+        (5, "token", "kill gateway"),
+        (8, "compute", "part data"),
+    }
+    faults = tuple(it for it in whole.faults if (it.actor, it.point, it.kind) in wanted)
+    cause, story = played(scenario, Schedule(2461, (2, 4, 5, 8), faults))
+    assert not cause
+    assert any("request 5 ends: done" in line for line in story)
