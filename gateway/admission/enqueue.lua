@@ -1,9 +1,10 @@
 -- Stand in line, and be granted at once when there is room. Safe to repeat; somebody else who does
--- it takes the ticket over, at its place and with its lease.
--- Returns {report, 1 granted | 0 waiting | -1 the line is full | -2 the tenant is over its limit,
--- milliseconds after which to come again, what is left to the tenant}.
+-- it takes the ticket over, at its place and with its lease, unless it is a former owner that says
+-- so late.
+-- Returns {report, 1 granted | 0 waiting | -1 the line is full | -2 the tenant is over its limit
+-- | -3 somebody else's by now, milliseconds after which to come again, what is left to the tenant}.
 
-local GRANTED, WAITING, FULL, LIMITED = 1, 0, -1, -2
+local GRANTED, WAITING, FULL, LIMITED, TAKEN = 1, 0, -1, -2, -3
 local id, visit, max_waiting = wish.id, wish.ticket.visit, wish.max_waiting
 
 local function retry_after()
@@ -11,6 +12,8 @@ local function retry_after()
 end
 
 local function take_over(ticket)
+  if ticket.owner > wish.ticket.owner then return TAKEN end
+  ticket.owner = wish.ticket.owner
   if redis.call('ZSCORE', leases, id) then
     redis.call('ZADD', leases, now + lease, id)
     if ticket.gateway ~= me or ticket.visit ~= visit then

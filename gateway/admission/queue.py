@@ -46,7 +46,7 @@ log = structlog.get_logger()
 RENEW_AT_ONCE = 500
 GATHER_SECONDS = 0.02
 REFUSED_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.0125, 1.0
-GRANTED, FULL, LIMITED = 1, -1, -2
+GRANTED, FULL, LIMITED, TAKEN = 1, -1, -2, -3
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -203,6 +203,9 @@ class Admission:
         )
         report, state, after_ms, quota = await self._script("enqueue", ticket.model, wish)
         self._take_home(ticket.model, report)
+        if state == TAKEN:
+            turn.asked = False
+            raise TakenOver(ticket.id)
         if state in (FULL, LIMITED):
             turn.asked = False
             if state == LIMITED:
@@ -371,6 +374,8 @@ class Admission:
     async def _enqueue_again(self, turn: Turn) -> None:
         try:
             await self._enqueue(turn, again=True)
+        except TakenOver:
+            self._on_taken_over(turn.name)
         except (DeadlineExceeded, QueueUnavailable) as error:
             log.warning("request.unqueued", request=turn.ticket.id, cause=str(error))
 

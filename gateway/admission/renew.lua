@@ -16,6 +16,7 @@ local function claim(id, epoch, ticket)
     redis.call('ZADD', leases, now + lease, id)
     if known.gateway ~= me or known.epoch < epoch then
       known.gateway, known.visit, known.epoch = me, ticket.visit, epoch
+      known.owner = ticket.owner
       note(id, known)
     elseif known.epoch > epoch then
       tell(id, known)

@@ -38,8 +38,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     left, it fails. A higher `priority` (-8 to 7) goes first. A ticket that does not count is a
     further part of a request that has been counted.
 
-    `name` is its own in the whole deployment: whoever enqueues it again takes it over. Empty: one
-    is made up.
+    `name` is its own in the whole deployment: whoever enqueues it again takes it over, unless that
+    is an earlier owner, whose `owner_epoch` is lower. Empty: one is made up.
     """
 
     id: str
@@ -55,6 +55,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     terms: Terms = Terms()
     counts: bool = True
     name: str = ""
+    owner_epoch: int = 0
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,10 +21,12 @@ class RateLimits(msgspec.Struct, frozen=True):
 class TicketWords(msgspec.Struct, frozen=True):
     """A ticket, as it lies in Redis. Tokens; bands count from the highest priority.
 
-    `visit` tells it from other tickets of its name that its gateway has or had.
+    `visit` tells it from other tickets of its name that its gateway has or had, `owner` grows with
+    each new owner of its request.
     """
 
     visit: int
+    owner: int
     tenant: str
     prefill: int
     decode: int
@@ -120,6 +122,7 @@ def words_of(ticket: Ticket, visit: int, prefill_tokens: int) -> TicketWords:
     priority = min(max(ticket.priority, LOWEST_PRIORITY), HIGHEST_PRIORITY)
     return TicketWords(
         visit=visit,
+        owner=ticket.owner_epoch,
         tenant=ticket.tenant,
         prefill=prefill_tokens,
         decode=ticket.decode_tokens,

@@ -312,6 +312,7 @@ def _ticket(job: Job, needs_seconds: float) -> Ticket:
         terms=job.terms,
         counts=job.counts,
         name=job.claim.name if job.claim is not None else "",
+        owner_epoch=job.claim.epoch if job.claim is not None else 0,
     )
 
 

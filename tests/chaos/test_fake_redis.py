@@ -220,6 +220,7 @@ class Caller:
         tenant = dice.choice(("ann", "bob"))
         return TicketWords(
             visit=dice.randint(1, 2),
+            owner=dice.randint(1, 2),
             tenant=tenant,
             prefill=dice.randint(1, 30),
             decode=dice.randint(1, 30),

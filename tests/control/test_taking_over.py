@@ -63,6 +63,28 @@ async def test_a_lease_that_is_taken_over_is_not_given_back_by_its_former_holder
         assert await redis.exists("baton:{test}:active:t") == 0
 
 
+async def test_a_former_owner_that_enqueues_late_takes_nothing_over(redis: Redis) -> None:
+    async with (
+        workers(redis, decode=10, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        gateway(redis, "g2", LASTING) as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        holder = Turn(tasks, two, ticket("holder", name="mine", owner_epoch=2))
+        await holder.inside.wait()
+        waiter = Turn(tasks, two, ticket("waiter", name="other", owner_epoch=2))
+        await until(lambda: two.waiting == 1)
+        for name in ("mine", "other"):
+            late = Turn(tasks, one, ticket("late", name=name, owner_epoch=1))
+            await until(lambda late=late: isinstance(late.error, TakenOver), 2)
+        await one.flush()
+        assert await book(redis) == {"held_prefill": 10, "held_decode": 10}
+        holder.leave.set()
+        await asyncio.wait_for(waiter.inside.wait(), 2)
+        assert waiter.error is None
+        waiter.leave.set()
+
+
 async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
     redis: Redis,
 ) -> None:
