@@ -3,7 +3,7 @@
 import random
 import socket
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
@@ -27,6 +27,12 @@ def answering(response, hold_open=None):
                 connection.sendall(response)
                 if hold_open is not None:
                     hold_open.wait(10)
+                # A request that was not read to its end would make this close a reset.
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(10)
+                with suppress(ConnectionError):
+                    while connection.recv(65536):
+                        pass
 
         thread = threading.Thread(target=serve)
         thread.start()
