@@ -33,7 +33,10 @@ SYNTHETIC_TREE: Mapping[str, Any] = {
     "queue": QUEUE,
 }
 REAL_TREE: Mapping[str, Any] = {
-    "workers": workers("emulation", {"pool_tokens": 8192}, threads=1, lease_seconds=5.0),
+    # In bfloat16 another batch would be reason enough for another word.
+    "workers": workers(
+        "emulation", {"pool_tokens": 8192, "dtype": "float32"}, threads=1, lease_seconds=5.0
+    ),
     "gateway": GATEWAY,
     "queue": QUEUE,
 }
