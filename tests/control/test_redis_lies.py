@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from gateway.admission import Admission, Limits, Terms, open_redis
 from gateway.config import RedisSection
@@ -72,6 +73,13 @@ async def two_gateways(
         yield one, two
 
 
+async def two_wait(redis: Redis) -> None:
+    """Return once two tickets stand in line."""
+    async with asyncio.timeout(5):
+        while await waiting(redis) != 2:
+            await asyncio.sleep(0.01)
+
+
 async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> None:
     """It thinks that they wait, or has never heard of them; nobody else gets their room."""
     amnesia = Amnesia(server)
@@ -84,26 +92,20 @@ async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> No
         for turn in first:
             await turn.inside.wait()
         second = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        async with asyncio.timeout(5):
-            while await waiting(redis) != 2:
-                await asyncio.sleep(0.01)
+        await two_wait(redis)
         amnesia.remember()
         for turn in first:
             turn.leave.set()
         for turn in second:
             await asyncio.wait_for(turn.inside.wait(), 5)
         late = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        async with asyncio.timeout(5):
-            while await waiting(redis) != 2:
-                await asyncio.sleep(0.01)
+        await two_wait(redis)
         assert amnesia.forget() > 0
         await server.start()
         await until(lambda: one.available and two.available)
         await published(redis, 2)
         await until(lambda: one.held + two.held == 2)
-        async with asyncio.timeout(5):
-            while await waiting(redis) != 2:
-                await asyncio.sleep(0.01)
+        await two_wait(redis)
         # The two that ended in the forgotten second are held by nobody, and lapse by themselves.
         assert (await book(redis))["held_decode"] == 40
         assert not any(turn.inside.is_set() for turn in late)
@@ -172,9 +174,7 @@ async def test_lifetimes_that_pass_while_redis_is_down_cost_nobody_anything(
         for turn in running:
             await turn.inside.wait()
         lined_up = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        async with asyncio.timeout(5):
-            while await waiting(redis) != 2:
-                await asyncio.sleep(0.01)
+        await two_wait(redis)
         for key in await redis.keys("*"):
             await redis.pexpire(key, 300)
         amnesia.remember()

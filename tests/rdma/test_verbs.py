@@ -11,8 +11,8 @@ import time
 from functools import partial
 
 import pytest
+from far_handoff import BLOCKS, LAYOUT, source
 from nixl_desk import Owner, far, write_until_it_fails, writing_to, written_to
-from nixl_far import BLOCKS, LAYOUT, source
 
 from transfer.errors import PeerLost
 from transfer.nixl import NixlReceiver, NixlSender

@@ -16,7 +16,6 @@ It reads a command a line, and says in a line how each of them ended:
 
 import asyncio
 import contextlib
-import functools
 import os
 import resource
 import socket
@@ -25,56 +24,16 @@ import sys
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import structlog
 from ends import receiver_of, sender_of
+from far_handoff import BLOCKS, LAYOUT, POOL_BYTES, TOKENS, landing_at, say, source
 
-from transfer.contract import Source, whole
-from transfer.layout import Epoch, KVLayout, Landing
+from transfer.contract import whole
+from transfer.layout import Landing
 from transfer.shared_memory import allocate
 from transfer.warming import warm_up
 
-# 4 MiB a layer for 1,024 tokens, in runs of 64 KiB.
-LAYOUT = KVLayout(
-    model="far",
-    weights="float16",
-    layers=4,
-    kv_heads=8,
-    head_dim=128,
-    dtype="float16",
-    block_tokens=16,
-    rope="half",
-    axes="block layer kv token head dim",
-)
-TOKENS = 1024
-BLOCKS = LAYOUT.blocks_for(TOKENS)
-POOL_BYTES = BLOCKS * LAYOUT.block_bytes
 ANSWER_SECONDS = 20.0
-
-
-def landing_at(endpoint, counter=1):
-    return Landing(
-        id=f"far-{counter}",
-        epoch=Epoch(1, counter),
-        secret=b"s" * 16,
-        worker="decode",
-        endpoints=(endpoint,),
-        layout=LAYOUT,
-        pool_blocks=BLOCKS,
-        blocks=tuple(range(BLOCKS)),
-        tokens=TOKENS,
-        lease_seconds=60.0,
-    )
-
-
-@functools.cache
-def source():
-    pool = np.random.default_rng(3).integers(1, 255, POOL_BYTES, dtype=np.uint8)
-    return Source(LAYOUT, pool, BLOCKS, tuple(range(BLOCKS)), TOKENS)
-
-
-def say(*words):
-    print(*words, flush=True)
 
 
 async def hand_over(sender, landing, data, half=None):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from nixl_far import BLOCKS, LAYOUT, RUN_BYTES, landing_at, source, write_all
+from far_handoff import BLOCKS, LAYOUT, landing_at, source
+from nixl_far import RUN_BYTES, write_all
 
 from transfer.layout import Landing
 from transfer.nixl import NixlReceiver, NixlSender

@@ -11,52 +11,15 @@ import sys
 
 import msgspec
 import numpy as np
+from far_handoff import BLOCKS, LAYOUT, TOKENS, landing_at, say, source
 
-from transfer.contract import Source, whole
+from transfer.contract import whole
 from transfer.errors import TransferError
-from transfer.layout import Epoch, KVLayout, Landing
+from transfer.layout import Landing
 from transfer.nixl import NixlReceiver, NixlSender
 from transfer.nixl.wire import Process
 
-# 4 MiB a layer for 1,024 tokens, in runs of 64 KiB.
-LAYOUT = KVLayout(
-    model="far",
-    weights="float16",
-    layers=4,
-    kv_heads=8,
-    head_dim=128,
-    dtype="float16",
-    block_tokens=16,
-    rope="half",
-    axes="block layer kv token head dim",
-)
-TOKENS = 1024
 RUN_BYTES = 64 << 10
-BLOCKS = LAYOUT.blocks_for(TOKENS)
-
-
-def landing_at(endpoint, counter=1):
-    return Landing(
-        id=f"far-{counter}",
-        epoch=Epoch(1, counter),
-        secret=b"s" * 16,
-        worker="decode",
-        endpoints=(endpoint,),
-        layout=LAYOUT,
-        pool_blocks=BLOCKS,
-        blocks=tuple(range(BLOCKS)),
-        tokens=TOKENS,
-        lease_seconds=60.0,
-    )
-
-
-def source():
-    pool = np.random.default_rng(3).integers(1, 255, BLOCKS * LAYOUT.block_bytes, dtype=np.uint8)
-    return Source(LAYOUT, pool, BLOCKS, tuple(range(BLOCKS)), TOKENS)
-
-
-def say(*words):
-    print(*words, flush=True)
 
 
 async def send(stall_seconds, foreign):

@@ -16,8 +16,8 @@ import pytest
 
 pytest.importorskip("nixl_cu12")
 
+from far_handoff import source
 from nixl_desk import SOON_SECONDS, write_until_it_fails, writing_to, written_to
-from nixl_far import source
 
 from transfer.errors import LandingGone, PeerLost
 from transfer.nixl import NixlReceiver, NixlSender, wire
