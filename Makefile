@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine \
+.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-gpu \
 	bench-transfer bench-interference bench-placement bench-reuse bench-cancel chaos loadtest soak clean
 
 help: ## Show this list
@@ -45,7 +45,8 @@ check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 		$(BIN)/hadolint "$$file"; echo "ok -- $$file"; done
 
 test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (with a CUDA build of torch)
-	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation tests/life/test_real_model.py
+	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation \
+		tests/life/test_real_model.py tests/life/test_devices.py
 
 soak: $(VENV)/.dev ## Play 100,000 schedules of faults, twice: handoffs and control plane (2 hours)
 	@$(BIN)/python -m tests.chaos handoffs --count 100000
@@ -66,6 +67,10 @@ bench-queue: $(VENV)/.runtime ## Measure what the queue costs, beside a gateway 
 bench-engine: $(VENV)/.dev ## Measure engine and handoff beside other engines
 	@$(BIN)/python -m tests.bench.engine
 	@$(BIN)/python -m tests.bench.handoff
+
+bench-gpu: $(VENV)/.dev ## Measure engine and KV's way to the host on a CUDA device (3 minutes)
+	@$(BIN)/python -m tests.bench.cuda
+	@$(BIN)/python -m tests.bench.cuda --shape
 
 bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, NIXL and Mooncake
 	@$(BIN)/python -m tests.bench.transfer

@@ -98,7 +98,9 @@ class MatrixProducts:
     is what this machine allows.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, *, prepacked: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, *, prepacked: bool, device: str = "cpu"
+    ) -> None:
         self.name = "products, prepacked" if prepacked else "products, plain"
         wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         shapes = [
@@ -108,9 +110,10 @@ class MatrixProducts:
             (spec.hidden, spec.feed_forward),
         ] * spec.layers
         self._dtype = dtype
-        self._layers = [_product(shape, dtype, prepacked=prepacked) for shape in shapes]
+        self._device = device
+        self._layers = [self._product(shape, prepacked=prepacked) for shape in shapes]
         self._inputs = [shape[1] for shape in shapes]
-        self._head = _product((spec.vocabulary, spec.hidden), dtype, prepacked=prepacked)
+        self._head = self._product((spec.vocabulary, spec.hidden), prepacked=prepacked)
         self._hidden = spec.hidden
 
     def set_threads(self, threads: int) -> None:
@@ -124,8 +127,8 @@ class MatrixProducts:
         return self._work(batch, batch)
 
     def _work(self, rows: int, sampled: int) -> Work:
-        inputs = {width: torch.rand(rows, width).to(self._dtype) for width in set(self._inputs)}
-        last = torch.rand(sampled, self._hidden).to(self._dtype)
+        inputs = {width: self._random(rows, width) for width in set(self._inputs)}
+        last = self._random(sampled, self._hidden)
 
         def work() -> None:
             with torch.inference_mode():
@@ -135,14 +138,16 @@ class MatrixProducts:
 
         return work
 
+    def _product(
+        self, shape: tuple[int, int], *, prepacked: bool
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight = self._random(*shape) - 0.5
+        if prepacked:
+            return Linear(weight)
+        return lambda rows: functional.linear(rows, weight)
 
-def _product(
-    shape: tuple[int, int], dtype: torch.dtype, *, prepacked: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = (torch.rand(shape) - 0.5).to(dtype)
-    if prepacked:
-        return Linear(weight)
-    return lambda rows: functional.linear(rows, weight)
+    def _random(self, rows: int, width: int) -> torch.Tensor:
+        return torch.rand(rows, width, device=self._device).to(self._dtype)
 
 
 class Transformers:
