@@ -10,10 +10,10 @@ import msgspec
 import torch
 from torch.nn import functional
 
+from backends.checkpoint.spec import ModelSpec
 from backends.emulation.plan import Chunk, DecodeGroup, Plan
 from backends.emulation.pool import PagedPool
 from backends.emulation.rope import Rope
-from backends.emulation.spec import ModelSpec
 
 
 class Scratch:

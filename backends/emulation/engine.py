@@ -9,31 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from backends.api import BackendInfo, Logprob, Output, Ready, Row, Sampled, StepFailed
-from backends.emulation.gguf_file import GGUFCheckpoint
-from backends.emulation.huggingface import HuggingFaceCheckpoint
-from backends.emulation.linear import bfloat16_is_fast
-from backends.emulation.options import (
+from backends.checkpoint.checks import (
     DEFAULT_AXES,
-    Options,
     Progress,
     as_dtype,
+    check_context,
     check_memory,
-    check_model_path,
-    read_options,
 )
-from backends.emulation.plan import Limits, Plan, check_rows, make_plan
+from backends.checkpoint.opening import check_model_path, open_checkpoint
+from backends.checkpoint.spec import Checkpoint, Pairing
+from backends.emulation.linear import bfloat16_is_fast
+from backends.emulation.options import Options, read_options
+from backends.emulation.plan import Plan, make_plan
 from backends.emulation.pool import TORCH_DTYPES, PagedPool
 from backends.emulation.rope import Rope
-from backends.emulation.sampling import HONOURED, choose, is_plain_greedy, logprob_of
-from backends.emulation.spec import Checkpoint, ModelSpec, Pairing
 from backends.emulation.transformer import Transformer, Weights
 from backends.errors import BackendMisconfigured
+from backends.rows import Limits, check_rows
+from backends.sampling import HONOURED, choose, is_plain_greedy, logprob_of
 from transfer.layout import KVLayout, Shard
 
 _LOGPROB_ROWS = 64
@@ -91,7 +89,7 @@ class EmulationBackend:
         self._dtype = _compute_dtype(options)
         tell = progress or _silent
         tell("open", 0.0)
-        checkpoint = _open(path)
+        checkpoint = open_checkpoint(path)
         try:
             self._prepare(checkpoint, options, tell)
         finally:
@@ -101,7 +99,7 @@ class EmulationBackend:
         spec = checkpoint.spec
         pairing: Pairing = spec.pairing if options.rope == "auto" else options.rope
         layout = _layout(checkpoint, options, pairing)
-        context = _context(spec, options)
+        context = check_context(spec, options.context_tokens, options.blocks * options.block_tokens)
         pool_option = "pool_blocks" if options.pool_blocks is not None else "pool_tokens"
         check_memory(pool_option, layout.block_bytes * options.blocks)
         tell("pool", 0.0)
@@ -243,10 +241,6 @@ def _all_greedy(batch: Items[Row]) -> bool:
     return all(is_plain_greedy(sequence) for row in batch for sequence in row.sequences)
 
 
-def _open(path: Path) -> Checkpoint:
-    return HuggingFaceCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
-
-
 def _compute_dtype(options: Options) -> torch.dtype:
     if options.dtype != "auto":
         return TORCH_DTYPES[as_dtype(options.dtype)]
@@ -276,12 +270,3 @@ def _shards(layout: KVLayout, count: int) -> tuple[Shard, ...]:
         raise BackendMisconfigured(f"shards: {layout.kv_heads} KV heads are not {count} times some")
     each = layout.kv_heads // count
     return tuple(Shard(it * each, each) for it in range(count)) if count > 1 else ()
-
-
-def _context(spec: ModelSpec, options: Options) -> int:
-    wanted = options.context_tokens
-    if wanted is not None and wanted > spec.context_tokens:
-        raise BackendMisconfigured(
-            f"context_tokens is {wanted}, but the model was made for {spec.context_tokens}"
-        )
-    return min(wanted or spec.context_tokens, options.blocks * options.block_tokens)

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 
-from backends.api import Row, StepFailed
+from backends.api import Row
 from backends.emulation.pool import Indexes, PagedPool
 
 _NEVER = float("-inf")
@@ -64,40 +64,6 @@ class Plan(msgspec.Struct, frozen=True):
     chunks: tuple[Chunk, ...]
     wanted: torch.Tensor | None
     places: tuple[slice, ...]
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """What rows may not exceed."""
-
-    vocabulary: int
-    context_tokens: int
-    pool_blocks: int
-    block_tokens: int
-
-
-def check_rows(rows: Items[Row], limits: Limits) -> None:
-    """Refuse a row that would read or write outside the model or the pool.
-
-    Raises:
-        StepFailed: says which row, and why.
-    """
-    for number, row in enumerate(rows):
-        end = row.start + len(row.tokens)
-        if not row.tokens or row.start < 0 or end > limits.context_tokens:
-            raise StepFailed(
-                f"row {number}: positions {row.start} to {end} of {limits.context_tokens}"
-            )
-        if len(row.blocks) * limits.block_tokens < end:
-            raise StepFailed(f"row {number}: {len(row.blocks)} blocks do not cover {end} tokens")
-        if not 0 <= min(row.blocks) <= max(row.blocks) < limits.pool_blocks:
-            raise StepFailed(f"row {number}: a block outside the pool of {limits.pool_blocks}")
-        if not 0 <= min(row.tokens) <= max(row.tokens) < limits.vocabulary:
-            raise StepFailed(f"row {number}: a token outside the vocabulary")
-        if row.prompt_logprobs is not None and not (
-            len(row.tokens) - 1 <= len(row.following) <= len(row.tokens)
-            and all(0 <= token < limits.vocabulary for token in row.following)
-        ):
-            raise StepFailed(f"row {number}: `following` does not follow its tokens")
 
 
 def make_plan(rows: Items[Row], pool: PagedPool, dtype: torch.dtype, device: str) -> Plan:

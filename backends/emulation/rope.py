@@ -1,40 +1,13 @@
-"""Rotary position embedding, for weights that pair dimensions by halves or interleaved.
-
-The formula is RoFormer's (Su et al., 2021); the scaling is Llama 3.1's.
-"""
+"""Rotary position embedding, for weights that pair dimensions by halves or interleaved."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 
-from backends.emulation.spec import Llama3Scaling, ModelSpec, Pairing
-
-
-def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """Radians per position of each pair, float64, `head_dim / 2` of them."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
-    frequencies = spec.rope_theta**-exponents
-    if spec.rope_scaling is not None:
-        frequencies = _stretch(frequencies, spec.rope_scaling)
-    return frequencies
-
-
-def _stretch(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
-    return frequencies * keep + frequencies / scaling.factor * (1 - keep)
-
-
-def repaired(weight: torch.Tensor, heads: int, source: Pairing, target: Pairing) -> torch.Tensor:
-    """Reorder the rows of a Q or K projection (or norm) so that pairs lie as `target` says."""
-    if source == target:
-        return weight
-    pairs = weight.view(heads, *((2, -1) if source == "half" else (-1, 2)), *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+from backends.checkpoint.rope import inverse_frequencies
+from backends.checkpoint.spec import ModelSpec, Pairing
 
 
 class Rope:
@@ -43,7 +16,7 @@ class Rope:
     def __init__(self, spec: ModelSpec, context: int, pairing: Pairing, device: str) -> None:
         self._pairing = pairing
         positions = torch.arange(context, dtype=torch.float64)
-        angles = torch.outer(positions, inverse_frequencies(spec))
+        angles = torch.outer(positions, torch.from_numpy(inverse_frequencies(spec)))
         cosine, sine = angles.cos().float(), angles.sin().float()
         if pairing == "interleaved":
             table = torch.complex(cosine, sine)

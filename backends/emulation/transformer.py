@@ -14,12 +14,13 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from backends.checkpoint.rope import repaired
+from backends.checkpoint.spec import Checkpoint, ModelSpec, Pairing, expected_tensors
 from backends.emulation.attention import Attention, Scratch
 from backends.emulation.linear import Linear
 from backends.emulation.plan import Plan
 from backends.emulation.pool import PagedPool
-from backends.emulation.rope import Rope, repaired
-from backends.emulation.spec import Checkpoint, ModelSpec, Pairing, expected_tensors
+from backends.emulation.rope import Rope
 from backends.errors import BackendMisconfigured
 
 Written = Callable[[int], None]
@@ -51,7 +52,7 @@ class Weights:
         """
         tensor = self._exact(name)
         if gains is not None:
-            tensor = tensor.float() * gains
+            tensor = tensor * gains
         return tensor.to(self._device, self._dtype)
 
     def fused(self, names: list[str], gains: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,14 +61,14 @@ class Weights:
 
     def gains(self, name: str) -> torch.Tensor:
         """What a norm's weights make of vectors of length 1: float32, on the CPU."""
-        weight = self._exact(name).float()
+        weight = self._exact(name)
         return weight * math.sqrt(len(weight))
 
     def _exact(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._checkpoint.tensor(name)
-        if tuple(tensor.shape) != self._shapes[name]:
+        tensor = self._checkpoint.tensor(name)
+        if tensor.shape != self._shapes[name]:
             raise BackendMisconfigured(
-                f"model: tensor {name} has shape {tuple(tensor.shape)}, not {self._shapes[name]}"
+                f"model: tensor {name} has shape {tensor.shape}, not {self._shapes[name]}"
             )
         kind = name.split(".")[-2]
         heads = {"attn_q": self.spec.heads, "attn_k": self.spec.kv_heads}.get(kind, 1)
@@ -75,7 +76,7 @@ class Weights:
             tensor = repaired(tensor, heads, self.spec.pairing, self._pairing)
         self._done += 1
         self._loaded(self._done / len(self._shapes))
-        return tensor
+        return torch.from_numpy(tensor)
 
 
 class Layer:

@@ -14,12 +14,11 @@ import torch
 from torch.nn import functional
 
 from backends.api import Row, Sampling, Sequence
+from backends.checkpoint.opening import open_checkpoint
+from backends.checkpoint.rope import repaired
+from backends.checkpoint.spec import Checkpoint, ModelSpec
 from backends.emulation import EmulationBackend
-from backends.emulation.gguf_file import GGUFCheckpoint
-from backends.emulation.huggingface import HuggingFaceCheckpoint
 from backends.emulation.linear import Linear
-from backends.emulation.rope import repaired
-from backends.emulation.spec import Checkpoint, ModelSpec
 
 Work = Callable[[], Any]
 BLOCK_TOKENS = 16
@@ -43,11 +42,6 @@ class Contender(Protocol):
 def prompt(tokens: int, vocabulary: int) -> list[int]:
     """Token ids that are spread over the vocabulary."""
     return [(7919 * place + 13) % vocabulary for place in range(tokens)]
-
-
-def open_checkpoint(model: Path) -> Checkpoint:
-    """The checkpoint at this path, as the engine would open it."""
-    return HuggingFaceCheckpoint(model) if model.is_dir() else GGUFCheckpoint(model)
 
 
 class Engine:
@@ -251,11 +245,11 @@ def _named_as_there(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     tensors = {}
     for name in checkpoint.names():
         parts = name.split(".")
-        kind, tensor = parts[-2], checkpoint.tensor(name).float()
+        kind, tensor = parts[-2], checkpoint.tensor(name)
         if kind in heads:
             tensor = repaired(tensor, heads[kind], spec.pairing, "half")
         place = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
-        tensors[f"{place}{_NAMES[kind]}.{parts[-1]}"] = tensor
+        tensors[f"{place}{_NAMES[kind]}.{parts[-1]}"] = torch.from_numpy(tensor)
     return tensors
 
 

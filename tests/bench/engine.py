@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 import torch
 
+from backends.checkpoint.opening import open_checkpoint
 from backends.emulation.pool import TORCH_DTYPES
 from tests.bench.contenders import (
     BLOCK_TOKENS,
@@ -33,7 +34,6 @@ from tests.bench.contenders import (
     MatrixProducts,
     Transformers,
     Work,
-    open_checkpoint,
 )
 
 LEAST_ROUNDS = 3

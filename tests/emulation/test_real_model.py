@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from backends.api import Sampling
-from backends.emulation.gguf_file import GGUFCheckpoint
-from backends.emulation.huggingface import _IN_LAYER, _TOP
-from backends.emulation.rope import repaired
+from backends.checkpoint.gguf_file import GGUFCheckpoint
+from backends.checkpoint.huggingface import _IN_LAYER, _TOP
+from backends.checkpoint.rope import repaired
 from tests.emulation.desk import Desk, Line, bundled_model, engine, hand_over, nothing, prompts
 from tests.support.margin import assert_same_or_near_tie
 
@@ -60,7 +60,7 @@ def reference(tmp_path_factory):
         for kind, heads in (("attn_q.", spec.heads), ("attn_k.", spec.kv_heads)):
             if kind in name:
                 tensor = repaired(tensor, heads, "interleaved", "half")
-        tensors[names[name]] = tensor
+        tensors[names[name]] = torch.from_numpy(tensor)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     checkpoint.close()

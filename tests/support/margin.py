@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from backends.emulation.sampling import uniform
+from backends.sampling import uniform
 
 MARGIN = 1e-3
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from backends.api import Sampling, Sequence
-from backends.emulation.sampling import choose, uniform
 from backends.errors import StepFailed
+from backends.sampling import choose, uniform
 
 VOCABULARY = 50
 ENDS = (3, 4)

@@ -7,9 +7,11 @@ vocabulary is enough. `expected_tensors` lists every tensor a model must have, w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from backends.errors import BackendMisconfigured
 
@@ -109,8 +111,8 @@ class Checkpoint(Protocol):
     def names(self) -> frozenset[str]:
         """The tensors that are there, under their GGUF names."""
 
-    def tensor(self, name: str) -> Any:
-        """One tensor, dequantised, as a torch tensor on the CPU."""
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """One tensor, dequantised, as an array of its own."""
 
     def close(self) -> None:
         """Close the files."""

@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from numpy.typing import NDArray
 
-from backends.emulation.spec import FAMILIES, Llama3Scaling, ModelSpec, check_names
+from backends.checkpoint.safetensors_file import SafetensorsFile
+from backends.checkpoint.spec import FAMILIES, Llama3Scaling, ModelSpec, check_names
 from backends.errors import BackendMisconfigured
 
 _SAMPLE = 4096
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -64,13 +64,10 @@ class HuggingFaceCheckpoint:
         """The tensors that are there, under their GGUF names."""
         return frozenset(self._tensors)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in the dtype that the file has."""
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """One tensor as float32."""
         shard, stored = self._tensors[name]
-        tensor: torch.Tensor = shard.get_tensor(stored)
-        if tensor.dtype not in _DTYPES:
-            raise BackendMisconfigured(f"model: tensor {stored} has the dtype {tensor.dtype}")
-        return tensor
+        return shard.tensor(stored)
 
     def close(self) -> None:
         """Close every shard."""
@@ -83,11 +80,12 @@ class HuggingFaceCheckpoint:
         if tokenizer.is_file():
             digest.update(hashlib.sha256(tokenizer.read_bytes()).digest())
         for name in sorted(self._tensors):
-            flat = self.tensor(name).reshape(-1).view(torch.uint8)
-            digest.update(f"{name} {flat.numel()}".encode())
-            middle = max(0, (flat.numel() - _SAMPLE) // 2)
+            shard, stored = self._tensors[name]
+            flat = shard.raw(stored)
+            digest.update(f"{name} {len(flat)}".encode())
+            middle = max(0, (len(flat) - _SAMPLE) // 2)
             for part in (flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]):
-                digest.update(part.numpy().tobytes())
+                digest.update(part.tobytes())
         return f"{self.spec.family}-{self.spec.layers}x{self.spec.hidden}-{digest.hexdigest()[:32]}"
 
 
@@ -103,7 +101,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_shards(folder: Path, files: ExitStack) -> dict[str, tuple[Any, str]]:
+def _open_shards(folder: Path, files: ExitStack) -> dict[str, tuple[SafetensorsFile, str]]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
@@ -119,10 +117,10 @@ def _open_shards(folder: Path, files: ExitStack) -> dict[str, tuple[Any, str]]:
         if Path(shard).name != shard:
             raise BackendMisconfigured(f"model: weight_map names {shard!r} outside the folder")
         try:
-            opened = files.enter_context(safe_open(folder / shard, framework="pt"))
-        except (OSError, SafetensorError) as error:
+            opened = files.enter_context(closing(SafetensorsFile(folder / shard)))
+        except OSError as error:
             raise BackendMisconfigured(f"model: cannot read {folder / shard}: {error}") from None
-        for stored in opened.keys():  # noqa: SIM118 (not a mapping)
+        for stored in opened.names():
             if not stored.endswith("rotary_emb.inv_freq"):
                 tensors[_short_name(stored)] = (opened, stored)
     return tensors

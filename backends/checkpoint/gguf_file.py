@@ -17,9 +17,9 @@ from typing import Any
 import gguf
 import msgspec
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from backends.emulation.spec import FAMILIES, ModelSpec, Pairing, check_names
+from backends.checkpoint.spec import FAMILIES, ModelSpec, Pairing, check_names
 from backends.errors import BackendMisconfigured
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"} | {
@@ -38,7 +38,7 @@ class Array(msgspec.Struct, frozen=True):
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """Where one tensor lies in the file. `shape` is row-major, as torch has it."""
+    """Where one tensor lies in the file. `shape` is row-major, as numpy has it."""
 
     shape: tuple[int, ...]
     kind: int
@@ -108,21 +108,27 @@ class GGUFCheckpoint:
         """The tensors that are there."""
         return frozenset(self._tensors)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as float32 (its own dtype where the file has float16 or bfloat16)."""
-        stored = self._tensors[name]
-        raw = np.frombuffer(
-            self._data, np.uint8, count=stored.bytes, offset=self._start + stored.offset
-        )
-        kind = gguf.GGMLQuantizationType(stored.kind)
-        rows = raw.reshape(*stored.shape[:-1], -1)
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """One tensor as float32."""
+        kind, rows = self.stored(name)
         if kind == gguf.GGMLQuantizationType.F32:
             values = rows.view(np.float32)
         elif kind == gguf.GGMLQuantizationType.F16:
             values = rows.view(np.float16)
         else:
             values = gguf.quants.dequantize(rows, kind)
-        return torch.from_numpy(np.array(values.reshape(stored.shape)))
+        return np.array(values.reshape(self._tensors[name].shape), np.float32)
+
+    def stored(self, name: str) -> tuple[gguf.GGMLQuantizationType, NDArray[np.uint8]]:
+        """One tensor as it is in the file: the kind of its blocks, and their bytes row by row.
+
+        The bytes are the file's own; let go of them before `close`.
+        """
+        stored = self._tensors[name]
+        raw = np.frombuffer(
+            self._data, np.uint8, count=stored.bytes, offset=self._start + stored.offset
+        )
+        return gguf.GGMLQuantizationType(stored.kind), raw.reshape(*stored.shape[:-1], -1)
 
     def close(self) -> None:
         """Unmap the file."""
