@@ -1,6 +1,7 @@
 """The *stepped* contract: the host owns blocks and batch, the backend computes one step at a time.
 
-All calls come from one thread, the step thread, never two at once.
+All calls come from one thread, the step thread, never two at once; but for `close`, which comes
+last, when that thread has ended.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class SteppedBackend(Protocol):
         frees them all and goes on with the next step.
 
         Raises:
-            StepFailed: the device could not; the message says why.
+            StepFailed: the device could not, or a row names a block, a position or a token beyond
+                what `info` states; the message says why.
         """
 
     def ingest(self, blocks: Items[int]) -> None:

@@ -41,7 +41,16 @@ def load_backend(
         BackendNotFound: no such entry point.
         BackendMisconfigured: it refuses an option, or lacks a member of the contract.
     """
-    factory = find_backend(name).load()
+    return construct(name, find_backend(name).load(), options, progress)
+
+
+def construct(
+    name: str,
+    factory: Callable[..., Any],
+    options: Mapping[str, Any],
+    progress: Callable[[str, float], None] | None = None,
+) -> SteppedBackend:
+    """Call the factory of the plug-in `name`; as `load_backend`, whose second half this is."""
     arguments = dict(options)
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,4 +1,4 @@
-"""The command line: `baton serve | gateway | worker | keys | check | settings | layout`.
+"""The command line: `baton serve | gateway | worker | keys | check | settings | ...`.
 
 Exit codes: 0 when it was told to stop, 1 when something failed, 2 when the configuration is
 wrong. This is the only place that knows both the gateway and the worker host.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.admission import RedisUnsuitable
+from gateway.cli.conformance import add_arguments as add_conformance_arguments
 from gateway.cli.keys import add_arguments as add_key_arguments
 from gateway.config import Config
 from gateway.logs import configure
@@ -37,6 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "layout":
             return _explain(options)
+        if options.command == "conformance":
+            from gateway.cli.conformance import run_conformance
+
+            return run_conformance(options)
         config = _load(options)
         configure(config.log.level, config.log.format)
         return _run(options, config, reporter)
@@ -193,6 +198,9 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="add, list and revoke API keys")
     add_key_arguments(keys, common)
     commands.add_parser("settings", help="print the table of all settings")
+    add_conformance_arguments(
+        commands.add_parser("conformance", help="say whether a plug-in keeps its promises")
+    )
     layout = commands.add_parser("layout", help="say how one KV layout becomes another")
     explain = layout.add_subparsers(required=True, metavar="explain").add_parser(
         "explain", help="print the plan, its runs and bytes, and what it costs on this machine"

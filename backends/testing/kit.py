@@ -1,0 +1,76 @@
+"""One examination from beginning to end: the plug-in by its name, beside its reference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from backends.errors import BackendNotFound
+from backends.testing.bench import MODEST, SteppedBench
+from backends.testing.form import Verdict, described, examine
+from backends.testing.making import Maker
+from backends.testing.report import Report
+from backends.testing.stepped import STEPPED
+
+REFERENCE = "emulation"
+"""The engine that a plug-in with a `model` is measured by, where nobody names another."""
+
+EXACTLY = {"dtype": "float32", "kv_dtype": "float32"}
+
+
+def conformance(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    reference: tuple[str, Mapping[str, Any]] | None = None,
+    tell: Callable[[Verdict], None] | None = None,
+) -> Report:
+    """Look at every promise of the backend `name` (an entry point, or `module:Class`).
+
+    `reference` is another backend for the same model with its options; without it, the one that
+    comes along in float32, where the plug-in has an option `model`. `tell` hears each verdict.
+
+    Raises:
+        BackendNotFound: there is no such backend.
+        Exception: what importing or constructing it raised.
+    """
+    maker = Maker.of(name, options)
+    maker.options.update(_modest(maker))
+    measure, absent = _reference(maker, reference)
+    bench = SteppedBench(maker, measure, absent)
+    try:
+        states = msgspec.to_builtins(bench.desk.info)
+        verdicts = examine(STEPPED, bench, tell)
+    finally:
+        bench.close()
+    return Report(
+        backend=name,
+        contract="stepped",
+        options=maker.options,
+        states=states,
+        reference=bench.measure,
+        verdicts=verdicts,
+    )
+
+
+def _modest(maker: Maker) -> dict[str, int]:
+    """Options that keep it small, where nobody has said how large it is to be."""
+    given = {*maker.options, *(("pool_tokens",) if "pool_blocks" in maker.options else ())}
+    return {key: value for key, value in MODEST.items() if maker.takes(key) and key not in given}
+
+
+def _reference(
+    maker: Maker, asked: tuple[str, Mapping[str, Any]] | None
+) -> tuple[Maker | None, str]:
+    """What makes the reference engine, or why there is none."""
+    if asked is None and (maker.name == REFERENCE or "model" not in maker.options):
+        return None, "name one for the same model with --reference"
+    name, options = asked or (REFERENCE, {**EXACTLY, **MODEST, "model": maker.options["model"]})
+    if not asked and "context_tokens" in maker.options:
+        options = {**options, "context_tokens": maker.options["context_tokens"]}
+    try:
+        return Maker.of(name, options), ""
+    except (BackendNotFound, ImportError) as error:
+        return None, described(error)

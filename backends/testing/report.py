@@ -1,0 +1,71 @@
+"""What the kit found, as a table for people and as JSON for machines."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from backends.testing.form import Outcome, Verdict
+
+WIDTH = 100
+_MARK: dict[Outcome, str] = {"kept": "ok", "broken": "BROKEN", "unproven": "unproven"}
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One examination. `reference` says beside which engine, or why beside none."""
+
+    backend: str
+    contract: str
+    options: dict[str, Any]
+    states: dict[str, Any]
+    reference: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def broken(self) -> tuple[Verdict, ...]:
+        """The promises that are not kept."""
+        return tuple(it for it in self.verdicts if it.outcome == "broken")
+
+    @property
+    def unproven(self) -> tuple[Verdict, ...]:
+        """The promises of which nobody can say."""
+        return tuple(it for it in self.verdicts if it.outcome == "unproven")
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is broken."""
+        return not self.broken
+
+    def json(self) -> bytes:
+        """For machines: the fields, and `ok`."""
+        return msgspec.json.format(
+            msgspec.json.encode({"ok": self.ok, **msgspec.to_builtins(self)})
+        )
+
+
+def line(verdict: Verdict) -> str:
+    """One verdict in one line, as it falls."""
+    return f"{_MARK[verdict.outcome]:<9}{verdict.promise:<55}{verdict.seconds:7.2f} s"
+
+
+def summary(report: Report) -> str:
+    """What is to be done: every broken promise, then what could not be proven, then the count."""
+    return "\n".join(_summary(report))
+
+
+def _summary(report: Report) -> Iterator[str]:
+    for title, some in (("broken", report.broken), ("could not be proven", report.unproven)):
+        if some:
+            yield f"\n{title}:"
+        for verdict in some:
+            yield f"  {verdict.promise}"
+            yield textwrap.indent(textwrap.fill(verdict.says, WIDTH), "      ")
+            yield textwrap.indent(textwrap.fill("-> " + verdict.detail, WIDTH), "      ")
+    kept = sum(1 for it in report.verdicts if it.outcome == "kept")
+    yield (
+        f"\n{report.backend}: {kept} promises kept, {len(report.broken)} broken, "
+        f"{len(report.unproven)} not proven; reference: {report.reference}"
+    )

@@ -1,0 +1,84 @@
+"""`baton conformance NAME`: whether a plug-in keeps the promises of its contract."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gateway.settings import ConfigError, Problem
+
+FAILED = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `baton conformance` takes."""
+    parser.add_argument("name", help="a plug-in's name, or module:Class before it is packaged")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="FILE|KEY=VALUE",
+        help="as in [workers.X.options]; values as in TOML, text also without quotes",
+    )
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        default=[],
+        metavar="NAME|KEY=VALUE",
+        help="an engine for the same model, with its options; default: emulation in float32",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
+
+
+def run_conformance(options: argparse.Namespace) -> int:
+    """Look at every promise, print a table and what to fix; 0 when nothing is broken.
+
+    Raises:
+        ConfigError: there is no such plug-in, or it refuses its options.
+    """
+    from backends.errors import BackendMisconfigured, BackendNotFound
+    from backends.testing import conformance, line, summary
+
+    given = _read(options.options)
+    reference = None
+    if options.reference:
+        name, *rest = options.reference
+        reference = name, _read(rest)
+    try:
+        report = conformance(
+            options.name,
+            given,
+            reference=reference,
+            tell=lambda verdict: print(line(verdict), flush=True),
+        )
+    except (BackendMisconfigured, BackendNotFound) as error:
+        raise ConfigError(Problem(options.name, "", str(error))) from error
+    print(summary(report))
+    if options.json is not None:
+        options.json.write_bytes(report.json())
+    return 0 if report.ok else FAILED
+
+
+def _read(words: Iterable[str]) -> dict[str, Any]:
+    """Options from TOML files and `key=value` words, the later ones over the earlier."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals:
+            found[key] = _value(value)
+            continue
+        try:
+            found.update(tomllib.loads(Path(word).read_text()))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(Problem(word, "", str(error))) from error
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
