@@ -154,7 +154,7 @@ class PagedPool:
     def settle(self) -> None:
         """Return when all that was published is in the host's copy."""
         if self._staging is not None:
-            self._staging.collect(leave=0)
+            self._staging.collect(wait=True)
 
     def abandon(self) -> None:
         """Forget what was published and has not landed: its step failed."""

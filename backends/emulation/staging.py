@@ -1,100 +1,128 @@
 """Copy KV between a device's pool and its copy in host memory while the device computes on.
 
-What leaves is gathered on the device, copied into page-locked memory on a stream of its own, and
-put in its place by the CPU once that copy has ended; what comes takes the same road backwards.
-On the CPU the same steps happen at once, which is how they are tested.
+The host's memory is page-locked and mapped, so that the device itself puts each block where it
+belongs, on a stream of its own. On the CPU the same steps happen at once, which is how they are
+tested without a device.
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections import deque
 from collections.abc import Callable
 
 import msgspec
 import torch
 
-MOST_UNDER_WAY = 4
-"""Copies that may be under way: as many layers as hide one copy, and a bound on pinned memory."""
+from backends.errors import BackendMisconfigured
 
 
 class _Copy(msgspec.Struct, frozen=True, eq=False):
-    """Some layers of some blocks on their way to the host; `done` is None where they are there."""
+    """A copy on its way to the host; `done` is None where it is there."""
 
-    layers: slice
-    blocks: torch.Tensor
-    staged: torch.Tensor
     done: torch.cuda.Event | None
     landed: Callable[[], None]
 
 
 class Staging:
-    """Keeps `host` and `device` in step: the same pool, both as [layer, K|V, block, ...]."""
+    """Keeps `host` and `device` in step: the same pool, both as [layer, K|V, block, ...].
+
+    Raises:
+        BackendMisconfigured: the device cannot address the host's memory.
+    """
 
     def __init__(self, device: torch.Tensor, host: torch.Tensor) -> None:
-        self._device = device
-        self._host = host
         self._stream: torch.cuda.Stream | None = None
+        seen = host
         if device.is_cuda:
             self._stream = torch.cuda.Stream(device.device)  # type: ignore[no-untyped-call]
+            seen = _mapped(host, device.device)
+            weakref.finalize(self, _unmap, host)
+        self._device, self._host = _wide(device), _wide(seen)
         self._under_way: deque[_Copy] = deque()
 
     def send(self, layers: slice, blocks: torch.Tensor, landed: Callable[[], None]) -> None:
         """Copy these layers of `blocks` to the host; `landed` is called when they are there.
 
-        That is in this call or in a later `collect`, in the order of the calls. What is written
-        to the device's blocks afterwards is not what travels: they have been gathered.
+        That is in this call or in a later `collect`, in the order of the calls. The device must
+        not write to them until then.
         """
-        gathered = self._device[layers, :, blocks.to(self._device.device)]
-        staged, done = gathered, None
-        if self._stream is not None:
-            staged = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
-            self._stream.wait_stream(torch.cuda.current_stream(gathered.device))
+        index = blocks.to(self._device.device)
+        done = None
+        if self._stream is None:
+            self._host[layers, :, index] = self._device[layers, :, index]
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(index.device))
             with torch.cuda.stream(self._stream):
-                staged.copy_(gathered, non_blocking=True)
+                self._host[layers, :, index] = self._device[layers, :, index]
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record(self._stream)
-            gathered.record_stream(self._stream)
-        self._under_way.append(_Copy(layers, blocks.cpu(), staged, done, landed))
-        self.collect(leave=MOST_UNDER_WAY)
+            index.record_stream(self._stream)
+        self._under_way.append(_Copy(done, landed))
+        self.collect(wait=False)
 
-    def collect(self, *, leave: int) -> None:
-        """Put what has arrived in its place; wait until at most `leave` copies are under way."""
+    def collect(self, *, wait: bool) -> None:
+        """Tell of what has arrived; with `wait`, of all that is under way."""
         while self._under_way:
-            first = self._under_way[0]
-            over = first.done is None or first.done.query()  # type: ignore[no-untyped-call]
-            if first.done is not None and not over:
-                if len(self._under_way) <= leave:
+            done = self._under_way[0].done
+            if done is not None and not done.query():  # type: ignore[no-untyped-call]
+                if not wait:
                     return
-                first.done.synchronize()
-            self._under_way.popleft()
-            self._host[first.layers, :, first.blocks] = first.staged
-            first.landed()
+                done.synchronize()
+            self._under_way.popleft().landed()
 
     def abandon(self) -> None:
-        """Forget what is under way, and tell nobody of it."""
+        """Forget what is under way, and tell nobody of it. Nothing is written afterwards."""
         self._under_way.clear()
+        if self._stream is not None:
+            with contextlib.suppress(RuntimeError):  # a lost device writes nothing either
+                self._stream.synchronize()
 
     def fetch(self, blocks: torch.Tensor) -> None:
         """Copy all layers of `blocks` from the host to the device.
 
-        Returns when the host's memory may be written again; whatever the device does next sees
-        the blocks.
+        Returns when the host's memory may be written again.
         """
         index = blocks.to(self._device.device)
-        for layer, part in enumerate(self._host):
-            staged = part.new_empty(
-                (part.shape[0], len(blocks), *part.shape[2:]), pin_memory=self._stream is not None
-            )
-            torch.index_select(part, 1, blocks, out=staged)
-            self._device[layer, :, index] = self._to_device(staged)
+        self._device[:, :, index] = self._host[:, :, index]
+        if self._stream is not None:
+            torch.cuda.current_stream(index.device).synchronize()
 
-    def _to_device(self, staged: torch.Tensor) -> torch.Tensor:
-        """`staged` as the current stream will see it, copied while that does something else."""
-        if self._stream is None:
-            return staged
-        with torch.cuda.stream(self._stream):
-            arrived = staged.to(self._device.device, non_blocking=True)
-        current = torch.cuda.current_stream(self._device.device)
-        current.wait_stream(self._stream)
-        arrived.record_stream(current)
-        return arrived
+
+class _Memory:
+    """Memory that the device can address, as torch takes it in."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _mapped(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The memory of `host`, locked, as a tensor of the same shape that `device` can address."""
+    memory = host.untyped_storage()
+    mapped = 2  # cudaHostRegisterMapped; addresses are the same on both sides
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    failure = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes(), mapped))
+    if failure:
+        raise BackendMisconfigured(
+            f"device: {memory.nbytes()} bytes of host memory cannot be locked for the GPU"
+            f" (CUDA error {failure}); a smaller pool may fit"
+        )
+    flat = torch.as_tensor(_Memory(memory.data_ptr(), memory.nbytes()), device=device)
+    return flat.view(host.dtype).as_strided(host.shape, host.stride(), host.storage_offset())
+
+
+def _unmap(host: torch.Tensor) -> None:
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(host.untyped_storage().data_ptr())
+
+
+def _wide(pool: torch.Tensor) -> torch.Tensor:
+    """The same pool in fewer, larger numbers, where a row of it is whole numbers of those."""
+    whole = pool.shape[-1] * pool.element_size() % 8 == 0
+    return pool.view(torch.int64) if whole and pool.element_size() < 8 else pool

@@ -114,10 +114,11 @@ class Engine:
 
     def copy(self, row: Row) -> None:
         """Only what leaves for the host in that step."""
-        blocks = torch.tensor(row.blocks, dtype=torch.int64, device="cuda")
-        for layer in range(self.backend.info.layout.layers):
-            self.pool.publish(blocks, layer)
-        self.pool.settle()
+        with torch.inference_mode():
+            blocks = torch.tensor(row.blocks, dtype=torch.int64, device="cuda")
+            for layer in range(self.backend.info.layout.layers):
+                self.pool.publish(blocks, layer)
+            self.pool.settle()
 
 
 def _prefill(engine: Engine, tokens: int) -> dict[str, Any]:

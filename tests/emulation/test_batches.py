@@ -194,5 +194,6 @@ def test_broken_weights_fail_the_step_instead_of_choosing_a_token(tiny):
     line = Line([5, 6, 7])
     desk.prefill(line)
     canonical(desk.backend)[:, :, line.blocks[0], 1] = 0x7FC00000  # a float32 NaN
+    desk.backend.ingest(line.blocks)
     with pytest.raises(StepFailed, match="not numbers"):
         desk.decode([line], 1)
