@@ -127,9 +127,16 @@ class _Live(Collector):
             "Prompt tokens that wait for prefill at each worker.",
             labels=["worker"],
         )
+        emulated = GaugeMetricFamily(
+            "baton_worker_emulated",
+            "Workers whose timing is made up, and after which accelerator.",
+            labels=["worker", "accelerator"],
+        )
         for worker in self._workers():
+            if worker.emulated:
+                emulated.add_metric([worker.id, worker.emulated], 1)
             if worker.load is not None:
                 free.add_metric([worker.id], worker.load.free_blocks)
                 running.add_metric([worker.id], worker.load.running)
                 waiting.add_metric([worker.id], worker.load.waiting_tokens)
-        yield from (free, running, waiting)
+        yield from (free, running, waiting, emulated)

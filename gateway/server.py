@@ -238,6 +238,7 @@ def workers(fleet: Fleet) -> dict[str, Any]:
                 "layout": layouts[worker.id].fingerprint,
                 "axes": layouts[worker.id].axes,
                 "pools": len(worker.welcome.info.layouts),
+                "emulated": worker.emulated,
                 "transports": [it.transport for it in worker.welcome.endpoints],
                 "left_out": worker.welcome.left_out,
                 "breaker": fleet.breakers.shown(worker.id),

@@ -83,7 +83,8 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     as `Sequence` says, else "engine". `sampling` names the fields of `Sampling` that it honours; a
     request that sets another is placed elsewhere or refused. `end_tokens` end a sequence unless
     `ignore_eos`. `prompt_logprobs` says whether it gives log probabilities of a prompt's own
-    tokens; where not, a request for them is refused.
+    tokens; where not, a request for them is refused. `emulated` says that its timing, or its tokens
+    too, are made up, and `emulates` after what; that is shown wherever its figures are.
 
     A backend on several devices, each with a pool for some of the heads, names those heads in
     `shards`, one of them for each pool. `layout` is then that of all heads together, of which each
@@ -100,6 +101,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     sampling: frozenset[str]
     max_batch: int = 256
     emulated: bool = False
+    emulates: str = ""
     shards: tuple[Shard, ...] = ()
     kind: Literal["stepped", "engine"] = "stepped"
     phases: frozenset[Literal["prefill", "decode"]] = frozenset({"prefill", "decode"})

@@ -22,12 +22,15 @@ from backends.checkpoint.checks import (
     check_memory,
 )
 from backends.checkpoint.opening import check_model_path, open_checkpoint
-from backends.checkpoint.spec import Checkpoint, Pairing
+from backends.checkpoint.spec import Checkpoint, ModelSpec, Pairing
 from backends.emulation.linear import bfloat16_is_fast
 from backends.emulation.options import Options, read_options
+from backends.emulation.pace import Pace
 from backends.emulation.plan import Plan, make_plan
 from backends.emulation.pool import TORCH_DTYPES, PagedPool
+from backends.emulation.profile import Shape
 from backends.emulation.rope import Rope
+from backends.emulation.timing import Timing, read_timing
 from backends.emulation.transformer import Transformer, Weights
 from backends.errors import BackendMisconfigured
 from backends.rows import Limits, check_rows
@@ -47,7 +50,10 @@ class EmulationBackend:
     `block_tokens`, in the order `axes`. `context_tokens` lowers the model's own limit. `rope`
     asks for the other pairing of dimensions than the checkpoint's, to meet a peer that uses it.
     `shards` keeps the KV in so many pools, each with as many of the heads, as a worker on several
-    devices has it. `progress(phase, fraction)` is called while loading.
+    devices has it. With `profile`, steps take as long as on that accelerator, with this model or
+    one of `model_shape`, and the pool is no larger than what it has room for; see `timing.py` for
+    that and for `weights`, `devices` and `slower`. A step that this machine is too slow for takes
+    longer, and that is logged. `progress(phase, fraction)` is called while loading.
 
     The RoPE pairing is the file's: interleaved for Llama in GGUF (whose Q and K rows are kept
     as they are), half for everything else.
@@ -76,6 +82,11 @@ class EmulationBackend:
         rope: str = "auto",
         max_batch: int = 256,
         shards: int = 1,
+        profile: str | None = None,
+        model_shape: str | None = None,
+        weights: str = "bfloat16",
+        devices: int = 1,
+        slower: float = 1.0,
         progress: Progress | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _OPTIONS}
@@ -102,6 +113,10 @@ class EmulationBackend:
         context = check_context(spec, options.context_tokens, options.blocks * options.block_tokens)
         pool_option = "pool_blocks" if options.pool_blocks is not None else "pool_tokens"
         check_memory(pool_option, layout.block_bytes * options.blocks)
+        self._timing = _timing(options, spec, layout)
+        if self._timing is not None:
+            self._timing.check_room(pool_option, options.blocks * options.block_tokens)
+        self._pace = Pace()
         tell("pool", 0.0)
         with torch.inference_mode():
             heads = _shards(layout, options.shards)
@@ -124,7 +139,8 @@ class EmulationBackend:
             continuation="equivalent",
             sampling=HONOURED,
             max_batch=options.max_batch,
-            emulated=False,
+            emulated=self._timing is not None,
+            emulates=self._timing.title if self._timing is not None else "",
             shards=heads,
         )
         self._limits = Limits(spec.vocabulary, context, options.blocks, options.block_tokens)
@@ -134,17 +150,24 @@ class EmulationBackend:
         if not batch:
             return []
         check_rows(batch, self._limits)
+        if self._timing is not None:
+            self._pace.begin(self._timing.seconds(batch))
         try:
             with torch.inference_mode():
-                return self._step(batch, ready)
+                outputs = self._step(batch, ready)
         except (RuntimeError, MemoryError) as error:  # torch's own: out of memory, a lost device
             self._pool.abandon()
             raise StepFailed(f"the engine could not compute the step: {error}") from error
+        if self._timing is not None and not self._pace.end():
+            self._timing.overran(self._pace.late, self._pace.steps)
+        return outputs
 
     def _step(self, batch: Items[Row], ready: Ready) -> list[Output]:
         plan = make_plan(batch, self._pool, self._dtype, self._device)
 
         def written(layer: int) -> None:
+            if self._timing is not None:
+                self._pace.reach((layer + 1) / self.info.layout.layers)
             for chunk in plan.chunks:
                 self._pool.publish(chunk.blocks, layer, partial(ready, chunk.row, layer))
 
@@ -262,6 +285,27 @@ def _layout(checkpoint: Checkpoint, options: Options, pairing: Pairing) -> KVLay
         rope=pairing,
         axes=options.axes,
     )
+
+
+def _timing(options: Options, spec: ModelSpec, layout: KVLayout) -> Timing | None:
+    """The timing of an accelerator, with the model itself where no other is named."""
+    own = Shape(
+        source="the checkpoint",
+        layers=spec.layers,
+        hidden=spec.hidden,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        feed_forward=spec.feed_forward,
+        vocabulary=spec.vocabulary,
+        context_tokens=spec.context_tokens,
+        tied=spec.tied,
+    )
+    return read_timing(
+        options.profile, options.model_shape, own,
+        weights=options.weights, kv_bytes=layout.item_bytes,
+        devices=options.devices, slower=options.slower,
+    )  # fmt: skip
 
 
 def _shards(layout: KVLayout, count: int) -> tuple[Shard, ...]:

@@ -35,6 +35,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     rope: Literal["auto", "half", "interleaved"] = "auto"
     max_batch: int = 256
     shards: int = 1
+    profile: str | None = None
+    model_shape: str | None = None
+    weights: str = "bfloat16"
+    devices: int = 1
+    slower: float = 1.0
 
     @property
     def blocks(self) -> int:

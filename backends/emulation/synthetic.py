@@ -2,12 +2,13 @@
 
 Tokens are a function of prompt, seed and position. The KV of a position is a function of the
 tokens up to it, and the next position is computed from what lies in the pool, so that a wrong
-page shows. numpy only; nothing here knows torch or a checkpoint.
+page shows. Time is that of an accelerator's profile (`timing.py`), or a plain number of seconds.
+numpy only; nothing here knows torch or a checkpoint.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -32,39 +33,47 @@ from backends.emulation.checks import (
     token_ids,
     whole,
 )
+from backends.emulation.pace import Pace
 from backends.emulation.pattern import Pattern, mix, prefix_states
+from backends.emulation.profile import Shape, load_shape
+from backends.emulation.timing import read_timing
 from backends.errors import BackendMisconfigured, StepFailed
 
-HIDDEN_GAP_SECONDS = 0.010
-"""What the host may do between two steps without their ticks moving."""
+DEFAULT_POOL_TOKENS = 65536
 
 
 class SyntheticBackend:
     """Deterministic tokens at a set pace, with KV bytes of a given shape really written.
 
-    A step takes `step_seconds`, plus `step_seconds_per_row` for each decode row, plus
-    `prefill_seconds_per_token` for each token of a prefill chunk; steps that follow each other
-    closely tick at absolute times. Every field of `Sampling` is accepted, but only `logprobs`,
-    `min_tokens`, `stop_token_ids` and `ignore_eos` change anything. With `verify_kv` the first
-    decode row of each sequence checks every number of its prefix in the pool.
+    With `profile` and `model_shape` steps last as long as on that accelerator with that model
+    (see `timing.py`), whose sizes are then those of the KV, and the pool is no larger than what
+    it has room for. Without, a step takes `step_seconds`, plus `prefill_seconds_per_token` for
+    each token of a prefill chunk. Steps that follow each other closely tick at absolute times.
+    Every field of `Sampling` is accepted, but only `logprobs`, `min_tokens`, `stop_token_ids` and
+    `ignore_eos` change anything. With `verify_kv` the first decode row of each sequence checks
+    every number of its prefix in the pool.
     """
 
     def __init__(
         self,
         *,
         model: str = "synthetic",
-        layers: int = 2,
-        kv_heads: int = 2,
-        head_dim: int = 64,
+        layers: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
         dtype: str = "float16",
         block_tokens: int = 16,
         axes: str = DEFAULT_AXES,
-        pool_tokens: int = 65536,
-        vocabulary: int = 49152,
-        context_tokens: int = 8192,
+        pool_tokens: int | None = None,
+        vocabulary: int | None = None,
+        context_tokens: int | None = None,
         max_batch: int = 1024,
+        profile: str | None = None,
+        model_shape: str | None = None,
+        weights: str = "bfloat16",
+        devices: int = 1,
+        slower: float = 1.0,
         step_seconds: float = 0.0,
-        step_seconds_per_row: float = 0.0,
         prefill_seconds_per_token: float = 0.0,
         end_tokens: Items[int] = (),
         verify_kv: bool = False,
@@ -76,40 +85,58 @@ class SyntheticBackend:
         """
         if not isinstance(verify_kv, bool):
             raise BackendMisconfigured(f"verify_kv must be true or false; got {verify_kv!r}")
-        self._vocabulary = whole("vocabulary", vocabulary, 2)
+        shape = load_shape(model_shape) if model_shape is not None else None
+        given = {
+            "layers": layers,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "vocabulary": vocabulary,
+            "context_tokens": context_tokens,
+        }
+        sizes = _sizes(given, shape)
+        self._vocabulary = whole("vocabulary", sizes["vocabulary"], 2)
         layout = checked_layout(
-            model=f"{model}/{vocabulary}",
+            model=f"{model}/{self._vocabulary}",
             weights="synthetic",
-            layers=layers,
-            kv_heads=kv_heads,
-            head_dim=whole("head_dim", head_dim, 8, 4096),
+            layers=sizes["layers"],
+            kv_heads=sizes["kv_heads"],
+            head_dim=whole("head_dim", sizes["head_dim"], 8, 4096),
             dtype=dtype,
             block_tokens=block_tokens,
             rope="half",
             axes=axes,
         )
-        ends = token_ids("end_tokens", end_tokens, vocabulary)
+        ends = token_ids("end_tokens", end_tokens, self._vocabulary)
         if len(ends) >= self._vocabulary:
             raise BackendMisconfigured("end_tokens must leave some token of the vocabulary")
+        self._timing = read_timing(
+            profile, model_shape, None,
+            weights=weights, kv_bytes=layout.item_bytes, devices=devices, slower=slower,
+        )  # fmt: skip
+        tokens = DEFAULT_POOL_TOKENS if pool_tokens is None else pool_tokens
+        if self._timing is not None:
+            self._timing.check_room("pool_tokens", whole("pool_tokens", tokens, 1))
+        self._pace = Pace()
         self.info = BackendInfo(
             layout=layout,
-            pool_blocks=blocks_in(pool_tokens, block_tokens),
-            vocabulary=vocabulary,
-            context_tokens=whole("context_tokens", context_tokens, 1),
+            pool_blocks=blocks_in(tokens, block_tokens),
+            vocabulary=self._vocabulary,
+            context_tokens=whole("context_tokens", sizes["context_tokens"], 1),
             end_tokens=ends,
             rng="positional",
             continuation="exact",
             sampling=frozenset(Sampling.__struct_fields__),
             max_batch=whole("max_batch", max_batch, 1, 1 << 16),
             emulated=True,
+            emulates=self._timing.title if self._timing is not None else "",
         )
         self._step_seconds = seconds("step_seconds", step_seconds)
-        self._row_seconds = seconds("step_seconds_per_row", step_seconds_per_row)
         self._token_seconds = seconds("prefill_seconds_per_token", prefill_seconds_per_token)
+        if self._timing is not None and (step_seconds or prefill_seconds_per_token):
+            raise BackendMisconfigured("profile: it says how long steps take: give no `*_seconds*`")
         self._verify = verify_kv
         self.pool: NDArray[np.uint8] = allocate(layout.block_bytes * self.info.pool_blocks)
         self._pattern = Pattern(layout, self.pool, self.info.pool_blocks)
-        self._due = 0.0
         # Hashes of prompts by the identity of their sequence, which the entry keeps alive.
         self._known: dict[int, tuple[Sequence, int]] = {}
 
@@ -129,19 +156,19 @@ class SyntheticBackend:
         if self._verify:
             for row in batch:
                 self._check(row)
-        starts, due = self._schedule(batch)
+        self._pace.begin(self._lasts(batch))
         chunks = [index for index, row in enumerate(batch) if len(row.tokens) > 1]
         if chunks:
             layers = self.info.layout.layers
             for layer in range(layers):
                 self._pattern.write(places, layer)
-                _sleep_until(starts + (due - starts) * (layer + 1) / layers)
+                self._pace.reach((layer + 1) / layers)
                 for index in chunks:
                     ready(index, layer)
         else:
             self._pattern.write(places)
         outputs = self._outputs(batch)
-        _sleep_until(due)
+        self._pace.end()
         return outputs
 
     def ingest(self, blocks: Items[int]) -> None:
@@ -157,16 +184,12 @@ class SyntheticBackend:
 
     # ---- time
 
-    def _schedule(self, batch: Items[Row]) -> tuple[float, float]:
-        """When this step began and when it ends, on the monotonic clock."""
-        single = sum(1 for row in batch if len(row.tokens) == 1)
-        tokens = sum(len(row.tokens) for row in batch) - single
-        lasts = self._step_seconds + self._row_seconds * single + self._token_seconds * tokens
-        now = time.monotonic()
-        gap = now - self._due
-        starts = self._due if gap < min(lasts / 2, HIDDEN_GAP_SECONDS) else now
-        self._due = starts + lasts
-        return starts, self._due
+    def _lasts(self, batch: Items[Row]) -> float:
+        """Seconds that this step takes."""
+        if self._timing is not None:
+            return self._timing.seconds(batch)
+        tokens = sum(len(row.tokens) for row in batch if len(row.tokens) > 1)
+        return self._step_seconds + self._token_seconds * tokens
 
     # ---- tokens
 
@@ -254,7 +277,21 @@ def _hash(tokens: list[int]) -> int:
     return int(states[-1]) if len(tokens) else 0
 
 
-def _sleep_until(due: float) -> None:
-    left = due - time.monotonic()
-    if left > 0:
-        time.sleep(left)
+_SIZES = {
+    "layers": 2,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "vocabulary": 49152,
+    "context_tokens": 8192,
+}
+
+
+def _sizes(given: Mapping[str, int | None], shape: Shape | None) -> dict[str, int]:
+    """The sizes of the model: the options', the shape's, or the defaults."""
+    sizes: dict[str, int] = {}
+    for name, default in _SIZES.items():
+        value = given[name]
+        if shape is not None and name != "context_tokens" and value is not None:
+            raise BackendMisconfigured(f"{name}: `model_shape` says it already")
+        sizes[name] = getattr(shape, name, default) if value is None else value
+    return sizes

@@ -15,6 +15,7 @@ from typing import Any
 from gateway.admission import RedisUnsuitable
 from gateway.cli.conformance import add_arguments as add_conformance_arguments
 from gateway.cli.keys import add_arguments as add_key_arguments
+from gateway.cli.roofline import add_arguments as add_roofline_arguments
 from gateway.config import Config
 from gateway.logs import configure
 from gateway.redis_server import DataDirInUse, RedisNotFound
@@ -42,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
             from gateway.cli.conformance import run_conformance
 
             return run_conformance(options)
+        if options.command == "roofline":
+            from gateway.cli.roofline import predict
+
+            print("\n".join(predict(options)))
+            return 0
         config = _load(options)
         configure(config.log.level, config.log.format)
         return _run(options, config, reporter)
@@ -209,4 +215,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("target", type=Path, help="the same of the decode side's")
     explain.add_argument("--tokens", type=_count, default=1024, help="length of the prompt")
     explain.add_argument("--allow-unlike-weights", action="store_true")
+    roofline = commands.add_parser(
+        "roofline", help="say how fast an accelerator would be, by its figures"
+    )
+    add_roofline_arguments(roofline)
     return parser

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from gateway.admission import RedisUnsuitable, open_redis
 from gateway.admission.client import check_server
 from gateway.cli.model import find_model
-from gateway.config import Config
+from gateway.config import Config, WorkerSection
 from gateway.credentials import credentials_of
 from gateway.redis_server import RedisNotFound, find_server
 from gateway.settings import TLS_FILES, Problem
@@ -42,10 +42,18 @@ def summary(config: Config) -> str:
         f"data     {config.data_dir}",
     ]
     lines += [
-        f"worker   {name}: {worker.role} on {worker.backend}"
+        f"worker   {name}: {worker.role} on {worker.backend}{_emulated(worker)}"
         for name, worker in config.workers.items()
     ]
     return "\n".join(lines)
+
+
+def _emulated(worker: WorkerSection) -> str:
+    """A mark for a worker whose timing is made up."""
+    profile = worker.options.get("profile")
+    if profile is None and worker.backend != "synthetic":
+        return ""
+    return f" (EMULATED: {profile})" if profile is not None else " (EMULATED)"
 
 
 def port_problem(host: str, port: int) -> str:

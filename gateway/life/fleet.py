@@ -238,6 +238,7 @@ class Fleet:
             worker=worker.id,
             role=worker.welcome.role,
             layout=worker.welcome.info.layout.fingerprint,
+            emulated=worker.emulated,
         )
         self._pairs.introduce()
         self._notify()

@@ -107,6 +107,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     first gap, as does `first_step` (from the admission to the second token here);
     `overlapped_transfer` costs nothing and is shown apart. The KV of the prompt's first
     `cached_tokens` did not have to be computed, that of its first `present_tokens` not to be sent.
+    `emulated` says after what the workers' own times are made up, where they are.
     `unaccounted` is what of `first_token` the other durations do not explain.
     """
 
@@ -125,6 +126,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     retries: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
+    emulated: str = ""
 
     @property
     def unaccounted(self) -> float | None:

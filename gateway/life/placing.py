@@ -146,6 +146,9 @@ class Placing:
         assert prefill is not None
         run.timeline.prefill_worker = chosen.prefill
         run.timeline.decode_worker = chosen.decode or chosen.prefill
+        run.timeline.emulated = " and ".join(
+            sorted({it.emulated for it in (prefill, decode) if it is not None and it.emulated})
+        )
         run.record.placed(chosen)
         log.debug(
             "request.placed",

@@ -100,6 +100,12 @@ class Worker:
         return (now - since) / steps
 
     @property
+    def emulated(self) -> str:
+        """After what its timing is made up, if it is: an accelerator, or "formula"."""
+        info = self.welcome.info
+        return info.emulates or ("formula" if info.emulated else "")
+
+    @property
     def draining(self) -> bool:
         """Whether it takes no new work, and will leave."""
         return self.load is not None and self.load.draining
