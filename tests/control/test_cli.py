@@ -43,6 +43,21 @@ def test_check_approves_of_a_good_configuration(tmp_path: Path, gguf: str) -> No
     assert "tiny.gguf" in result.stdout
 
 
+def test_check_marks_workers_whose_timing_is_made_up(tmp_path: Path, gguf: str) -> None:
+    (tmp_path / "baton.toml").write_text(
+        '[workers.p]\nrole = "prefill"\n'
+        '[workers.d]\nrole = "decode"\nbackend = "synthetic"\n'
+        '[workers.e]\nrole = "decode"\noptions = { profile = "h200" }\n'
+    )
+    shown = baton("check", "--config", "baton.toml", "--model", gguf, cwd=tmp_path).stdout
+    lines = dict(line.split(maxsplit=2)[1:] for line in shown.splitlines() if line[:6] == "worker")
+    assert lines == {
+        "p:": "prefill on emulation",
+        "d:": "decode on synthetic (EMULATED)",
+        "e:": "decode on emulation (EMULATED: h200)",
+    }
+
+
 def test_check_finds_what_only_the_machine_knows(tmp_path: Path, gguf: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = baton(

@@ -15,6 +15,7 @@ from backends.emulation.synthetic import SyntheticBackend
 from backends.protocol import LENGTH, VERSION, Door, Load, Message, ToWorker, Welcome, frame
 from gateway.admission import WorkerRecord
 from gateway.life.fleet import Fleet
+from gateway.metrics import Metrics
 from gateway.server import workers
 from tests.life.cluster import SHAPE
 
@@ -127,3 +128,22 @@ async def test_an_address_that_cannot_be_costs_no_more_than_that_worker(address:
     async with fleet(address) as made:
         await asyncio.sleep(0.05)
         assert made.workers == ()
+
+
+@pytest.mark.parametrize(
+    ("emulates", "shown"), [("", "formula"), ("an H200, llama", "an H200, llama")]
+)
+async def test_a_worker_whose_timing_is_made_up_shows_as_such(emulates: str, shown: str) -> None:
+    info = msgspec.structs.replace(INFO, emulates=emulates)
+    said = msgspec.structs.replace(welcome(), info=info)
+    metrics = Metrics()
+    with structlog.testing.capture_logs() as logs:
+        async with impostor(said) as address, fleet(address) as made:
+            await until(lambda: made.workers)
+            metrics.watch(lambda: made.workers, {})
+            (worker,) = workers(made)["workers"]
+            labels = {"worker": "w", "accelerator": shown}
+            assert metrics.registry.get_sample_value("baton_worker_emulated", labels) == 1
+    assert worker["emulated"] == shown
+    (logged,) = [it for it in logs if it["event"] == "worker.connected"]
+    assert logged["emulated"] == shown
