@@ -16,7 +16,7 @@ class Bounds:
         """Take note of the blocks that are awaited and of its heads, in each array of its pool.
 
         Raises:
-            ValueError: it is for heads that do not live in its pool.
+            ValueError: as `heads_within`.
         """
         blocks = np.unique(np.asarray(landing.awaited, dtype=np.int64))
         heads = np.flatnonzero(np.diff(blocks, prepend=blocks[0] - 2) != 1)
@@ -24,11 +24,8 @@ class Bounds:
         self._end: I64 = blocks[np.append(heads[1:], len(blocks)) - 1] + 1
         self._pool_blocks = landing.pool_blocks
         self._arrays = landing.layout.tables(landing.pool_blocks)
-        here, wanted = landing.layout.heads, landing.heads or landing.layout.heads
-        self._heads = range(wanted.first - here.first, wanted.end - here.first)
-        if not 0 <= self._heads.start < self._heads.stop <= here.count:
-            raise ValueError(f"heads: {wanted} are not among {here}")
-        self._shared = len(self._heads) < here.count
+        self._heads = heads_within(landing)
+        self._shared = len(self._heads) < landing.layout.heads.count
 
     def first_outside(self, offsets: I64, lengths: I64) -> int | None:
         """Index of the first run that leaves the landing or a region, if there is one."""
@@ -62,3 +59,15 @@ class Bounds:
         first, last = offsets // step, (ends - 1) // step
         head = first % array.sizes["head"]
         return (head >= self._heads.start) & (head + last - first < self._heads.stop)
+
+
+def heads_within(landing: Landing) -> range:
+    """Which of its pool's heads a landing is for.
+
+    Raises:
+        ValueError: they do not live there.
+    """
+    here, wanted = landing.layout.heads, landing.heads or landing.layout.heads
+    if not here.first <= wanted.first < wanted.end <= here.end:
+        raise ValueError(f"heads: {wanted} are not among {here}")
+    return range(wanted.first - here.first, wanted.end - here.first)

@@ -97,6 +97,11 @@ class PrefixDigest:
         if start < end:
             self.add(KVSlice(0, start, end, self._plan.target.layers))
 
+    def prepare(self, start: int, end: int) -> None:
+        """Find the way through tokens `start` to `end` (exclusive), as adding them would."""
+        for part in self._parts:
+            part.walks.over(start, end)
+
     def result(self) -> bytes:
         """The sum so far."""
         return add_up([self.parts()])

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from transfer.bounds import Bounds
+from transfer.bounds import Bounds, heads_within
 from transfer.contract import Arrival, Buffer, KVSlice, Proof, Source, nobody_minds
 from transfer.digest import PrefixDigest, add_up, apart, landing_key, seal
 from transfer.errors import DigestMismatch, KeptChanged, LandingGone, PeerMisbehaved
@@ -56,7 +56,12 @@ class Expected:
         self._arrived = arrived
         self._failed = failed
         self._proofs = tuple(proofs)
-        self._bounds = Bounds(landing)
+        self._prepared: PrefixDigest | None = None
+        heads_within(landing)
+
+    @cached_property
+    def _bounds(self) -> Bounds:
+        return Bounds(self.landing)
 
     def check(self, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         """Refuse runs that do not lie within the landing's blocks, every byte of them.
@@ -89,12 +94,15 @@ class Expected:
 
         Or share `number` of so many, which make up the whole (`total`).
         """
-        rest = self.landing.present, self.landing.tokens
-        shares = [
-            self.digest_of_present(number, of),
-            _share(self.begin_digest(), *rest, number, of),
-        ]
-        return total(shares)
+        prepared, self._prepared = self._prepared, None
+        digest = prepared if prepared is not None and of == 1 else self.begin_digest()
+        mine = _share(digest, self.landing.present, self.landing.tokens, number, of)
+        return total([self.digest_of_present(number, of), mine]) if self._proofs else mine
+
+    def prepare(self) -> None:
+        """Have ready what `digest` begins with: there is time before the commit, and none then."""
+        self._prepared = self.begin_digest()
+        self._prepared.prepare(self.landing.present, self.landing.tokens)
 
     def digest_of_present(self, number: int = 0, of: int = 1) -> bytes:
         """The part of `digest` for what is present.

@@ -171,7 +171,7 @@ class Pushes:
         return work in self._tasks
 
     def prepare(self, work: Prefilling, landing: Landing) -> Push:
-        """A push that begins with its first slice."""
+        """A push; `begin` it when `work` has its blocks."""
         return Push(
             self._sender,
             landing,
@@ -180,11 +180,16 @@ class Pushes:
             failed=partial(self._give_up, work),
         )
 
-    def ready(self, work: Prefilling, part: KVSlice) -> None:
-        """`part` of the prefix is final; the first one opens the handoff."""
+    def begin(self, work: Prefilling) -> None:
+        """Open the handoff, so that its first slice finds it open. Safe to call twice."""
         assert work.push is not None
         if work not in self._tasks:
             self._begin(work, work.push)
+
+    def ready(self, work: Prefilling, part: KVSlice) -> None:
+        """`part` of the prefix is final."""
+        assert work.push is not None
+        self.begin(work)
         work.push.slice(part)
 
     def cancel(self, work: Prefilling) -> None:

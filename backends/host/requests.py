@@ -213,8 +213,13 @@ class Requests:
 
     # ---- what a step gave (`steps.Outcome`)
 
+    def seated(self, work: Prefilling) -> None:
+        """Open the handoff while the first chunk is computed."""
+        if work.push is not None:
+            self._pushes.begin(work)
+
     def layer_ready(self, work: Prefilling, layer: int, start: int, end: int) -> None:
-        """Push a layer of a chunk. The first one opens the handoff."""
+        """Push a layer of a chunk."""
         self._pushes.ready(work, KVSlice(layer, start, end))
 
     def prefilled(self, work: Prefilling, output: Output) -> None:

@@ -35,6 +35,9 @@ class DeviceHangs(Exception):
 class Outcome(Protocol):
     """Who is told what a step gave. Called on the event loop, between steps."""
 
+    def seated(self, work: Prefilling) -> None:
+        """The prefix has its blocks, and is about to be computed for the first time."""
+
     def layer_ready(self, work: Prefilling, layer: int, start: int, end: int) -> None:
         """KV of these prefix positions is final in `layer`. May be called during the step."""
 
@@ -330,6 +333,7 @@ class StepLoop:
     def _chunk(self, work: Prefilling, budget: int) -> Row:
         if work.started is None:
             work.started = time.monotonic()
+            self._outcome.seated(work)
         end = min(len(work.prefix), work.done + budget)
         if len(work.prefix) - end == 1:
             end += 1  # nor may the last chunk be of one token

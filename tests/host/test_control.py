@@ -61,7 +61,8 @@ class Peer:
         caller = Caller("g", secret)
         self.send(caller.hello)
         self.send(caller.prove(await self.hear(Challenge)))
-        caller.check(await self.hear(Welcome))
+        self.welcome: Welcome = await self.hear(Welcome)
+        caller.check(self.welcome)
         return self
 
     async def free(self) -> int:

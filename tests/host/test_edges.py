@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from backends.protocol import (
     FirstToken,
     Granted,
     Meet,
+    Met,
     Prefill,
     Refused,
     RequestSpec,
@@ -157,3 +159,36 @@ async def test_a_sequence_that_fills_the_context_ends_there_and_spoils_no_batch(
                     ends[row.handle] = row.finish
         assert ends == {1: "length", 2: "length"}
         assert counts == {1: 9, 2: 40}
+
+
+class Waiting(SyntheticBackend):
+    """Computes nothing until it is let go."""
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def step(self, batch: list[Row], ready: Any) -> list[Output]:
+        self.begun.set()
+        assert self.go.wait(5)
+        return super().step(batch, ready)
+
+
+async def test_a_handoff_is_open_before_its_first_layer_is_computed() -> None:
+    """So that a prefill which is called off meanwhile frees its landing long before the lease."""
+    backend = Waiting(**SHAPE)
+    async for decode in site(id="d", role="decode"):
+        async for prefill in site(backend, id="p", role="prefill"):
+            there, here = await (await decode.peer()).greet(), await (await prefill.peer()).greet()
+            of = there.welcome
+            here.send(Meet("d", of.incarnation, of.info.layout, of.endpoints))
+            assert not (await here.hear(Met)).refusal
+            there.send(Reserve(spec=spec([1] * 40)))
+            granted: Granted = await there.hear(Granted)
+            here.send(Prefill(spec=spec([1] * 40), landing=granted.landing))
+            assert await asyncio.to_thread(backend.begun.wait, 5)
+            here.send(Cancel(handle=1))
+            failed: Failed = await there.hear(Failed)
+            backend.go.set()
+            assert (failed.code, failed.phase) == ("LandingGone", "handoff")
+            assert await there.free() == 32

@@ -53,6 +53,9 @@ class DirectIntake:
     def join(self, peer, connection):
         raise AssertionError("nobody joins")
 
+    def prepare(self, handoff):
+        pass
+
     def complete(self, handoff, proof, then):
         assert proof == b"settled"
         then()

@@ -162,6 +162,9 @@ class NixlIntake:
             with contextlib.suppress(PeerLost):  # it has ended meanwhile
                 guest.desk.run(connection, self._stall_seconds)
 
+    def prepare(self, handoff: Handoff) -> None:
+        """As `Intake.prepare`: there is nothing to do."""
+
     def complete(self, handoff: Handoff, proof: bytes, then: Callable[[], None]) -> None:
         """As `Intake.complete`: the sender has waited until all had landed."""
         if proof:

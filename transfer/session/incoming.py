@@ -36,6 +36,9 @@ class House(Protocol):
     def claimed(self, handoff: Handoff) -> None:
         """From now on `quiesce` of its landing waits for this handoff."""
 
+    def prepare(self, handoff: Handoff) -> None:
+        """Its bytes will come soon."""
+
     def left(self, incoming: Incoming) -> None:
         """The session has ended."""
 
@@ -169,12 +172,14 @@ class Incoming:
             handoff.released()
         else:
             self._house.claimed(handoff)
-            if message.ask:
-                self._say(wire.Granted(message.ticket))
         with self._opening:
             self._handoffs[message.ticket] = handoff
             self._opened += 1
             self._opening.notify_all()
+        if handoff.live is not None:
+            if message.ask:
+                self._say(wire.Granted(message.ticket))
+            self._house.prepare(handoff)
 
     def _commit(self, handoff: Handoff, message: wire.Commit) -> None:
         entry = handoff.live

@@ -7,11 +7,11 @@ Who calls what, in which thread:
     Carrier.dial    dialling thread                 Intake.listen     event loop, once
     Carrier.meet    dialling thread -> Mover        Intake.welcome    the connection's thread
     Mover.begin     event loop      -> Move         Intake.join       the connection's thread
-    Move.write      the session's moving thread     Intake.complete   event loop
-    Move.settle     the session's moving thread     Intake.stopped    event loop
-    Move.release    the session's moving thread     Intake.acknowledged  event loop
-    Mover.probe     the session's moving thread     Intake.parted     event loop
-    Mover.cut       event loop
+    Move.write      the session's moving thread     Intake.prepare    event loop
+    Move.settle     the session's moving thread     Intake.complete   event loop
+    Move.release    the session's moving thread     Intake.stopped    event loop
+    Mover.probe     the session's moving thread     Intake.acknowledged  event loop
+    Mover.cut       event loop                      Intake.parted     event loop
     Mover.close     the session's moving thread     Intake.close      event loop
 
 The moving thread does one thing after the other, so that nothing of a `Move` overlaps with
@@ -207,6 +207,9 @@ class Intake(Protocol):
             PeerMisbehaved: these bytes the transport does not allow; the session is dropped.
             OSError: the connection broke; likewise.
         """
+
+    def prepare(self, handoff: Handoff) -> None:
+        """A writer has shown its right to a landing; its bytes, if any, come from now on."""
 
     def complete(self, handoff: Handoff, proof: bytes, then: Callable[[], None]) -> None:
         """Call `then`, on the event loop, once all that `Move.settle` stated has landed.

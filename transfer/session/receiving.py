@@ -43,6 +43,9 @@ VERIFIERS = 2
 """Threads that verify; a prefix of at least `SHARED_BYTES` is shared by them."""
 
 SHARED_BYTES = 8 << 20
+SMALL_BYTES = 4 << 20
+"""Less than this is verified on the event loop: it takes less time than a turn of a thread."""
+
 PAUSE_SECONDS = 0.5
 """How long nothing is accepted after the process ran out of descriptors."""
 
@@ -285,6 +288,14 @@ class SessionReceiver:
         self._writers.setdefault(landing_id, set()).add(handoff)
         handoff.quiet.add_done_callback(lambda _: self._forget_writer(landing_id, handoff))
 
+    def prepare(self, handoff: Handoff) -> None:
+        """Make ready, before anything arrives, what would take its time afterwards."""
+        self.intake.prepare(handoff)
+        entry = handoff.live
+        small = entry is not None and entry.moved_bytes < SMALL_BYTES
+        if entry is not None and small and self._digest and handoff.summed is None:
+            entry.prepare()
+
     def _forget_writer(self, landing_id: str, handoff: Handoff) -> None:
         writers = self._writers[landing_id]
         writers.discard(handoff)
@@ -307,15 +318,28 @@ class SessionReceiver:
         tokens = entry.landing.tokens if summed is None else present
         compute = entry.digest if summed is None else entry.digest_of_present
         size = tokens * self.layout.token_bytes
+        found = self._found(compute, size)
+        told = handoff, entry, commit, begun, summed
+        found.add_done_callback(partial(self._verified, *told))
+
+    def _found(
+        self, compute: Callable[[int, int], bytes], size: int
+    ) -> asyncio.Future[list[bytes]]:
+        """What `compute` gives for each of its shares, together about `size` bytes of memory."""
+        if size < SMALL_BYTES:
+            found: asyncio.Future[list[bytes]] = self._loop.create_future()
+            try:
+                found.set_result([compute(0, 1)])
+            except Exception as error:  # as a thread would
+                found.set_exception(error)
+            return found
         shares = 1 if size < SHARED_BYTES else VERIFIERS
-        found = asyncio.gather(
+        return asyncio.gather(
             *(
                 self._loop.run_in_executor(self._verifier, compute, number, shares)
                 for number in range(shares)
             )
         )
-        told = handoff, entry, commit, begun, summed
-        found.add_done_callback(partial(self._verified, *told))
 
     def _verified(
         self,

@@ -166,7 +166,7 @@ class SessionWriter:
             rest = rest_of(part, self._landing.present)
             if rest is not None and not self._over():
                 self._move.write(rest)
-            if not self._over():
+            if not self._over() and not self._committed:  # which would come right after it
                 self._touch()
         except OSError as error:
             self._session.break_down(PeerLost(f"a write failed: {error!r}"))

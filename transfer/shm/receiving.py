@@ -176,6 +176,9 @@ class ShmIntake:
         """
         raise PeerMisbehaved("a second connection")
 
+    def prepare(self, handoff: Handoff) -> None:
+        """As `Intake.prepare`: there is nothing to do."""
+
     def complete(self, handoff: Handoff, proof: bytes, then: Callable[[], None]) -> None:
         """As `Intake.complete`: a sender commits after its last copy."""
         then()

@@ -104,6 +104,11 @@ class TcpIntake:
                 if not lanes:
                     del self._lanes[peer]
 
+    def prepare(self, handoff: Handoff) -> None:
+        """As `Intake.prepare`: its account, which the first frame then need not wait for."""
+        if (entry := handoff.live) is not None:
+            self.arrivals(handoff, entry)
+
     def complete(self, handoff: Handoff, proof: bytes, then: Callable[[], None]) -> None:
         """As `Intake.complete`: waits for as many bytes as were sent."""
         due = wire.proof_of(proof)
