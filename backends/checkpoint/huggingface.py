@@ -42,6 +42,20 @@ _IN_LAYER = {
 }
 
 
+_LONG_TOP = {short: long for long, short in _TOP.items()}
+_LONG_IN_LAYER = {short: long for long, short in _IN_LAYER.items()}
+
+ORIGIN = "baton-origin.json"
+"""In a folder that was made of another checkpoint: which one that was."""
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """The identities of the folder itself, and of the checkpoint that it was made of."""
+
+    folder: str
+    identity: str
+
+
 class HuggingFaceCheckpoint:
     """One folder, its shards mapped into memory. Q and K rows pair for RoPE by halves."""
 
@@ -55,7 +69,7 @@ class HuggingFaceCheckpoint:
             if self.spec.tied:
                 self._tensors.pop("output.weight", None)
             check_names(self.spec, self.names())
-            self.identity = self._identify(folder)
+            self.identity = _original(folder, self._identify(folder))
         except BaseException:
             self._files.close()
             raise
@@ -87,6 +101,18 @@ class HuggingFaceCheckpoint:
             for part in (flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]):
                 digest.update(part.tobytes())
         return f"{self.spec.family}-{self.spec.layers}x{self.spec.hidden}-{digest.hexdigest()[:32]}"
+
+
+def _original(folder: Path, identity: str) -> str:
+    """Whose copy the folder is, unless it was changed since; otherwise itself."""
+    path = folder / ORIGIN
+    if not path.is_file():
+        return identity
+    try:
+        origin = msgspec.convert(_read_json(path), Origin)
+    except msgspec.ValidationError as error:
+        raise BackendMisconfigured(f"model: {path}: {error}") from None
+    return origin.identity if origin.folder == identity else identity
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -134,6 +160,14 @@ def _short_name(stored: str) -> str:
     if parts[:2] == ["model", "layers"] and short:
         return f"blk.{parts[2]}.{short}.{parts[-1]}"
     return stored
+
+
+def long_name(short: str) -> str:
+    """What a tensor with this GGUF name is called here."""
+    if short in _LONG_TOP:
+        return _LONG_TOP[short]
+    _, layer, part, kind = short.split(".")
+    return f"model.layers.{layer}.{_LONG_IN_LAYER[part]}.{kind}"
 
 
 def _end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

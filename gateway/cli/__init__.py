@@ -1,4 +1,4 @@
-"""The command line: `baton serve | gateway | worker | keys | check | settings | ...`.
+"""The command line: `baton serve | gateway | worker | keys | check | settings | layout | export`.
 
 Exit codes: 0 when it was told to stop, 1 when something failed, 2 when the configuration is
 wrong. This is the only place that knows both the gateway and the worker host.
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "layout":
             return _explain(options)
+        if options.command == "export":
+            return _export(options)
         if options.command == "conformance":
             from gateway.cli.conformance import run_conformance
 
@@ -136,6 +138,19 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from backends.errors import BackendMisconfigured
+    from gateway.cli.export import export
+    from gateway.text.errors import ModelUnreadable
+
+    try:
+        path = export(options.model, options.folder)
+    except (ValueError, ModelUnreadable, BackendMisconfigured) as error:
+        raise ConfigError(Problem("model", "", str(error))) from error
+    print(f"{path} is now {options.folder}")
+    return 0
+
+
 def _with_redis(config: Config) -> Config:
     if not config.redis.url:
         message = "is required here; only `baton serve` starts a Redis of its own"
@@ -207,6 +222,11 @@ def _parser() -> argparse.ArgumentParser:
     add_conformance_arguments(
         commands.add_parser("conformance", help="say whether a plug-in keeps its promises")
     )
+    folder = commands.add_parser(
+        "export", help="write a GGUF model as a Hugging Face folder, for engines that read those"
+    )
+    folder.add_argument("--model", metavar="SOURCE", default="bundled", help="or a .gguf file")
+    folder.add_argument("folder", type=Path, metavar="FOLDER", help="a new or an empty one")
     layout = commands.add_parser("layout", help="say how one KV layout becomes another")
     explain = layout.add_subparsers(required=True, metavar="explain").add_parser(
         "explain", help="print the plan, its runs and bytes, and what it costs on this machine"
