@@ -95,9 +95,9 @@ class GGUFCheckpoint:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         cursor = _Cursor(self._data)
         cursor.take(4)
-        self._metadata, self._tensors = _read_header(cursor)
-        alignment = _number(self._metadata, "general.alignment", 32)
-        self._start = -(-cursor.at // max(1, alignment)) * alignment
+        self._metadata, self._tensors, self._pairs = _read_header(cursor)
+        self.alignment = max(1, _number(self._metadata, "general.alignment", 32))
+        self._start = -(-cursor.at // self.alignment) * self.alignment
         self._check_extent()
         self.spec = _spec(self._metadata, self._tensors)
         self.spec.check()
@@ -107,6 +107,10 @@ class GGUFCheckpoint:
     def names(self) -> frozenset[str]:
         """The tensors that are there."""
         return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, row-major."""
+        return self._tensors[name].shape
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """One tensor as float32."""
@@ -130,6 +134,11 @@ class GGUFCheckpoint:
         )
         return gguf.GGMLQuantizationType(stored.kind), raw.reshape(*stored.shape[:-1], -1)
 
+    @property
+    def metadata(self) -> tuple[int, bytes]:
+        """How many pairs of metadata there are, and all of them as they are in the file."""
+        return len(self._metadata), self._data[self._pairs]
+
     def close(self) -> None:
         """Unmap the file."""
         self._data.close()
@@ -152,16 +161,20 @@ class GGUFCheckpoint:
         return f"{self.spec.family}-{self.spec.layers}x{self.spec.hidden}-{digest.hexdigest()[:32]}"
 
 
-def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Stored], slice]:
+    """Metadata, tensors, and where in the file the metadata is."""
     version = cursor.number("I")
     if version not in (2, 3):
         raise BackendMisconfigured(f"model: GGUF version {version} is unknown, 2 and 3 are read")
     tensors, pairs = cursor.number("Q"), cursor.number("Q")
-    metadata = {}
+    first, metadata = cursor.at, {}
     for _ in range(pairs):
         key = cursor.text()
         metadata[key] = cursor.value(cursor.number("I"))
-    return metadata, dict(_read_tensor(cursor) for _ in range(tensors))
+    if len(metadata) != pairs:
+        raise BackendMisconfigured("model: a key of the GGUF metadata comes twice")
+    place = slice(first, cursor.at)
+    return metadata, dict(_read_tensor(cursor) for _ in range(tensors)), place
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, Stored]:
