@@ -32,7 +32,10 @@ from backends.errors import (
 from transfer.layout import KVLayout, Shard
 from transfer.shared_memory import allocate
 
+Backend = SteppedBackend | EngineBackend
+
 __all__ = [
+    "Backend",
     "BackendError",
     "BackendInfo",
     "BackendMisconfigured",

@@ -114,6 +114,15 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
         return self.engine_blocks if self.kind == "engine" else self.pool_blocks
 
     @property
+    def most_blocks(self) -> int:
+        """How many blocks the longest prefix may take."""
+        return min(self.capacity_blocks, self.pool_blocks)
+
+    def fits(self, tokens: int, sequences: int) -> bool:
+        """Whether there can ever be room for such a prefix, and a block more for each sequence."""
+        return self.layout.blocks_for(tokens) + sequences <= self.most_blocks
+
+    @property
     def layouts(self) -> tuple[KVLayout, ...]:
         """How each pool is cut."""
         return self.layout.sharded(self.shards)

@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from backends.api import BackendMisconfigured, BackendNotFound, SteppedBackend
+from backends.api import Backend, BackendInfo, BackendMisconfigured, BackendNotFound
 from backends.host.pools import pools_of
+from backends.protocol import Role
 
 GROUP = "baton.backends"
-MEMBERS = ("info", "pool", "step", "ingest", "copy_blocks", "close")
+MEMBERS = {
+    "stepped": ("info", "pool", "step", "ingest", "copy_blocks", "close"),
+    "engine": ("info", "pool", "start", "prefill", "decode", "abort", "pins", "close"),
+}
 
 
 def find_backend(name: str) -> EntryPoint:
@@ -32,14 +36,17 @@ def load_backend(
     name: str,
     options: Mapping[str, Any],
     progress: Callable[[str, float], None] | None = None,
-) -> SteppedBackend:
+    *,
+    role: Role | None = None,
+) -> Backend:
     """Import the plug-in and construct it. Its own import error comes out unchanged.
 
     `progress(phase, fraction)` is passed on where the plug-in takes an argument of that name.
 
     Raises:
         BackendNotFound: no such entry point.
-        BackendMisconfigured: it refuses an option, or lacks a member of the contract.
+        BackendMisconfigured: it refuses an option, lacks a member of its contract, or cannot do
+            what a worker in that `role` must.
     """
     return construct(name, find_backend(name).load(), options, progress)
 
@@ -61,15 +68,17 @@ def construct(
         )
     if progress is not None and (takes_any or "progress" in parameters):
         arguments["progress"] = progress
-    backend: SteppedBackend = factory(**arguments)
-    missing = [member for member in MEMBERS if not hasattr(backend, member)]
+    backend: Backend = factory(**arguments)
+    kind = getattr(getattr(backend, "info", None), "kind", "stepped")
+    missing = [member for member in MEMBERS[kind] if not hasattr(backend, member)]
     if missing:
         raise BackendMisconfigured(f"backend {name!r} lacks {', '.join(missing)}")
     assert_pool_fits(name, backend)
+    _assert_phases(name, backend.info, role)
     return backend
 
 
-def assert_pool_fits(name: str, backend: SteppedBackend) -> None:
+def assert_pool_fits(name: str, backend: Backend) -> None:
     """Refuse a pool whose size is not what the stated layout takes."""
     info = backend.info
     try:
@@ -84,3 +93,13 @@ def assert_pool_fits(name: str, backend: SteppedBackend) -> None:
                 f"backend {name!r}: pool has {actual} bytes, "
                 f"its layout and pool_blocks say {expected}"
             )
+
+
+def _assert_phases(name: str, info: BackendInfo, role: Role | None) -> None:
+    """Refuse a role of which the backend cannot do a part; None asks for none."""
+    wanted = ("prefill", "decode") if role == "both" else (role,)
+    lacking = [it for it in wanted if it is not None and it not in info.phases]
+    if lacking:
+        raise BackendMisconfigured(
+            f"backend {name!r} does not {lacking[0]}: it cannot have role {role!r}"
+        )

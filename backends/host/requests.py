@@ -15,19 +15,20 @@ from functools import partial
 
 import structlog
 
-from backends.api import Output, Sampled, SteppedBackend
+from backends.api import Backend, Output, Sampled
 from backends.errors import PoolExhausted, ProtocolError
 from backends.host.book import Book
 from backends.host.config import HostConfig
 from backends.host.handoff import Pushes, decode_note
+from backends.host.hosting import loop_of
 from backends.host.janitor import Janitor
 from backends.host.keeping import Keeper
 from backends.host.landings import Landings, Reserved
 from backends.host.ledger import Ledger
+from backends.host.loop import Item
 from backends.host.objections import objection
 from backends.host.reuse import Reuse
 from backends.host.sharing import share_out
-from backends.host.steps import Item, StepLoop
 from backends.host.work import Held, Prefilling, Running, finish_reason, given_up
 from backends.protocol import (
     Adopt,
@@ -62,7 +63,7 @@ class Requests:
     def __init__(
         self,
         config: HostConfig,
-        backend: SteppedBackend,
+        backend: Backend,
         ledger: Ledger,
         janitor: Janitor,
         sender: Opener,
@@ -72,7 +73,6 @@ class Requests:
         cache_changed: Callable[[], None],
     ) -> None:
         self._config = config
-        self._backend = backend
         self._info = backend.info
         self._ends = frozenset(backend.info.end_tokens)
         self._ledger = ledger
@@ -88,14 +88,7 @@ class Requests:
             failed=self._push_failed,
             closed=self._push_closed,
         )
-        self.steps = StepLoop(
-            backend,
-            ledger,
-            self.reuse,
-            self,
-            step_tokens=config.step_tokens,
-            step_timeout=config.step_timeout_seconds,
-        )
+        self.steps = loop_of(config, backend, ledger, self.reuse, self, self._limit)
         self.landings = Landings(
             config,
             self._info,
@@ -152,7 +145,7 @@ class Requests:
     def _reserve(self, link: Link, message: Reserve) -> None:
         """Answer with a landing, or with why not."""
         spec = message.spec
-        if self._refused(link, spec, decode=True):
+        if self._refused(link, spec, prefill=False, decode=True):
             return
         held = self._book.open(link, spec)
         try:
@@ -170,7 +163,7 @@ class Requests:
     def _prefill(self, link: Link, message: Prefill) -> None:
         """Compute the prefix when its turn comes; push it while it is computed."""
         spec = message.spec
-        if self._refused(link, spec, decode=message.decode_here):
+        if self._refused(link, spec, prefill=True, decode=message.decode_here):
             return
         if self.steps.waiting >= self._config.max_waiting:
             detail = f"{self.steps.waiting} prefills wait already"
@@ -211,7 +204,7 @@ class Requests:
             for running in list(held.running.values()):
                 self.lost(running, code, detail)
 
-    # ---- what a step gave (`steps.Outcome`)
+    # ---- what was computed (`loop.Outcome`)
 
     def seated(self, work: Prefilling) -> None:
         """Open the handoff while the first chunk is computed."""
@@ -360,6 +353,7 @@ class Requests:
             blocks,
             max_tokens=self._limit(spec),
             deadline=held.deadline,
+            written=self._info.kind == "stepped",
         )
         held.running.update({one.index: one for one in started})
         self.steps.add_running(started, ingested=blocks if ingested else (), copies=copies)
@@ -387,9 +381,10 @@ class Requests:
 
     # ---- the book of requests
 
-    def _refused(self, link: Link, spec: RequestSpec, *, decode: bool) -> bool:
+    def _refused(self, link: Link, spec: RequestSpec, *, prefill: bool, decode: bool) -> bool:
         """Whether it can never run here, or is not this gateway's any more; says so."""
-        detail = objection(spec, self._info, self._config.role, decode=decode)
+        role = self._config.role
+        detail = objection(spec, self._info, role, prefill=prefill, decode=decode)
         if self._book.get(link, spec.handle) is not None:
             detail = f"handle: {spec.handle} is in use"
         if detail:

@@ -145,9 +145,10 @@ def _enabled(wanted: Wanted, info: BackendInfo) -> bool:
     """Whether blocks are kept: by default where that changes no text.
 
     Never where a layer keeps only the last tokens: what a block lacks then depends on how long the
-    prefix was. Nor over several pools, of which a proof would have to speak together.
+    prefix was. Nor over several pools, of which a proof would have to speak together, nor in the
+    arena of an engine, which keeps what it likes by itself.
     """
-    if info.layout.windows or info.shards or wanted == "off":
+    if info.layout.windows or info.shards or info.kind == "engine" or wanted == "off":
         return False
     exact = info.continuation == "exact" or info.layout.dtype == "float32"
     return wanted == "on" or exact

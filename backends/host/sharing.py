@@ -17,11 +17,13 @@ def share_out(
     *,
     max_tokens: int,
     deadline: float,
+    written: bool = True,
 ) -> tuple[list[Running], list[tuple[int, int]]]:
     """The sequences that go on after `firsts`, and the (source, target) blocks to copy for them.
 
-    They share the prefix in `blocks`. A last block that is not full cannot be shared: each
-    sequence but one gets a copy, so there must be a free block for each.
+    They share the prefix in `blocks`. A last block that is not full cannot be shared where their
+    next tokens are `written` to it: each sequence but one gets a copy, so there must be a free
+    block for each.
     """
     first_of = {first.index: first for first in firsts}
     full, rest = divmod(len(spec.prefix), block_tokens)
@@ -35,7 +37,7 @@ def share_out(
             sequence.generated.append(first.token)
         holder = Holder("decode", f"{held.name}/{one.index}")
         table = list(blocks)
-        if rest and started:
+        if rest and started and written:
             table[full:] = ledger.take(1, holder)
             copies.append((blocks[full], table[full]))
             ledger.share(blocks[:full], holder)

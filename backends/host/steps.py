@@ -12,43 +12,18 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
 
 import structlog
 
 from backends.api import Output, Row, Sampled, SteppedBackend
 from backends.errors import BackendError, PoolExhausted, StepFailed
 from backends.host.ledger import Ledger
+from backends.host.loop import DeviceHangs, Item, Outcome, Pins, Room
 from backends.host.prefixes import Kept
 from backends.host.reuse import Reuse
 from backends.host.work import Prefilling, Running
 
 log = structlog.get_logger()
-
-Item = Prefilling | Running
-
-
-class DeviceHangs(Exception):
-    """A step does not return. The worker must end; whoever started it starts it again."""
-
-
-class Outcome(Protocol):
-    """Who is told what a step gave. Called on the event loop, between steps."""
-
-    def seated(self, work: Prefilling) -> None:
-        """The prefix has its blocks, and is about to be computed for the first time."""
-
-    def layer_ready(self, work: Prefilling, layer: int, start: int, end: int) -> None:
-        """KV of these prefix positions is final in `layer`. May be called during the step."""
-
-    def prefilled(self, work: Prefilling, output: Output) -> None:
-        """The prefix is computed; `output` has its sampled tokens, none if they were bound."""
-
-    def decoded(self, results: list[tuple[Running, Sampled]]) -> None:
-        """One step's new tokens of sequences that have not ended meanwhile."""
-
-    def lost(self, item: Item, code: str, detail: str) -> None:
-        """The work cannot go on here; prefilling it again may help."""
 
 
 class StepLoop:
@@ -99,6 +74,16 @@ class StepLoop:
     def waiting_tokens(self) -> int:
         """Prompt tokens not yet computed."""
         return sum(len(work.prefix) - work.done for work in self._prefills)
+
+    @property
+    def room(self) -> Room:
+        """How full the pool is."""
+        return Room(self._ledger.free, self._ledger.blocks)
+
+    @property
+    def pins(self) -> Pins:
+        """Nothing: the ledger knows every block."""
+        return Pins()
 
     def add_prefill(self, work: Prefilling) -> None:
         """Compute this prefix when its turn comes."""
@@ -163,13 +148,14 @@ class StepLoop:
             self._closed = True
 
     async def close(self) -> None:
-        """Wait for the step that may still run; the backend is of no more use afterwards."""
+        """Wait for the step that may still run, then close the backend."""
         self._closed = True
         try:
             async with asyncio.timeout(self._step_timeout):
                 await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
         except TimeoutError:
             log.critical("step.abandoned", seconds=self._step_timeout)
+        self._backend.close()
 
     async def _step(self, items: list[Item], rows: list[Row]) -> None:
         prepared, self._awaiting_copies = self._awaiting_copies, []

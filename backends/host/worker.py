@@ -16,16 +16,16 @@ from typing import Any
 
 import structlog
 
-from backends.api import SteppedBackend
+from backends.api import Backend
 from backends.errors import ProtocolError
 from backends.host.config import HostConfig
 from backends.host.janitor import Janitor
 from backends.host.ledger import Ledger
 from backends.host.listening import listen
+from backends.host.loop import Unusable
 from backends.host.peers import Peers
 from backends.host.publishing import Publisher
 from backends.host.requests import Requests
-from backends.host.steps import DeviceHangs
 from backends.protocol import (
     CACHES,
     Adopt,
@@ -73,12 +73,11 @@ class WorkerHost:
     """Hosts `backend` until drained or cancelled. `peers` makes its side of the data plane."""
 
     def __init__(
-        self, config: HostConfig, backend: SteppedBackend, *, peers: Callable[..., Peers] = Peers
+        self, config: HostConfig, backend: Backend, *, peers: Callable[..., Peers] = Peers
     ) -> None:
         self.config = config
         self.incarnation = time.time_ns()
         self.address = ""
-        self._backend = backend
         self._info = backend.info
         self._ledger = Ledger(backend.info.pool_blocks)
         self._janitor = Janitor()
@@ -137,7 +136,6 @@ class WorkerHost:
             self._publisher.close()
             self._requests.reuse.close()
             await self._requests.steps.close()
-            self._backend.close()
             log.info("worker.stopped", worker=self.config.id)
 
     def drain(self) -> None:
@@ -154,7 +152,7 @@ class WorkerHost:
 
     def record_load(self) -> tuple[int, int]:
         """The budgets to publish: tokens whose prefill may be under way, tokens of decode KV."""
-        capacity = self._info.pool_blocks * self._info.layout.block_tokens
+        capacity = self._info.capacity_blocks * self._info.layout.block_tokens
         under_way = min(capacity, STEPS_AHEAD * self.config.step_tokens)
         role = self.config.role
         return (0 if role == "decode" else under_way, 0 if role == "prefill" else capacity)
@@ -183,8 +181,8 @@ class WorkerHost:
     async def _step(self) -> None:
         try:
             await self._requests.steps.run()
-        except DeviceHangs as error:
-            log.critical("worker.hung", worker=self.config.id, cause=str(error))
+        except Unusable as error:
+            log.critical("worker.broken", worker=self.config.id, cause=str(error))
             os._exit(os.EX_SOFTWARE)  # a thread that does not return would keep the process alive
 
     async def _sweep(self) -> None:
@@ -195,9 +193,10 @@ class WorkerHost:
 
     def _load(self) -> Load:
         steps = self._requests.steps
+        room = steps.room
         return Load(
-            free_blocks=self._ledger.free,
-            pool_blocks=self._ledger.blocks,
+            free_blocks=room.free,
+            pool_blocks=room.blocks,
             running=steps.running,
             waiting=steps.waiting,
             waiting_tokens=steps.waiting_tokens,
@@ -306,13 +305,14 @@ class WorkerHost:
             self._meeting.discard((link, message.worker))
 
     def _inspect(self, ticket: int) -> LedgerAnswer:
-        wrong = self._ledger.audit()
+        pins = self._requests.steps.pins
+        wrong = [*self._ledger.audit(), *pins.wrong]
         return LedgerAnswer(
             ticket=ticket,
             worker=self.config.id,
             pool_blocks=self._ledger.blocks,
             free_blocks=self._ledger.free,
-            holders=self._ledger.holders(),
+            holders=(*self._ledger.holders(), *(("engine", *pinned) for pinned in pins.held)),
             balanced=not wrong,
             note="; ".join(wrong[:5]),
         )

@@ -43,7 +43,9 @@ def run_worker(config: Config, name: str, reporter: Reporter) -> None:
 
     structlog.contextvars.bind_contextvars(worker=name)
     try:
-        backend = load_backend(worker.backend, _options(config, worker), reporter.progress)
+        backend = load_backend(
+            worker.backend, _options(config, worker), reporter.progress, role=worker.role
+        )
     except (BackendMisconfigured, BackendNotFound) as error:
         raise ConfigError(Problem(f"workers.{name}", "", str(error))) from error
     uvloop.run(_serve(config, name, worker, backend, reporter))

@@ -199,7 +199,7 @@ class Books:
         it = self._accounts.get(worker) or _NOTHING
         prefill = self.estimates.prefill(worker)
         theirs = prefill.seconds(it.others_tokens) if it.others_tokens else 0.0
-        told = it.told_free if it.told_free is not None else info.pool_blocks
+        told = it.told_free if it.told_free is not None else info.capacity_blocks
         since = max(0, it.blocks - it.blocks_when_told)
         return WorkerView(
             id=worker,
@@ -209,7 +209,7 @@ class Books:
             queued_seconds=it.queued_seconds(now) + theirs,
             running=it.sequences + it.others_running,
             context=it.context,
-            free_blocks=min(told - since, info.pool_blocks - it.blocks),
+            free_blocks=min(told - since, info.capacity_blocks - it.blocks),
             draining=draining,
             left_alone=left_alone,
             step_tokens=step_tokens or STEP_TOKENS,

@@ -106,7 +106,7 @@ def _refusal(worker: WorkerView, wish: Wish) -> Unplaceable | None:
         return Unplaceable(
             f"{wish.tokens} tokens exceed the context of {info.context_tokens}", field="messages"
         )
-    if info.layout.blocks_for(wish.tokens) + wish.sequences > info.pool_blocks:
+    if not info.fits(wish.tokens, wish.sequences):
         return Unplaceable(f"{wish.tokens} tokens exceed the pool of {worker.id}", field="messages")
     return None
 
