@@ -48,7 +48,9 @@ def load_backend(
         BackendMisconfigured: it refuses an option, lacks a member of its contract, or cannot do
             what a worker in that `role` must.
     """
-    return construct(name, find_backend(name).load(), options, progress)
+    backend = construct(name, find_backend(name).load(), options, progress)
+    _assert_phases(name, backend.info, role)
+    return backend
 
 
 def construct(
@@ -56,7 +58,7 @@ def construct(
     factory: Callable[..., Any],
     options: Mapping[str, Any],
     progress: Callable[[str, float], None] | None = None,
-) -> SteppedBackend:
+) -> Backend:
     """Call the factory of the plug-in `name`; as `load_backend`, whose second half this is."""
     arguments = dict(options)
     parameters = inspect.signature(factory).parameters
@@ -74,7 +76,6 @@ def construct(
     if missing:
         raise BackendMisconfigured(f"backend {name!r} lacks {', '.join(missing)}")
     assert_pool_fits(name, backend)
-    _assert_phases(name, backend.info, role)
     return backend
 
 
