@@ -1,0 +1,10 @@
+import enum
+
+
+class LlmRequestState(enum.IntEnum):
+    UNKNOWN = 0
+    CONTEXT_INIT = 10
+    GENERATION_IN_PROGRESS = 13
+    GENERATION_COMPLETE = 20
+    DISAGG_CONTEXT_TRANS_IN_PROGRESS = 21
+    DISAGG_CONTEXT_COMPLETE = 22

@@ -1,0 +1,6 @@
+class RequestError(RuntimeError):
+    """One request went wrong."""
+
+
+class EngineDeadError(RuntimeError):
+    """The executor is gone."""
