@@ -60,7 +60,7 @@ class HuggingFaceCheckpoint:
     """One folder, its shards mapped into memory. Q and K rows pair for RoPE by halves."""
 
     def __init__(self, folder: Path) -> None:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         self._files = ExitStack()
         try:
             self._tensors = _open_shards(folder, self._files)
@@ -109,13 +109,29 @@ def _original(folder: Path, identity: str) -> str:
     if not path.is_file():
         return identity
     try:
-        origin = msgspec.convert(_read_json(path), Origin)
+        origin = msgspec.convert(read_json(path), Origin)
     except msgspec.ValidationError as error:
         raise BackendMisconfigured(f"model: {path}: {error}") from None
     return origin.identity if origin.folder == identity else identity
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_spec(folder: Path) -> ModelSpec:
+    """The architecture of the model in `folder`, whose weights need not be there.
+
+    Raises:
+        BackendMisconfigured: names what in `config.json` is not supported.
+    """
+    config = read_json(folder / "config.json")
+    untied = frozenset({"output.weight"})
+    return _spec(config, _end_tokens(folder, config), untied)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds.
+
+    Raises:
+        BackendMisconfigured: it cannot be read, or is none.
+    """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -130,7 +146,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _open_shards(folder: Path, files: ExitStack) -> dict[str, tuple[SafetensorsFile, str]]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise BackendMisconfigured(f"model: {index} lacks weight_map")
         shards = sorted({str(name) for name in weight_map.values()})
@@ -175,7 +191,7 @@ def _end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     found = config.get("eos_token_id")
     generation = folder / "generation_config.json"
     if generation.is_file():
-        found = _read_json(generation).get("eos_token_id", found)
+        found = read_json(generation).get("eos_token_id", found)
     if found is None:
         return ()
     tokens = found if isinstance(found, list) else [found]

@@ -1,0 +1,357 @@
+"""One prefill job after another through the engine: from its prompt to its last free block.
+
+    submitted -> seated -> exported chunk by chunk -> answered, finished -> prefilled
+              -> closed (no rank writes to the arena) -> released (its memory is free) -> ended
+
+The answer says nothing of the KV: a job is prefilled when every rank has exported all of it *and*
+the scheduler was told that the request is finished. A request that was cancelled may never be told
+of, and an executor without work asks no rank what it has released; a request of one token then has
+it make a turn (`Turns`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from backends.api import Events, Output, PrefillJob, Sampled, Sequence
+from backends.errors import BackendError, StepFailed
+from backends.tensorrt_llm.desk import Desk
+from backends.tensorrt_llm.library import Library
+from backends.tensorrt_llm.messages import (
+    Close,
+    Closed,
+    Exported,
+    Finished,
+    FromRank,
+    Open,
+    Released,
+    Seated,
+    Voided,
+)
+from backends.tensorrt_llm.scheduling import GLOBAL_ID, TURN_ID, digest_of
+
+log = structlog.get_logger()
+
+TURN = "turn"
+TURN_SECONDS = 0.02
+"""How long the engine is left to make a turn by itself."""
+
+
+class Aborted(Exception):
+    """The host wants no more of a job."""
+
+
+class EngineDied(Exception):
+    """The library as a whole cannot go on."""
+
+
+class Carried:
+    """One request of the executor's, and the job that it computes, if any."""
+
+    def __init__(self, name: str, job: PrefillJob | None) -> None:
+        self.name, self.job = name, job
+        self.request: int | None = None
+        self.results: list[Any] = []
+        self.aborted = False
+        self.void = ""
+        self.blocks = 0
+        self.reused = 0
+        self.told = 0
+        self.exported: dict[int, int] = {}
+        self.finished: Finished | None = None
+        self.closed: set[int] = set()
+        self.released: set[int] = set()
+        self._changed = asyncio.Event()
+
+    def change(self) -> None:
+        """Something of it is another than before."""
+        self._changed.set()
+
+    def abort(self) -> None:
+        """Have the engine give it up."""
+        self.aborted = True
+        for result in self.results:
+            result.abort()
+        self.change()
+
+    async def until(self, true: Callable[[], bool], *, abortable: bool = True) -> None:
+        """Wait for it.
+
+        Raises:
+            Aborted: nobody wants the job any more.
+            StepFailed: some of its KV is lost.
+        """
+        while not true():
+            if abortable:
+                self.check()
+            self._changed.clear()
+            await self._changed.wait()
+
+    def check(self) -> None:
+        """Raises as `until`."""
+        if self.aborted:
+            raise Aborted
+        if self.void:
+            raise StepFailed(self.void)
+
+
+class Carrier:
+    """All jobs of one engine. Everything runs on one event loop; `pins` may be read elsewhere."""
+
+    def __init__(
+        self,
+        library: Library,
+        desk: Desk,
+        events: Events,
+        *,
+        ranks: tuple[int, ...],
+        exporting: tuple[int, ...],
+        lease_seconds: float,
+    ) -> None:
+        self._library, self._desk, self._events = library, desk, events
+        self._ranks, self._exporting = ranks, exporting
+        self._lease = lease_seconds
+        self._numbers, self._turn_numbers = itertools.count(GLOBAL_ID), itertools.count(TURN_ID)
+        self._jobs: dict[str, Carried] = {}
+        self._requests: dict[int, Carried] = {}
+        self._unmatched: dict[bytes, deque[Carried]] = defaultdict(deque)
+        self._turns = Turns(self._turn)
+        self.pins: dict[str, int] = {}
+
+    # ---- the host
+
+    def abort(self, name: str) -> None:
+        """Do no more for a job; nothing happens to one that there is not."""
+        it = self._jobs.get(name)
+        if it is not None:
+            it.abort()
+
+    def take(self, job: PrefillJob) -> Carried:
+        """Enter a job, so that it can be aborted; `carry` does it."""
+        it = self._jobs[job.name] = Carried(job.name, job)
+        return it
+
+    async def carry(self, it: Carried) -> None:
+        """Do a job to its end.
+
+        Raises:
+            EngineDied: the engine cannot go on.
+        """
+        try:
+            await self._compute(it)
+        except Aborted:
+            log.debug("prefill.aborted", job=it.name)
+        except BackendError as error:
+            self._events.failed(it.name, error)
+        await self._vacate(it)
+        del self._jobs[it.name]
+        self.pins.pop(it.name, None)
+        self._events.ended(it.name)
+
+    # ---- one job
+
+    async def _compute(self, it: Carried) -> None:
+        job = it.job
+        assert job is not None
+        it.check()
+        first = job.sequences[0] if job.sequences else None
+        result = self._submit(it, job.tokens, first, self._salt(it))
+        tokens = [await self._answer(it, result)]
+        tokens += [await self._sibling(it, job.tokens, other) for other in job.sequences[1:]]
+        if job.blocks:
+            await it.until(lambda: it.told >= len(job.tokens))
+        await it.until(lambda: it.finished is not None)
+        it.check()
+        sampled = tuple(Sampled(token) for token in tokens[: len(job.sequences)])
+        self._events.prefilled(it.name, Output(sampled), it.reused)
+
+    def _submit(self, it: Carried, tokens: list[int], sequence: Sequence | None, salt: str) -> Any:
+        """Give a request to the engine, known to every rank by its id or to us by its prompt."""
+        if self._library.can.own_ids:
+            it.request = next(self._numbers if it.job is not None else self._turn_numbers)
+            self._requests[it.request] = it
+            if it.job is not None:
+                self._say_open(it)
+        else:
+            self._unmatched[digest_of(tokens)].append(it)
+        return self._asked(tokens, sequence, salt, it.request)
+
+    async def _sibling(self, it: Carried, tokens: list[int], sequence: Sequence) -> int:
+        """Another first token; the prompt is there by now, and is not exported again."""
+        if not self._library.can.own_ids:
+            self._unmatched[digest_of(tokens)].append(Carried(it.name, None))
+        return await self._answer(it, self._asked(tokens, sequence, self._salt(it), None))
+
+    def _asked(
+        self, tokens: list[int], sequence: Sequence | None, salt: str, request: int | None
+    ) -> Any:
+        """Ask the engine.
+
+        Raises:
+            StepFailed: it will not have this request.
+            EngineDied: it is gone.
+        """
+        try:
+            return self._library.submit(tokens, sequence, salt, request)
+        except (ValueError, TypeError, NotImplementedError, self._library.errors.RequestError) as e:
+            raise StepFailed(f"the engine refuses the request: {e}") from e
+        except RuntimeError as error:
+            raise EngineDied(str(error)) from error
+
+    async def _answer(self, it: Carried, result: Any) -> int:
+        """The token that the engine sampled.
+
+        Raises:
+            Aborted, StepFailed: there is none.
+            EngineDied: there is no engine.
+        """
+        it.results.append(result)
+        await self._over(result)
+        it.check()
+        [output] = result.outputs
+        if output.finish_reason not in ("length", "stop") or not output.token_ids:
+            raise StepFailed(f"the engine gave it up ({output.finish_reason})")
+        return int(output.token_ids[0])
+
+    async def _over(self, result: Any) -> None:
+        try:
+            await result.aresult()
+        except self._library.errors.RequestError as error:
+            raise StepFailed(f"the engine failed the request: {error}") from error
+        except RuntimeError as error:
+            raise EngineDied(str(error)) from error
+
+    def _salt(self, it: Carried) -> str:
+        """What keeps its KV apart from others': with no salt, from everybody's."""
+        assert it.job is not None
+        salt = it.job.salt or b"alone" + it.name.encode()
+        return hashlib.sha256(salt).hexdigest()[:32]
+
+    def _say_open(self, it: Carried) -> None:
+        assert it.request is not None
+        if it.job is None:
+            self._desk.say(Close(it.request), *self._ranks)
+            return
+        for rank in self._ranks:
+            blocks = it.job.blocks if rank in self._exporting else ()
+            self._desk.say(Open(it.request, len(it.job.tokens), blocks, self._lease), rank)
+
+    # ---- its end
+
+    async def _vacate(self, it: Carried) -> None:
+        """Return when no rank writes to the arena for it, and its memory is free."""
+        for result in it.results:
+            if not result.finished:
+                result.abort()
+                await self._forget(result)
+        for waiting in self._unmatched.values():
+            for other in [one for one in waiting if one.name == it.name]:
+                waiting.remove(other)
+        if it.request is None:
+            return
+        self._desk.say(Close(it.request))
+        await it.until(lambda: it.closed.issuperset(self._ranks), abortable=False)
+        if it.finished is None:
+            await self._turns.one()  # whatever is still told of it has been told by then
+        while it.finished is not None and it.finished.pinned and not self._free(it):
+            try:
+                async with asyncio.timeout(TURN_SECONDS):
+                    await it.until(lambda: self._free(it), abortable=False)
+            except TimeoutError:
+                await self._turns.one()
+        del self._requests[it.request]
+
+    async def _forget(self, result: Any) -> None:
+        try:
+            await self._over(result)
+        except StepFailed as error:
+            log.debug("prefill.forgotten", cause=str(error))
+
+    def _free(self, it: Carried) -> bool:
+        return it.released.issuperset(self._ranks)
+
+    async def _turn(self) -> None:
+        """Have the executor make a turn, by a request of one token that nobody wants."""
+        nudge = Carried(TURN, None)
+        await self._over(self._submit(nudge, [0], None, TURN))
+        await nudge.until(lambda: nudge.finished is not None)
+        if nudge.request is not None:
+            del self._requests[nudge.request]
+
+    # ---- the ranks
+
+    def hear(self, rank: int, message: FromRank) -> None:
+        """Note what a rank, or the scheduler, says."""
+        if isinstance(message, Seated):
+            self._match(message)
+        it = self._requests.get(getattr(message, "request", -1))
+        if it is None:
+            return
+        match message:
+            case Seated():
+                it.reused = message.reused
+                self._pin(it, message.blocks)
+            case Finished():
+                it.finished = message
+                self._pin(it, message.blocks)
+            case Exported() if rank in self._exporting:
+                it.exported[rank] = message.end
+                self._tell_ready(it)
+            case Voided():
+                it.void = it.void or f"rank {rank}: {message.reason}"
+            case Closed():
+                it.closed.add(rank)
+            case Released():
+                it.released.add(rank)
+        it.change()
+
+    def _match(self, seated: Seated) -> None:
+        """Where the engine counts its requests by itself: the oldest with that prompt it is."""
+        waiting = self._unmatched.get(seated.digest)
+        if not waiting:
+            return
+        it = waiting.popleft()
+        if not waiting:
+            del self._unmatched[seated.digest]
+        it.request = seated.request
+        if it.job is not None or it.name == TURN:
+            self._requests[seated.request] = it
+        self._say_open(it)
+
+    def _pin(self, it: Carried, blocks: int) -> None:
+        if it.job is not None and it.name in self._jobs:
+            it.blocks = max(it.blocks, blocks)
+            self.pins[it.name] = it.blocks
+
+    def _tell_ready(self, it: Carried) -> None:
+        """What every rank has exported is ready, in all layers."""
+        end = min(it.exported.get(rank, 0) for rank in self._exporting)
+        if end > it.told and not it.aborted and not it.void:
+            start, it.told = it.told, end
+            self._events.ready(it.name, start, end)
+
+
+class Turns:
+    """Makes turns one after another; who asks while one is made gets the next."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._lock = asyncio.Lock()
+        self._begun = self._over = 0
+
+    async def one(self) -> None:
+        """Return when a whole turn was made that began after this call."""
+        wanted = self._begun + 1
+        async with self._lock:
+            if self._over >= wanted:
+                return
+            self._begun += 1
+            await self._make()
+            self._over = self._begun

@@ -1,0 +1,326 @@
+"""The engine on the stand-in: what leaves it is right, and nothing of it is left behind."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.errors import BackendError, BackendMisconfigured
+from tests.trtllm.desk import Desk, desk, wrong
+from tests.trtllm.play import FLAVOURS, until
+
+LONG = list(range(5, 205))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_number_of_a_prompt_arrives_chunk_by_chunk(tmp_path: Path, flavour: str) -> None:
+    with desk(tmp_path, flavour) as it:
+        job = it.done(LONG)
+        ready = [(start, end) for kind, start, end in it.heard.of(job.name)[:-2]]
+        assert ready == [(0, 64), (64, 128), (128, 192), (192, 200)]
+        it.free()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_chunks_that_end_within_a_block_are_put_together(tmp_path: Path, dtype: str) -> None:
+    with desk(tmp_path, chunk_tokens=23, dtype=dtype) as it:
+        for length in (1, 2, 15, 16, 17, 46, 47, 100):
+            it.done(list(range(9, 9 + length)))
+        it.free()
+
+
+def test_nothing_behind_the_prompt_is_written_to_the_arena(tmp_path: Path) -> None:
+    """Not even into the rest of its last block: the engine has other requests' bytes there."""
+    with desk(tmp_path) as it:
+        layout = it.engine.info.layout
+        it.engine.pool[:] = 0x5A
+        job = it.done(LONG[:20])
+        shape = tuple(layout.sizes(it.engine.info.pool_blocks).values())
+        blocks = it.engine.pool.view("u2").reshape(shape)
+        assert (blocks[job.blocks[1], :, :, :, 4:] == 0x5A5A).all()
+        others = [block for block in range(shape[0]) if block not in job.blocks]
+        assert (blocks[others] == 0x5A5A).all()
+
+
+@pytest.mark.parametrize("manager", [False, True])
+def test_both_managers_of_blocks_tell_of_them(tmp_path: Path, manager: bool) -> None:
+    """The second one names the blocks of a chunk with it, the first one all of them before."""
+    cache = {"max_tokens": 2048, "use_kv_cache_manager_v2": manager}
+    with desk(tmp_path, "main", kv_cache=cache) as it:
+        it.done(LONG)
+        it.done(LONG[:70])
+        it.free()
+
+
+def test_a_beginning_that_the_engine_had_already_is_exported_too(tmp_path: Path) -> None:
+    with desk(tmp_path) as it:
+        it.done(LONG)
+        again = it.done([*LONG[:100], *LONG])
+        [cached] = [rest[1] for kind, *rest in it.heard.of(again.name) if kind == "prefilled"]
+        assert cached == 96
+        it.free()
+
+
+@pytest.mark.parametrize(("salts", "shared"), [((b"a", b"b"), False), ((b"", b""), False)])
+def test_nothing_is_shared_between_salts_or_without_one(
+    tmp_path: Path, salts: tuple[bytes, bytes], shared: bool
+) -> None:
+    with desk(tmp_path) as it:
+        jobs = [it.done(LONG, salt=salt) for salt in salts]
+        found = [rest[1] for kind, *rest in it.heard.of(jobs[1].name) if kind == "prefilled"]
+        assert (found != [0]) is shared
+
+
+def test_many_at_once_are_all_right(tmp_path: Path) -> None:
+    with desk(tmp_path, max_batch=4) as it:
+        prompts = [[*range(start, start + 30 + 7 * start)] for start in range(1, 20)]
+        jobs = [it.job(prompt, n=1 + start % 3) for start, prompt in enumerate(prompts)]
+        it.ended(*jobs)
+        for job, prompt in zip(jobs, prompts, strict=True):
+            assert it.heard.kinds(job.name)[-2:] == ["prefilled", "ended"]
+            assert wrong(it.engine, prompt, job.blocks) is None
+            [sampled] = [rest[0] for kind, *rest in it.heard.of(job.name) if kind == "prefilled"]
+            assert len(sampled) == len(job.sequences)
+        it.free()
+
+
+def test_with_its_overlap_scheduler_the_engine_runs_on_and_nothing_of_that_is_exported(
+    tmp_path: Path,
+) -> None:
+    with desk(tmp_path, llm={"disable_overlap_scheduler": False}) as it:
+        for length in (16, 31, 100):
+            it.done(list(range(length)))
+        it.free()
+
+
+@pytest.mark.parametrize("respond", ["before", "after"])
+def test_the_answer_alone_ends_no_job(tmp_path: Path, respond: str) -> None:
+    """KV is committed when the scheduler was told of the end, wherever the answer comes."""
+    with desk(tmp_path, knobs={"respond": respond}) as it:
+        it.gates.shut("pinned")
+        job = it.job(LONG)
+        until(lambda: it.gates.reached("pinned"))
+        assert "ended" not in it.heard.kinds(job.name)
+        until(lambda: it.engine.pins() == {job.name: 13})
+        it.gates.open("pinned")
+        it.ended(job)
+        assert wrong(it.engine, LONG, job.blocks) is None
+        it.free()
+
+
+def test_an_end_token_right_after_the_prompt_is_a_token_like_any_other(tmp_path: Path) -> None:
+    with desk(tmp_path, knobs={"first_is_end": True}) as it:
+        job = it.done(LONG)
+        assert it.heard.of(job.name)[-2] == ("prefilled", [2], 0)
+        it.free()
+
+
+def test_a_bound_token_is_not_sampled_and_without_blocks_nothing_is_exported(
+    tmp_path: Path,
+) -> None:
+    with desk(tmp_path) as it:
+        bound = it.job(LONG, n=0)
+        it.ended(bound)
+        assert it.heard.of(bound.name)[-2] == ("prefilled", [], 0)
+        assert wrong(it.engine, LONG, bound.blocks) is None
+        it.free()
+
+
+# ---- aborts
+
+STAGES = {"waiting": "before_pass", "mid-prefill": "after_chunk", "answered": "before_finish"}
+
+
+@pytest.mark.parametrize("cancel", ["hook", "recycle"])
+@pytest.mark.parametrize("stage", [*STAGES, "pinned"])
+def test_an_abort_at_any_stage_frees_everything_and_harms_no_other(
+    tmp_path: Path, stage: str, cancel: str
+) -> None:
+    """Whether or not the library tells the connector of a request that was cancelled."""
+    with desk(tmp_path, knobs={"cancel": cancel}, max_batch=1) as it:
+        gate = STAGES.get(stage, stage)
+        it.gates.shut(gate)
+        ahead = it.job(LONG[:150]) if stage == "waiting" else None
+        job = it.job(LONG)
+        until(lambda: it.gates.reached(gate))
+        it.engine.abort(job.name)
+        it.engine.abort("nobody")
+        other = it.job(LONG[3:])
+        it.gates.open(gate)
+        it.ended(job, other)
+        for one, tokens in ((ahead, LONG[:150]), (other, LONG[3:])):
+            if one is not None:
+                it.ended(one)
+                assert it.heard.kinds(one.name)[-2:] == ["prefilled", "ended"]
+                assert wrong(it.engine, tokens, one.blocks) is None
+        it.engine.abort(job.name)
+        it.done(LONG[5:])
+        assert it.heard.ends[job.name] == 1
+        it.free()
+
+
+def test_an_abort_right_behind_a_job_is_not_lost(tmp_path: Path) -> None:
+    with desk(tmp_path) as it:
+        jobs = [it.job(LONG[:40]) for _ in range(20)]
+        for job in jobs:
+            it.engine.abort(job.name)
+        it.ended(*jobs)
+        it.free()
+
+
+# ---- what goes wrong
+
+
+def test_a_job_whose_blocks_the_engine_has_given_away_fails_alone(tmp_path: Path) -> None:
+    with desk(tmp_path, knobs={"hole": True}) as it:
+        job = it.job(LONG)
+        one_block = it.done(LONG[:10])
+        it.ended(job)
+        [(_, why)] = [one for one in it.heard.of(job.name) if one[0] == "failed"]
+        assert "no block for some of 0 to 64" in why
+        assert "prefilled" not in it.heard.kinds(job.name)
+        assert it.heard.kinds(one_block.name)[-1] == "ended"
+        it.free()
+
+
+def test_metadata_that_stays_bound_is_not_acted_upon_twice(tmp_path: Path) -> None:
+    with desk(tmp_path, knobs={"stale_metadata": True, "idle_polls": True}) as it:
+        it.done(LONG)
+        it.done(LONG[:33])
+        it.free()
+
+
+def test_a_request_that_the_engine_refuses_fails_alone(tmp_path: Path) -> None:
+    with desk(tmp_path, context_tokens=100) as it:
+        job = it.job(LONG)
+        it.ended(job)
+        assert "max_seq_len" in it.heard.of(job.name)[0][1]
+        it.done(LONG[:100])
+        it.free()
+
+
+def test_a_callback_that_raises_is_the_engines_death_and_is_told(tmp_path: Path) -> None:
+    with desk(tmp_path) as it:
+        it.gates.shut("before_pass")
+        it.job(LONG)
+        until(lambda: it.gates.reached("before_pass"))
+        (tmp_path / "gates" / "before_pass.raise").touch()
+        it.gates.open("before_pass")
+        until(lambda: it.heard.dead)
+        with pytest.raises(BackendError, match="the engine is dead"):
+            it.job(LONG)
+
+
+def test_what_only_a_decode_engine_could_do_is_refused(tmp_path: Path) -> None:
+    with desk(tmp_path) as it:
+        with pytest.raises(BackendError, match="only prefills"):
+            it.engine.decode(it.done(LONG))
+        with pytest.raises(BackendError, match="prompt_logprobs"):
+            it.job(LONG, prompt_logprobs=0)
+
+
+# ---- without what newer releases have
+
+
+def test_without_ids_of_our_own_requests_are_known_by_their_prompt(tmp_path: Path) -> None:
+    with desk(tmp_path, "1.2", lacks="disagg_request_id", max_batch=3) as it:
+        prompts = [LONG[:50], LONG, LONG[:50], LONG[7:80], LONG]
+        jobs = [it.job(prompt, n=2) for prompt in prompts]
+        it.engine.abort(jobs[3].name)
+        it.ended(*jobs)
+        for job, prompt in zip(jobs, prompts, strict=True):
+            if job is not jobs[3]:
+                assert it.heard.kinds(job.name)[-2:] == ["prefilled", "ended"]
+                assert wrong(it.engine, prompt, job.blocks) is None
+        it.done(LONG[7:80])
+        it.free()
+        assert not it.engine._carrier._unmatched
+
+
+def test_a_release_that_does_not_tell_what_it_computes_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BackendMisconfigured, match="does not tell connectors num_scheduled_tokens"),
+        desk(tmp_path, "1.2", lacks="num_scheduled_tokens"),
+    ):
+        pass
+
+
+# ---- ranks in processes of their own
+
+
+def shards(it: Desk) -> list[tuple[int, int]]:
+    return [(one.first, one.count) for one in it.engine.info.shards]
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(2, [(0, 1), (1, 1)]), (4, [(0, 1), (1, 1)])])
+def test_every_rank_exports_its_own_heads_and_of_replicas_one(
+    tmp_path: Path, ranks: int, expected: list[tuple[int, int]]
+) -> None:
+    knobs = {"slow_rank": ranks - 1}
+    with desk(tmp_path, processes=True, tensor_parallel=ranks, knobs=knobs) as it:
+        assert shards(it) == expected
+        it.done(LONG)
+        it.done(LONG)
+        it.free()
+
+
+@pytest.mark.parametrize("gate", ["after_chunk", "pinned"])
+def test_a_rank_that_is_killed_is_the_engines_death(tmp_path: Path, gate: str) -> None:
+    with desk(tmp_path, processes=True, tensor_parallel=2) as it:
+        it.done(LONG[:20])
+        it.gates.shut(gate)
+        it.job(LONG)
+        until(lambda: it.gates.reached(gate))
+        os.kill(it.llm.ranks[1].pid, signal.SIGKILL)
+        until(lambda: it.heard.dead)
+        assert "rank" in it.heard.dead
+
+
+def test_ranks_that_are_left_alone_end(tmp_path: Path) -> None:
+    with desk(tmp_path, processes=True) as it:
+        ranks = it.llm.ranks
+    until(lambda: not any(rank.is_alive() for rank in ranks))
+
+
+# ---- what is refused as it starts
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"llm": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
+        ({"llm": {"no_such": 1}}, "no_such"),
+        ({"llm": {"attn_backend": "FLASHINFER"}}, "llm.attn_backend is set by this backend"),
+        ({"kv_cache": {"host_cache_size": 1 << 30}}, "host offloading"),
+        ({"kv_cache": {"dtype": "fp8"}}, "kv_cache.dtype is set by this backend"),
+        ({"identity": ""}, "identity: say how other workers call this model"),
+        ({"block_tokens": 0}, "block_tokens"),
+        ({"context_tokens": 8192}, "the model was made for 4096"),
+        ({"model": {"model_type": "gpt2"}}, "model_type is 'gpt2'"),
+    ],
+)
+def test_what_cannot_work_says_so_as_it_starts(
+    tmp_path: Path, options: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(BackendMisconfigured, match=why), desk(tmp_path, **options):
+        pass
+
+
+def test_layers_in_pools_of_their_own_are_refused(tmp_path: Path) -> None:
+    cache = {"max_tokens": 2048, "use_kv_cache_manager_v2": True}
+    knobs = {"separate_pools": True}
+    with (
+        pytest.raises(BackendMisconfigured, match="one pool"),
+        desk(tmp_path, "main", kv_cache=cache, knobs=knobs),
+    ):
+        pass
+
+
+def test_without_the_library_its_own_error_comes_out(tmp_path: Path) -> None:
+    from backends.tensorrt_llm.engine import TensorRTLLM
+    from tests.trtllm.play import write_model
+
+    with pytest.raises(ModuleNotFoundError, match="tensorrt_llm"):
+        TensorRTLLM(model=str(write_model(tmp_path)))
