@@ -48,11 +48,12 @@ class LlamaCppBackend:
 
     `model` is the file. `weights` "file" computes with them as they are stored, "float32" with a
     dequantised copy, written once to `cache_dir` (`~/.cache/baton` unless given), to agree with
-    other float32 engines. `kv_dtype` is the pool's and llama.cpp's own. `threads` are all CPUs
-    that the process may use unless given. The pool holds `pool_tokens` or `pool_blocks` (one of
-    them; 16,384 tokens unless given) in blocks of `block_tokens`; llama.cpp has a memory of its
-    own of the same size. `context_tokens` lowers the model's own limit. `progress(phase,
-    fraction)` is called while loading.
+    other float32 engines. `kv_dtype` is the pool's and llama.cpp's own. `threads` are those that
+    compute, unless given as many as OMP_NUM_THREADS says, else one for each CPU of this process;
+    where other processes want these CPUs too, give fewer, for its threads wait by spinning. The
+    pool holds `pool_tokens` or `pool_blocks` (one of them; 16,384 tokens unless given) in blocks
+    of `block_tokens`; llama.cpp has a memory of its own of the same size. `context_tokens` lowers
+    the model's own limit. `progress(phase, fraction)` is called while loading.
 
     Raises:
         BackendMisconfigured: names the option, what in the file is not supported, or what is
@@ -102,9 +103,7 @@ class LlamaCppBackend:
             transposed=layout.dtype == "float32",
         )
         sequences = options.max_batch + SPARE
-        self._context = Context(
-            path, form, cells=tokens, sequences=sequences, threads=options.threads
-        )
+        self._context = Context(path, form, cells=tokens, sequences=sequences, threads=options.cpus)
         if self._context.vocabulary != spec.vocabulary:
             raise BackendMisconfigured(
                 f"model: llama.cpp counts {self._context.vocabulary} tokens, the file"

@@ -50,9 +50,7 @@ class Context:
         BackendMisconfigured: it cannot load the file, or is of a version that is not known.
     """
 
-    def __init__(
-        self, path: Path, form: Form, *, cells: int, sequences: int, threads: int | None
-    ) -> None:
+    def __init__(self, path: Path, form: Form, *, cells: int, sequences: int, threads: int) -> None:
         llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         loading = llama_cpp.llama_model_default_params()
@@ -74,7 +72,7 @@ class Context:
             if form.transposed
             else llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         )
-        using.n_threads = using.n_threads_batch = threads or len(os.sched_getaffinity(0))
+        using.n_threads = using.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, using)
         if not self._context:
             self.close()

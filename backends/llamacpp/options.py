@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     def blocks(self) -> int:
         """Blocks in the pool, from whichever of the two options was given."""
         return blocks_of(self.pool_tokens, self.pool_blocks, self.block_tokens)
+
+    @property
+    def cpus(self) -> int:
+        """Threads that compute: as told, else as numeric libraries are, else one for each CPU."""
+        told = os.environ.get("OMP_NUM_THREADS", "")
+        return self.threads or (int(told) if told.isdigit() else 0) or len(os.sched_getaffinity(0))
 
     @property
     def path(self) -> Path:
