@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+LLAMACPP := $(VENV)/llamacpp
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
@@ -59,6 +60,10 @@ chaos: $(VENV)/.dev ## Kill and stop real processes under load (5 minutes, then 
 
 test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 minutes; root and Debian)
 	@tests/rdma/run.sh $(abspath $(BIN))/python
+
+.PHONY: test-llamacpp
+test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 minutes to compile it once, then 6)
+	@PYTHONPATH=$(abspath $(LLAMACPP)) $(BIN)/python -m pytest -q tests/llamacpp
 
 .PHONY: test-vllm
 test-vllm: $(VLLM)/.made ## Test vLLM as prefill and decode, in an environment of its own (CPU)
@@ -136,6 +141,14 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@# Without its dependencies: it asks for torch, of any build, and works on host memory without.
 	@# Where there is no wheel of it, the tests of that transport are skipped.
 	@$(PIP) install --quiet --no-deps nixl-cu12==1.5.1 || echo "no NIXL for this machine"
+	@touch $@
+
+# Beside .venv's own packages, so that only its own tests find it. Of what it asks for, .venv has
+# the rest.
+$(LLAMACPP)/.made: $(VENV)/.dev
+	@echo "== compiling llama.cpp (about 12 minutes on two cores; needs a C++ compiler)"
+	@rm -rf $(LLAMACPP)
+	@$(PIP) install --quiet --no-deps --target $(LLAMACPP) llama-cpp-python==0.3.36 diskcache
 	@touch $@
 
 $(VENV)/.loadtest: $(VENV)/.runtime

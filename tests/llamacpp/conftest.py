@@ -52,6 +52,7 @@ def torch() -> Iterator[Desk]:
 @pytest.fixture(scope="session")
 def onnx() -> Iterator[Desk]:
     """ONNX Runtime in float32."""
-    if not installed("onnxruntime"):
+    if not (installed("onnxruntime") and installed("backends.onnxruntime")):
         pytest.skip("onnxruntime is not installed")
-    yield from made("onnxruntime", 2, weights="float32", pool_tokens=4096)
+    name = "backends.onnxruntime:OnnxRuntimeBackend"
+    yield from made(name, 2, weights="float32", pool_tokens=4096)
