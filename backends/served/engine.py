@@ -1,0 +1,176 @@
+"""The engine contract around a fleet of servers: a task for each job, on a loop of its own.
+
+Nothing is known of the fleet's memory: jobs hold no blocks that could be shown, and a job has
+ended when its connection is closed. The arena is a formality: KV is neither imported nor exported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from backends.api import (
+    BackendError,
+    BackendInfo,
+    DecodeJob,
+    Events,
+    KVLayout,
+    Logprob,
+    Output,
+    PrefillJob,
+    Sampled,
+)
+
+END_SECONDS = 5.0
+
+
+class Progressed(msgspec.Struct, frozen=True):
+    """What a fleet gave for a job: new tokens, or that its prompt is done."""
+
+    tokens: tuple[Sampled, ...] = ()
+    prefilled: bool = False
+    prompt_logprobs: tuple[Logprob, ...] = ()
+    cached: int = 0
+
+
+class Fleet(Protocol):
+    """How one kind of server is asked. All is called on one event loop."""
+
+    async def open(self) -> BackendInfo:
+        """Find out what the servers can do.
+
+        Raises:
+            BackendError: one cannot be reached, or they do not fit together.
+        """
+
+    def generate(self, job: DecodeJob) -> AsyncGenerator[Progressed, None]:
+        """Carry a job out. Closing the generator has the servers stop.
+
+        Raises:
+            BackendError: it cannot go on; says why.
+        """
+
+    async def close(self) -> None:
+        """Close every connection."""
+
+
+class ServedEngine:
+    """Speaks for `fleet` on the engine contract, from a thread of its own."""
+
+    def __init__(self, fleet: Fleet, open_seconds: float) -> None:
+        self._fleet = fleet
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
+        self._thread.start()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._fresh: list[tuple[str, Sampled]] = []
+        self._events: Events | None = None
+        try:
+            opening = asyncio.run_coroutine_threadsafe(self._open(open_seconds), self._loop)
+            self.info: BackendInfo = opening.result()
+        except BaseException:
+            self.close()
+            raise
+        # Never written to, so the machine gives no memory for it.
+        self.pool: Any = np.zeros(self.info.layout.block_bytes * self.info.pool_blocks, np.uint8)
+
+    def start(self, events: Events) -> None:
+        """Answer to `events` from now on."""
+        self._events = events
+
+    def prefill(self, job: PrefillJob) -> None:
+        """Refused: the fleet keeps its KV to itself."""
+        raise BackendError("the servers of this worker do not give KV away: its role must be both")
+
+    def decode(self, job: DecodeJob) -> None:
+        """Take a sequence to decode in place."""
+        if job.blocks:
+            raise BackendError("the servers of this worker take no KV: its role must be both")
+        self._loop.call_soon_threadsafe(self._begin, job)
+
+    def abort(self, job: str) -> None:
+        """Close the job's connection."""
+        self._loop.call_soon_threadsafe(self._cancel, job)
+
+    def pins(self) -> Mapping[str, int]:
+        """Nothing is known of the servers' memory."""
+        return {}
+
+    def close(self) -> None:
+        """Close every connection, and end the thread."""
+        try:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(END_SECONDS)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(END_SECONDS)
+
+    async def _open(self, seconds: float) -> BackendInfo:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._fleet.open()
+        except TimeoutError:
+            raise BackendError(f"the servers did not answer within {seconds} s") from None
+
+    async def _close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks.values())
+        await self._fleet.close()
+
+    def _begin(self, job: DecodeJob) -> None:
+        # Its parent is this engine: `_close` ends whatever is left.
+        self._tasks[job.name] = self._loop.create_task(self._carry(job))
+
+    def _cancel(self, job: str) -> None:
+        if job in self._tasks:
+            self._tasks[job].cancel()
+
+    async def _carry(self, job: DecodeJob) -> None:
+        events = self._events
+        assert events is not None
+        try:
+            async with aclosing(self._fleet.generate(job)) as steps:
+                async for step in steps:
+                    if step.prefilled:
+                        events.prefilled(job.name, Output((), step.prompt_logprobs), step.cached)
+                    self._say(job.name, step.tokens)
+        except BackendError as error:
+            self._flush()
+            events.failed(job.name, error)
+        finally:  # no await in here: this also runs while the task is being cancelled
+            del self._tasks[job.name]
+            self._flush()
+            events.ended(job.name)
+
+    def _say(self, job: str, tokens: tuple[Sampled, ...]) -> None:
+        """Tokens of one moment are told together, as if one step had given them."""
+        if tokens and not self._fresh:
+            self._loop.call_soon(self._flush)
+        self._fresh += [(job, token) for token in tokens]
+
+    def _flush(self) -> None:
+        fresh, self._fresh = self._fresh, []
+        if fresh:
+            assert self._events is not None
+            self._events.decoded(fresh)
+
+
+def no_layout(model: str, block_tokens: int = 16) -> KVLayout:
+    """The layout of an arena that nothing is ever written to; it goes with no other."""
+    return KVLayout(
+        model=f"served {model}"[:256],
+        weights="served",
+        layers=1,
+        kv_heads=1,
+        head_dim=2,
+        dtype="float16",
+        block_tokens=block_tokens,
+        rope="half",
+    )
