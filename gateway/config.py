@@ -14,6 +14,7 @@ import msgspec
 
 Role = Literal["prefill", "decode", "both"]
 Transport = Literal["auto", "shm", "nixl", "tcp"]
+Wire = Literal["int8", "float8_e4m3"]
 
 
 def about(description: str, *, unit: str = "", secret: bool = False, **bounds: Any) -> msgspec.Meta:
@@ -332,6 +333,14 @@ class WorkerSection(Section, frozen=True):
             min_length=1,
         ),
     ] = ("auto",)
+    wire: Annotated[
+        tuple[Wire, ...],
+        about(
+            "Lossy codes in which KV may reach or leave it: a pair of workers that both have some"
+            " uses them where that is faster than sending the numbers. Not between two workers"
+            " whose backends are exact."
+        ),
+    ] = ()
     quarantine_share: Annotated[
         float,
         about(

@@ -222,6 +222,10 @@ def _pairs(
 
 
 def _figure(probe: Probe) -> str:
+    return f"{_rate(probe)} ({probe.note})" if probe.note else _rate(probe)
+
+
+def _rate(probe: Probe) -> str:
     if not probe.bytes_per_second:
         return f"{probe.round_trip_seconds * 1e3:.2f} ms there and back"
     if probe.bytes_per_second < 1e9:

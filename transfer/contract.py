@@ -91,10 +91,14 @@ class Writer(Protocol):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """How fast a connection proved to be; `bytes_per_second` is 0 where nothing was moved."""
+    """How fast a connection proved to be; `bytes_per_second` is 0 where nothing was moved.
+
+    `note` is for people: what else it depends on.
+    """
 
     bytes_per_second: float = 0.0
     round_trip_seconds: float = 0.0
+    note: str = ""
 
 
 class Opener(Protocol):

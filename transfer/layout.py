@@ -283,12 +283,14 @@ class Epoch(msgspec.Struct, frozen=True, array_like=True, order=True):
 class Endpoint(msgspec.Struct, frozen=True):
     """Where a transport can be reached: `tcp` with `host:port`, `memory` with a name.
 
-    `shard` says which of its worker's pools is behind it, where they are several.
+    `shard` says which of its worker's pools is behind it, where they are several. Where codes are
+    taken (see `coding.py`), `decodes_per_second` is how many numbers its worker makes of them.
     """
 
     transport: Annotated[str, msgspec.Meta(max_length=32)]
     address: Annotated[str, msgspec.Meta(max_length=512)]
     shard: Natural = 0
+    decodes_per_second: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):

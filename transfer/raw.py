@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
 
-_NAMES = ("raw.py", "rounding.py", "walking.py", "sockets.py", "kernels.py")
+_NAMES = ("raw.py", "rounding.py", "walking.py", "sockets.py", "kernels.py", "coding.py")
 _FILES = [Path(__file__).with_name(it) for it in _NAMES]
 SOURCES = hashlib.sha256(b"".join(it.read_bytes() for it in _FILES)).hexdigest()
 

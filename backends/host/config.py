@@ -10,6 +10,7 @@ from backends.protocol import VERSION, Role
 from transfer.tls import Credentials
 
 Transport = Literal["auto", "shm", "nixl", "tcp"]
+Wire = Literal["int8", "float8_e4m3"]
 
 
 class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +25,9 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     the pool that may wait in landings, `quarantine_share` the part that landings of one prefill
     worker may hold, withdrawn ones included, before it gets no more. `transports` are offered and
     used, `auto` standing for all that are there; `socket_dir` is a folder of this user alone for
-    their sockets (empty: one is made). `faults` damages handoffs on purpose, for drills (see
+    their sockets (empty: one is made). In the codes of `wire`, which are lossy, KV may travel to
+    and from workers that have them too, where that is faster (see `transfer.coding`). `faults`
+    damages handoffs on purpose, for drills (see
     `transfer.faults`). `reuse` says whether KV is kept for later prefixes: `auto`, where that
     changes no text (see `reuse.py`). Requests
     that are kept for nobody go on for `orphan_run_seconds`; beyond `max_orphans` of them, or
@@ -47,6 +50,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     landing_share: float = 0.8
     quarantine_share: float = 0.5
     transports: tuple[Transport, ...] = ("auto",)
+    wire: tuple[Wire, ...] = ()
     socket_dir: str = ""
     faults: str = ""
     reuse: Literal["auto", "on", "off"] = "auto"

@@ -12,9 +12,10 @@ import asyncio
 import functools
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from math import inf
 
+import msgspec
 import structlog
 
 from backends.api import BackendInfo
@@ -23,46 +24,24 @@ from backends.host.config import HostConfig
 from backends.host.janitor import Janitor
 from backends.host.ledger import Holder, Ledger
 from backends.host.pools import pools_of
-from backends.host.prefixes import Kept
+from backends.host.reserved import Reserved, Staged
 from backends.host.reuse import Reuse
+from backends.host.staging import Staging, Stagings
 from backends.host.work import Held, deadline_of
 from backends.protocol import RequestSpec
+from transfer.coded import codec_of
+from transfer.coding import Codec
 from transfer.contract import Arrival, Buffer, Receiver
-from transfer.errors import KeptChanged, LandingGone
+from transfer.errors import KeptChanged, LandingGone, LayoutMismatch
 from transfer.layout import Epoch, Landing, Part, Shard
-from transfer.sharded import Gathering, Piece, parts_of, pieces
+from transfer.sharded import Gathering, Piece, parts_of
 
 log = structlog.get_logger()
 
 SWEEP_SECONDS = 0.25
 
-
-@dataclass(slots=True, eq=False)
-class Reserved:
-    """A landing that was granted and has not ended yet.
-
-    `kept` are the blocks that it has already, held by `reused` as long as it lasts.
-    """
-
-    held: Held
-    spec: RequestSpec
-    landing: Landing
-    holder: Holder
-    headroom: Holder
-    expires: float
-    deadline: float
-    prefill: str
-    receivers: tuple[Receiver, ...]
-    reused: Holder
-    kept: list[Kept]
-    links: list[bytes]
-
-    def places(self) -> Iterator[tuple[Receiver, Piece]]:
-        """Every receiver, with each piece of the landing that is for its pool."""
-        for piece in pieces(self.landing):
-            for receiver in self.receivers:
-                if receiver.endpoint.shard == piece.target:
-                    yield receiver, piece
+Where = tuple[Codec | None, str]
+"""Which pool a prefill worker writes to: that of a codec, or the backend's."""
 
 
 class Landings:
@@ -96,10 +75,11 @@ class Landings:
         self._tell_shunned = shunned
         self._count = 0
         self._open: dict[str, Reserved] = {}
-        self._exposed: Counter[str] = Counter()  # blocks in both, by prefill worker
-        self._quarantined: Counter[str] = Counter()
+        self._exposed: Counter[Where] = Counter()  # blocks in both, by pool and prefill worker
+        self._quarantined: Counter[Where] = Counter()
         self._quiescing = 0
         self.receivers: list[Receiver] = []
+        self.stagings: Stagings = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -112,11 +92,18 @@ class Landings:
     @property
     def shunned(self) -> tuple[str, ...]:
         """Prefill workers that have blocks in quarantine, and may hold no more than they do."""
-        return tuple(sorted(it for it in self._quarantined if self._exposed[it] >= self._most))
+        full = {it for it in self._quarantined if self._exposed[it] >= self._most(it[0])}
+        return tuple(sorted({prefill for _, prefill in full}))
 
     @property
-    def _most(self) -> float:
-        return self._config.quarantine_share * self._info.pool_blocks
+    def quarantined(self) -> int:
+        """Blocks in quarantine, those of codes included."""
+        ledgers = (self._ledger, *(it.ledger for it in self.stagings.values()))
+        return sum(it.held_for("quarantine") for it in ledgers)
+
+    def _most(self, codec: Codec | None) -> float:
+        blocks = self.stagings[codec].ledger.blocks if codec is not None else self._info.pool_blocks
+        return self._config.quarantine_share * blocks
 
     def reserve(
         self,
@@ -138,28 +125,37 @@ class Landings:
             PoolExhausted: not now.
             LayoutMismatch: it lacks heads.
         """
-        receivers = tuple(it for it in self.receivers if transport in ("", it.endpoint.transport))
-        if transport and not receivers:
-            raise PoolExhausted(f"nothing is received over {transport}")
+        receivers = self._through(transport)
+        codec = codec_of(transport)
+        staging = self.stagings[codec] if codec is not None else None
+        if staging is not None:  # what is kept would have to be exact
+            partial, spec = False, msgspec.structs.replace(spec, salt=b"")
         reused = Holder("reused", held.name)
         links = self._reuse.links(spec.salt, spec.prefix)
         tokens, headroom = len(spec.prefix), len(spec.sequences)
         layouts = [it.layout for it in self._pools]
         parts = parts_of(sources or (self._info.layout.heads,), layouts)
+        if parts and staging is not None:
+            raise LayoutMismatch("shards: there are no codes from several pools")
         most = (tokens - 1) // self._info.layout.block_tokens if partial else 0
         kept = self._reuse.share(links, most, reused)
         wanted = self._info.layout.blocks_for(tokens) - len(kept)
-        full = self._full(prefill, wanted, headroom)
+        written = staging.layout.blocks_for(tokens) if staging is not None else wanted
+        full = self._exhausted(prefill, staging, written) or self._full(wanted, headroom)
         if full:
             self._ledger.release(reused)
             raise PoolExhausted(full)
         holder, spare = Holder("landing", held.name), Holder("headroom", held.name)
         blocks = [it.block for it in kept] + self._ledger.take(wanted, holder)
         self._ledger.take(headroom, spare)
+        staged, landing_blocks = None, blocks
+        if staging is not None:
+            staged = Staged(staging, Holder("landing", held.name))
+            landing_blocks = staging.ledger.take(written, staged.holder)
         reserved = Reserved(
             held,
             spec,
-            self._mint(blocks, tokens, receivers, len(kept), parts),
+            self._mint(landing_blocks, tokens, receivers, len(kept), parts, staging),
             holder,
             spare,
             _now() + self._config.lease_seconds,
@@ -169,16 +165,37 @@ class Landings:
             reused,
             kept,
             links,
+            blocks,
+            staged,
         )
         self._expect(reserved)
         self._tally(self._exposed, reserved, 1)
         return reserved
 
-    def _full(self, prefill: str, wanted: int, headroom: int) -> str:
-        """Why so many blocks cannot be set aside now; empty when they can."""
-        exposed = self._exposed[prefill]
-        if exposed and exposed + wanted > self._most:  # a first one may be as long as it is
+    def _through(self, transport: str) -> tuple[Receiver, ...]:
+        """Those who receive over that transport; empty: over any but codes."""
+        receivers = tuple(
+            it
+            for it in self.receivers
+            if it.endpoint.transport == transport
+            or (not transport and codec_of(it.endpoint.transport) is None)
+        )
+        if transport and not receivers:
+            raise PoolExhausted(f"nothing is received over {transport}")
+        return receivers
+
+    def _exhausted(self, prefill: str, staging: Staging | None, wanted: int) -> str:
+        """Why that worker may not write to so many blocks more; empty when it may."""
+        where = staging.codec if staging is not None else None, prefill
+        exposed = self._exposed[where]
+        if exposed and exposed + wanted > self._most(where[0]):  # a first one may be that long
             return f"{prefill} may write to {exposed} blocks already"
+        if staging is not None and staging.ledger.free < wanted:
+            return f"{wanted} blocks wanted for codes, {staging.ledger.free} free"
+        return ""
+
+    def _full(self, wanted: int, headroom: int) -> str:
+        """Why so many blocks cannot be set aside now; empty when they can."""
         waiting = self._ledger.held_for("landing", "headroom", "quarantine")
         if waiting and waiting + wanted > self._config.landing_share * self._info.pool_blocks:
             return f"{waiting} blocks wait in landings already"
@@ -195,10 +212,17 @@ class Landings:
             receiver.withdraw(piece.landing.id)
         self._ledger.release(reserved.headroom)
         self._ledger.release(reserved.reused)  # nobody writes there
+        ledger, holder = self._ledger, reserved.holder
+        if (staged := reserved.staged) is not None:
+            if staged.decoding:  # which ends what is left
+                self._freed()
+                return
+            self._ledger.release(reserved.holder)  # nor there
+            ledger, holder = staged.staging.ledger, staged.holder
         self._freed()
         who = f"{landing_id} from {reserved.prefill}" if reserved.prefill else landing_id
         quarantine = Holder("quarantine", who)
-        self._ledger.move(reserved.holder, quarantine)
+        ledger.move(holder, quarantine)
         self._quiescing += 1
         self._tally(self._quarantined, reserved, 1)
         self._janitor.hand(lambda: self._quiesce(reserved, quarantine))
@@ -220,6 +244,7 @@ class Landings:
         receivers: tuple[Receiver, ...],
         kept: int,
         parts: tuple[Part, ...],
+        staging: Staging | None,
     ) -> Landing:
         self._count += 1
         return Landing(
@@ -228,8 +253,8 @@ class Landings:
             secret=secrets.token_bytes(16),
             worker=self._config.id,
             endpoints=tuple(receiver.endpoint for receiver in receivers),
-            layout=self._info.layout,
-            pool_blocks=self._info.pool_blocks,
+            layout=self._info.layout if staging is None else staging.layout,
+            pool_blocks=self._info.pool_blocks if staging is None else staging.ledger.blocks,
             blocks=tuple(blocks),
             tokens=tokens,
             lease_seconds=self._config.lease_seconds,
@@ -256,6 +281,9 @@ class Landings:
                 whole = gathering.add(arrival)
                 if whole is None:
                     return b""
+                if reserved.staged is not None:
+                    self._begin_decoding(reserved, reserved.staged, whole)
+                    return b""
                 self._admit(reserved, whole)
             except LandingGone as error:
                 failed(error)
@@ -271,15 +299,49 @@ class Landings:
             self._failed(reserved, type(error).__name__, str(error))
 
         for receiver, piece in reserved.places():
+            memory = self._pools[piece.target].memory
             receiver.expect(
                 piece.landing,
-                self._pools[piece.target].memory,
+                memory if reserved.staged is None else reserved.staged.staging.memory,
                 touched=touched,
                 arrived=arrived,
                 failed=failed,
                 claimed=functools.partial(claimed, receiver, piece),
                 proofs=[it.proof for it in reserved.kept if it.proof is not None],
             )
+
+    def _begin_decoding(self, reserved: Reserved, staged: Staged, arrival: Arrival) -> None:
+        """Its codes are verified, and nobody writes there any more: it cannot expire now."""
+        staged.decoding = True
+        reserved.expires = inf
+        self._janitor.hand(lambda: self._decode(reserved, staged, arrival))
+
+    async def _decode(self, reserved: Reserved, staged: Staged, arrival: Arrival) -> None:
+        """Decode what has landed, then admit it, if it is still wanted."""
+        landing_id, begun = reserved.landing.id, _now()
+        failure: Exception | None = None
+        try:
+            await staged.staging.decode(reserved.landing, tuple(reserved.blocks))
+        except MemoryError as error:
+            failure = error
+        staged.staging.ledger.release(staged.holder)
+        self._tally(self._exposed, reserved, -1)
+        staged.decoding = False
+        if self._open.pop(landing_id, None) is not None and failure is None:
+            verify = arrival.verify_seconds + _now() - begun
+            try:
+                self._admit(
+                    reserved, msgspec.structs.replace(arrival, verify_seconds=verify, proofs=())
+                )
+                return
+            except LandingGone as error:
+                failure = error
+        if failure is not None and reserved.held.landing == landing_id:
+            self._ledger.release(reserved.headroom)
+            self._ledger.release(reserved.reused)
+            self._failed(reserved, type(failure).__name__, str(failure))
+        self._ledger.release(reserved.holder)
+        self._freed()
 
     async def _quiesce(self, reserved: Reserved, quarantine: Holder) -> None:
         landing_id = reserved.landing.id
@@ -290,16 +352,18 @@ class Landings:
 
     def _release(self, reserved: Reserved, quarantine: Holder) -> None:
         """Nothing can be written to a withdrawn landing any more."""
-        self._ledger.release(quarantine)
+        ledger = self._ledger if reserved.staged is None else reserved.staged.staging.ledger
+        ledger.release(quarantine)
         self._quiescing -= 1
         self._tally(self._quarantined, reserved, -1)
         self._tally(self._exposed, reserved, -1)
         self._freed()
 
-    def _tally(self, what: Counter[str], reserved: Reserved, sign: int) -> None:
-        who, before = reserved.prefill, self.shunned
-        if not who:
+    def _tally(self, what: Counter[Where], reserved: Reserved, sign: int) -> None:
+        if not reserved.prefill:
             return
+        codec = reserved.staged.staging.codec if reserved.staged is not None else None
+        who, before = (codec, reserved.prefill), self.shunned
         what[who] += sign * len(reserved.landing.awaited)
         if not what[who]:
             del what[who]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
 
 from backends.host.config import HostConfig
 from backends.host.pools import KVPool, pools_of
+from backends.host.staging import Staging
 from backends.protocol import BackendInfo, Meet, Met
 from transfer.choose import Chooser, Peer
+from transfer.coded import CodedSender, codec_of, named
+from transfer.coding import Codec, coded_layout
 from transfer.contract import Buffer, Receiver, Sender
-from transfer.errors import PeerLost, TransferError
+from transfer.errors import LayoutMismatch, PeerLost, TransferError
 from transfer.faults import FaultySender, Tamperable
+from transfer.layout import Endpoint
 from transfer.nixl import NixlReceiver, NixlSender, has_verbs
 from transfer.pool import Pool
 from transfer.session import SessionReceiver
@@ -25,6 +30,9 @@ log = structlog.get_logger()
 
 FAR = frozenset({"nixl", "tcp"})
 """Transports between machines, which are encrypted where that is asked for."""
+
+ENCODERS = 2
+"""Threads that encode what travels as codes."""
 
 AUTO = ("shm", "nixl", "tcp") if has_verbs() else ("shm", "tcp")
 
@@ -56,20 +64,33 @@ class Peers:
         self._pools = pools_of(info, pool)
         self._lost = lost
         self._receivers: list[SessionReceiver] = []
-        self.chooser = Chooser({name: self._sender(name) for name in self._wanted}, self._on_lost)
+        self.stagings: dict[Codec, Staging] = {}
+        self._codecs = [it for it in config.wire if self._has_codes(it)]
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="kv-encode")
+        senders = {name: self._sender(name) for name in self._wanted}
+        for name in self._wanted:
+            for codec in self._codecs:
+                inner = self._sender(name)
+                senders[named(name, codec)] = CodedSender(inner, codec, self._encoders)
+        self.chooser = Chooser(senders, self._on_lost)
 
     async def listen(self) -> list[Receiver]:
         """Begin to take KV from other workers, in every way that was asked for.
 
-        Of `auto`, what this pool or this machine cannot do is left out.
+        Of `auto`, what this pool or this machine cannot do is left out. Codes have pools of their
+        own, in `stagings` from now on.
 
         Raises:
             ValueError: this pool cannot do what was asked for by name.
             OSError: this machine cannot, or the data address cannot be listened on.
         """
+        for codec in self._codecs:
+            self.stagings[codec] = Staging(codec, self._info, self._pools[0].memory)
         for name in self._wanted:
             try:
                 self._receivers += await self._listen(name)
+                for staging in self.stagings.values():
+                    self._receivers.append(await self._listen_for_codes(name, staging))
             except (ValueError, OSError) as error:
                 asked = name in self._config.transports
                 if asked and isinstance(error, ValueError):
@@ -83,10 +104,11 @@ class Peers:
     async def meet(self, message: Meet) -> Met:
         """Connect to a decode worker and say how KV will travel, or why it cannot."""
         peer = Peer(message.worker, message.incarnation)
+        endpoints, without = self._usable(message)
         try:
             choice = await self.chooser.meet(
                 peer,
-                message.endpoints,
+                endpoints,
                 self._info.layouts,
                 message.layout.sharded(message.shards),
             )
@@ -99,15 +121,41 @@ class Peers:
             peer=message.worker,
             transport=transport,
             plan=choice.plan,
-            reason=choice.reason,
+            reason=choice.reason + without,
         )
         return Met(
-            worker=message.worker, transport=transport, plan=choice.plan, reason=choice.reason
+            worker=message.worker,
+            transport=transport,
+            plan=choice.plan,
+            reason=choice.reason + without,
         )
 
     async def close(self) -> None:
         """Close every data connection."""
         await asyncio.gather(self.chooser.close(), *(one.close() for one in self._receivers))
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+        for staging in self.stagings.values():
+            staging.close()
+
+    def _has_codes(self, codec: Codec) -> bool:
+        """Whether there are such codes for this pool; if not, why is in `left_out`."""
+        try:
+            if self._info.shards:
+                raise LayoutMismatch("shards: there are no codes for several pools")
+            coded_layout(self._info.layout, codec)
+        except LayoutMismatch as error:
+            self.left_out[codec] = str(error)
+            log.warning("wire.skipped", wire=codec, reason=str(error))
+            return False
+        return True
+
+    def _usable(self, message: Meet) -> tuple[tuple[Endpoint, ...], str]:
+        """A decode worker's endpoints that this pair may use, and why not the others."""
+        if not (message.exact and self._info.continuation == "exact"):
+            return message.endpoints, ""
+        exact = tuple(it for it in message.endpoints if codec_of(it.transport) is None)
+        left = any(codec_of(it.transport) in self._codecs for it in message.endpoints)
+        return exact, "; no codes: both ends are exact" if left else ""
 
     @property
     def _wanted(self) -> tuple[str, ...]:
@@ -130,7 +178,7 @@ class Peers:
         receivers: list[SessionReceiver] = []
         try:
             for number, pool in enumerate(self._pools):
-                receiver = self._receiver(name, number, pool)
+                receiver = self._receiver(name, number, pool, self._info.pool_blocks)
                 receiver.shard = number
                 await receiver.start()
                 receivers.append(receiver)
@@ -139,21 +187,30 @@ class Peers:
             raise
         return receivers
 
-    def _receiver(self, name: str, number: int, of: KVPool) -> SessionReceiver:
+    async def _listen_for_codes(self, name: str, staging: Staging) -> SessionReceiver:
+        pool = KVPool(staging.layout, staging.memory)
+        receiver = self._receiver(name, 0, pool, staging.ledger.blocks, f".{staging.codec}")
+        receiver.codes = named(name, staging.codec), staging.decodes_per_second
+        await receiver.start()
+        return receiver
+
+    def _receiver(
+        self, name: str, number: int, of: KVPool, blocks: int, suffix: str = ""
+    ) -> SessionReceiver:
         config, layout = self._config, of.layout
         if name == "shm":
             folder = Path(config.socket_dir) if config.socket_dir else None
-            own = f"{config.id}.{number}.kv" if number else f"{config.id}.kv"
+            own = f"{config.id}.{number}.kv" if number else f"{config.id}{suffix}.kv"
             return ShmReceiver(
                 layout,
-                self._info.pool_blocks,
+                blocks,
                 of.memory,
                 socket_path=folder and folder / own,
                 secret=config.secret,
             )
         tls = config.tls.server() if config.tls is not None else None
         if name == "nixl":
-            pool = Pool.of(layout, self._info.pool_blocks, of.memory)
+            pool = Pool.of(layout, blocks, of.memory)
             return NixlReceiver(
                 layout, pool=pool, host=config.data_host, secret=config.secret, tls=tls
             )

@@ -23,10 +23,11 @@ from backends.host.handoff import Pushes, decode_note
 from backends.host.hosting import loop_of
 from backends.host.janitor import Janitor
 from backends.host.keeping import Keeper
-from backends.host.landings import Landings, Reserved
+from backends.host.landings import Landings
 from backends.host.ledger import Ledger
 from backends.host.loop import Item
 from backends.host.objections import objection
+from backends.host.reserved import Reserved
 from backends.host.reuse import Reuse
 from backends.host.sharing import share_out
 from backends.host.work import Held, Prefilling, Running, finish_reason, given_up
@@ -312,7 +313,7 @@ class Requests:
         held.landing = None
         held.note(firsts)
         self._ledger.release(reserved.headroom)
-        blocks = list(reserved.landing.blocks)
+        blocks = list(reserved.blocks)
         self._admit(held, spec, firsts, blocks, ingested=True)
         self.reuse.keep(reserved.links, blocks, arrival.proofs)
         self._ledger.release(reserved.holder)

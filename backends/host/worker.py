@@ -109,6 +109,7 @@ class WorkerHost:
         sys.setswitchinterval(0.0005)  # the step thread's Python must not delay tokens by 5 ms
         if self.config.role != "prefill":
             self._requests.landings.receivers = [*await self._peers.listen()]
+            self._requests.landings.stagings = self._peers.stagings
         tls = self.config.tls.server() if self.config.tls is not None else None
         server, self.address = await listen(self.config.listen, self._new_link, tls)
         try:
@@ -201,7 +202,7 @@ class WorkerHost:
             waiting=steps.waiting,
             waiting_tokens=steps.waiting_tokens,
             draining=self.draining.is_set(),
-            quarantined=self._ledger.held_for("quarantine"),
+            quarantined=self._requests.landings.quarantined,
             shunned=self._requests.landings.shunned,
         )
 
@@ -307,6 +308,8 @@ class WorkerHost:
     def _inspect(self, ticket: int) -> LedgerAnswer:
         pins = self._requests.steps.pins
         wrong = [*self._ledger.audit(), *pins.wrong]
+        for codec, staging in self._peers.stagings.items():
+            wrong += [f"{codec} codes: {it}" for it in staging.ledger.audit()]
         return LedgerAnswer(
             ticket=ticket,
             worker=self.config.id,

@@ -116,7 +116,8 @@ class Proof(Message, frozen=True):
 class Meet(Message, frozen=True):
     """To a prefill worker: connect to this decode worker now, before a request needs it.
 
-    `shards` are the heads in each of its pools, where they are several.
+    `shards` are the heads in each of its pools, where they are several. `exact`: its continuation
+    is, for all that the gateway knows.
     """
 
     worker: str
@@ -124,6 +125,7 @@ class Meet(Message, frozen=True):
     layout: KVLayout
     endpoints: tuple[Endpoint, ...]
     shards: Shards = ()
+    exact: bool = True
 
 
 class Reserve(Message, frozen=True):

@@ -84,6 +84,7 @@ async def _serve(
         step_tokens=worker.step_tokens,
         max_waiting=worker.max_waiting,
         transports=worker.transports,
+        wire=worker.wire,
         quarantine_share=worker.quarantine_share,
         socket_dir=str(run_dir(Path(config.data_dir))),
         faults=worker.faults,

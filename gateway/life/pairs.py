@@ -58,6 +58,7 @@ class Pairs:
                             layout=decode.welcome.info.layout,
                             endpoints=decode.welcome.endpoints,
                             shards=decode.welcome.info.shards,
+                            exact=decode.welcome.info.continuation == "exact",
                         )
                     )
 

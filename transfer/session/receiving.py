@@ -57,7 +57,8 @@ class SessionReceiver:
 
     `stall_seconds` is how long a peer may be silent before it counts as lost, and how long it
     may take to greet. `tls` is a server's context. Without `digest`, commits are not verified:
-    for measurements only. `shard` is set by whoever has receivers for several pools.
+    for measurements only. `shard` is set by whoever has receivers for several pools, `codes` by who
+    has one for codes: how its endpoint calls the transport, and how fast they are decoded.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class SessionReceiver:
         self.stall_seconds = stall_seconds
         self.landings = Landings(layout)
         self.shard = 0
+        self.codes: tuple[str, float] | None = None
         self._secret = secret.encode()
         self._tls = tls
         self._max_connections = max_connections
@@ -121,7 +123,11 @@ class SessionReceiver:
         """Where senders reach this receiver, once it listens."""
         if self._endpoint is None:
             raise RuntimeError("not started")
-        return msgspec.structs.replace(self._endpoint, shard=self.shard)
+        endpoint = msgspec.structs.replace(self._endpoint, shard=self.shard)
+        if self.codes is None:
+            return endpoint
+        name, decodes = self.codes
+        return msgspec.structs.replace(endpoint, transport=name, decodes_per_second=decodes)
 
     def expect(
         self,

@@ -7,8 +7,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from backends.api import Sampling
-from backends.host.landings import Reserved
 from backends.host.ledger import Holder
+from backends.host.reserved import Reserved
 from backends.host.work import Prefilling
 from backends.protocol import First, HandedOver, RequestSpec, SequenceSpec
 from tests.chaos.handoffs import plot, truth

@@ -18,8 +18,8 @@ import numpy as np
 from backends.host.handoff import Push, Pushes
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
-from backends.host.landings import Reserved
 from backends.host.ledger import Holder, Ledger
+from backends.host.reserved import Reserved
 from backends.host.reuse import Reuse
 from backends.host.work import Prefilling
 from tests.chaos.handoffs.game import Handoffs, Parts

@@ -14,8 +14,9 @@ from backends.errors import PoolExhausted
 from backends.host.config import HostConfig
 from backends.host.handoff import Pushes, decode_note
 from backends.host.janitor import Janitor
-from backends.host.landings import Landings, Reserved
+from backends.host.landings import Landings
 from backends.host.ledger import Holder, Ledger
+from backends.host.reserved import Reserved
 from backends.host.reuse import Reuse
 from backends.host.sharing import share_out
 from backends.host.work import Held, Prefilling, Running, deadline_of, sequences_of
