@@ -21,7 +21,7 @@ from transfer.layout import Endpoint
 
 PROMPT = [(7 * it) % 1000 for it in range(150)]
 WIRE = {"transports": ("tcp",), "wire": ("int8",)}
-SLOW_BYTES = 1e6
+SLOW_BYTES, FAST_BYTES = 1e6, 1e13
 
 
 class Inexact(SyntheticBackend):
@@ -35,16 +35,24 @@ class Inexact(SyntheticBackend):
 
 
 class SlowLink(Peers):
-    """Senders that measure a slow link, whatever there is."""
+    """Senders that measure such a link, whatever there is."""
+
+    rate = SLOW_BYTES
 
     def _sender(self, name: str) -> Sender:
         sender = super()._sender(name)
 
         async def probe(_endpoint: Endpoint) -> Probe:
-            return Probe(SLOW_BYTES, 1e-3)
+            return Probe(self.rate, 1e-3)
 
         sender.probe = probe  # type: ignore[method-assign]
         return sender
+
+
+class FastLink(SlowLink):
+    """As fast as memory never is."""
+
+    rate = FAST_BYTES
 
 
 @pytest.fixture
@@ -85,7 +93,7 @@ async def test_a_slow_link_carries_codes_and_says_so(made: Cluster) -> None:
 
 
 async def test_a_fast_link_carries_numbers_and_says_why(made: Cluster) -> None:
-    shown = await pair(made, peers=Peers)
+    shown = await pair(made, peers=FastLink)
     assert shown["transport"] == "tcp"
     assert "tcp+int8" in shown["reason"]
     await made.carry(made.job(PROMPT), Heard())
