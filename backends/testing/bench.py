@@ -11,7 +11,7 @@ from backends.api import Sampling
 from backends.errors import BackendError
 from backends.testing.alike import MOST_ALTERNATIVES
 from backends.testing.carrying import carry, convertible
-from backends.testing.desk import Desk, Line
+from backends.testing.desk import PATIENCE_SECONDS, Desk, Line
 from backends.testing.form import Broken, Unproven, described
 from backends.testing.making import Maker
 
@@ -26,11 +26,19 @@ MODEST = {"pool_tokens": 2048, "context_tokens": 512}
 class SteppedBench:
     """Makes the plug-in and the reference as often as it takes, and closes them.
 
-    `absent` says why there is no reference, where there is none.
+    `absent` says why there is no reference, where there is none. A call of the plug-in that takes
+    longer than `patience` seconds counts as hung.
     """
 
-    def __init__(self, maker: Maker, reference: Maker | None = None, absent: str = "none") -> None:
+    def __init__(
+        self,
+        maker: Maker,
+        reference: Maker | None = None,
+        absent: str = "none was named",
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
         """Nothing is made yet."""
+        self._patience = patience
         self.maker = maker
         self.absent = absent
         self._reference_maker = reference
@@ -44,7 +52,7 @@ class SteppedBench:
     def desk(self) -> Desk:
         """The plug-in with its options, all blocks free: the same one from promise to promise."""
         if self._desk is None:
-            self._desk = Desk(self.maker.make())
+            self._desk = Desk(self.maker.make(), patience=self._patience)
         return self._desk
 
     def another(self, **changes: Any) -> Desk:
@@ -56,6 +64,11 @@ class SteppedBench:
         desk = Desk(self.maker.make(**changes), seed=len(self._others) + 2)
         self._others.append(desk)
         return desk
+
+    def let_go(self, desk: Desk) -> None:
+        """Close one of `another` before its time."""
+        self._others.remove(desk)
+        desk.close()
 
     @property
     def reference(self) -> Desk:

@@ -33,8 +33,9 @@ Bytes = NDArray[np.uint8]
 class StepThread:
     """Runs calls one after the other in one thread, which is left behind if it never returns."""
 
-    def __init__(self) -> None:
-        """Start the thread."""
+    def __init__(self, patience: float) -> None:
+        """Start the thread. A call that takes longer than `patience` seconds counts as hung."""
+        self._patience = patience
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
@@ -44,22 +45,22 @@ class StepThread:
         """What `function` returns or raises there.
 
         Raises:
-            Hangs: it does neither in `PATIENCE_SECONDS`.
+            Hangs: it does neither in time.
         """
         future: Future[T] = Future()
         self._calls.put((future, lambda: function(*arguments)))
         try:
-            return future.result(PATIENCE_SECONDS)
+            return future.result(self._patience)
         except TimeoutError:
             if future.done():
                 raise
             name = getattr(function, "__name__", "a call")
-            raise Hangs(f"{name} did not return within {PATIENCE_SECONDS:.0f} s") from None
+            raise Hangs(f"{name} did not return within {self._patience:g} s") from None
 
     def close(self) -> None:
         """End the thread, which has nothing to do."""
         self._calls.put(None)
-        self._thread.join(PATIENCE_SECONDS)
+        self._thread.join(self._patience)
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -102,11 +103,13 @@ def nobody(_row: int, _layer: int) -> None:
 class Desk:
     """One backend, and the free blocks of its pool in a shuffled order."""
 
-    def __init__(self, backend: SteppedBackend, seed: int = 0) -> None:
+    def __init__(
+        self, backend: SteppedBackend, seed: int = 0, patience: float = PATIENCE_SECONDS
+    ) -> None:
         """All blocks are free."""
         self.backend, self.info = backend, backend.info
         self.layout: KVLayout = backend.info.layout
-        self.thread = StepThread()
+        self.thread = StepThread(patience)
         order = np.random.default_rng(seed).permutation(self.info.pool_blocks)
         self.free: list[int] = order.tolist()
 

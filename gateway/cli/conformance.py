@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gateway.logs import configure
 from gateway.settings import ConfigError, Problem
 
 FAILED = 1
@@ -42,6 +43,7 @@ def run_conformance(options: argparse.Namespace) -> int:
     from backends.errors import BackendMisconfigured, BackendNotFound
     from backends.testing import conformance, line, summary
 
+    configure("error")
     given = _read(options.options)
     reference = None
     if options.reference:

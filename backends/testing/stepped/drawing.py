@@ -1,0 +1,68 @@
+"""Promises about random numbers: `rng` "positional" means that a text is a function of its seed."""
+
+from __future__ import annotations
+
+from backends.api import Sampling
+from backends.testing.bench import STEPS, SteppedBench
+from backends.testing.desk import Desk, Line
+from backends.testing.form import Unproven, require
+from backends.testing.stepped.choosing import DRAWS, FLAT, context, draw
+
+
+def seeds_repeat_and_differ(bench: SteppedBench) -> None:
+    """`rng` "positional": equal seeds repeat, whatever is beside them; unlike ones differ."""
+    desk = _positional(bench)
+    prompt = context(bench)
+    hot = Sampling(temperature=1.0 if "temperature" not in desk.info.sampling else FLAT)
+    first = [it.token for it in draw(bench, hot, prompt, seeds=range(DRAWS))]
+    again = [it.token for it in draw(bench, hot, prompt, seeds=range(DRAWS)[::-1])][::-1]
+    require(
+        first == again,
+        'info.rng is "positional", but a seed gives another token beside others; compute the '
+        'random number from seed and position alone, or state "engine"',
+    )
+    require(len(set(first)) > 1, "rng: all seeds give the same token; the draw must use the seed")
+    large = draw(bench, hot, prompt, seeds=[(1 << 63) - 1, (1 << 62) + 11, 11])
+    require(len(large) == 3, "rng: seeds have up to 63 bits")
+
+
+def positions_draw_anew(bench: SteppedBench) -> None:
+    """The random number depends on the position: a seed does not repeat one along a text."""
+    desk = _positional(bench)
+    hot = Sampling(temperature=1e6 if "temperature" in desk.info.sampling else 1.0)
+    drawn = desk.run(context(bench), 2 * STEPS, sampling=hot, seed=5)
+    kinds = len({it.token for it in drawn})
+    require(
+        kinds > 2,
+        f"rng: {2 * STEPS} positions of one seed gave {kinds} kinds of tokens; use the position "
+        "len(prompt) + len(generated) too",
+    )
+
+
+def a_seeded_text_goes_on_elsewhere(bench: SteppedBench) -> None:
+    """Seeded sampling after a handoff, and after a prefill of generated tokens, draws the same."""
+    desk = _positional(bench)
+    warm = Sampling(temperature=1.0, ignore_eos="ignore_eos" in desk.info.sampling)
+    prompt = context(bench)
+    text = [it.token for it in desk.run(prompt, STEPS, sampling=warm, seed=9)]
+    other = desk.run(prompt[::-1], STEPS, sampling=warm, seed=9)
+    require(len(other) == STEPS, "rng: a run ended early")
+    for cut in (1, STEPS // 2):
+        line = Line(prompt, warm, seed=9)
+        line.generated.extend(text[:cut])
+        desk.prefill(line)
+        arrived = bench.hand_over(desk, line, desk)
+        desk.decode([arrived], STEPS - cut - 1)
+        desk.release(line, arrived)
+        require(
+            arrived.generated == text,
+            f"rng: a text that was taken up again after {cut} tokens goes on as "
+            f"{arrived.generated[cut:]}, not {text[cut:]}; draw by seed and position, never by how "
+            "often was drawn",
+        )
+
+
+def _positional(bench: SteppedBench) -> Desk:
+    if bench.desk.info.rng != "positional":
+        raise Unproven('info.rng is "engine": nothing is said of seeds')
+    return bench.desk
