@@ -162,6 +162,15 @@ class Conversion:
         here, there, lengths = (np.concatenate(it) for it in zip(*found, strict=True))
         return here, there, lengths
 
+    def run_bytes(self, part: KVSlice) -> float:
+        """How long the runs of `moves` are, on average; raises as `moves`."""
+        if not self.verbatim:
+            raise ValueError(f"nothing can be moved as it is: {self._plan.line}")
+        ways = [
+            leg.walks.over(some.start, some.end) for some in self.kept(part) for leg in self._legs
+        ]
+        return sum(it.nbytes for it in ways) / sum(len(it.runs[0]) for it in ways)
+
     def write(self, part: KVSlice, target: Pool, digest: PrefixDigest | None = None) -> None:
         """Put all of `part` where it belongs in `target`; add it to `digest` while it is hot.
 

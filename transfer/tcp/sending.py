@@ -198,11 +198,10 @@ class _TcpMove:
     def _send(self, window: KVSlice, size: int) -> None:
         head = wire.head_of_part(self._outgoing.ticket, window, size)
         self._sent += size
-        if self._in_place:
+        if self._in_place and self._conversion.run_bytes(window) >= DIRECT_BYTES:
             addresses, _, lengths = self._conversion.moves(window)
-            if size >= DIRECT_BYTES * len(lengths):
-                self._mover.send(head, addresses, lengths)
-                return
+            self._mover.send(head, addresses, lengths)
+            return
         if self._staging.size < size:
             self._staging = np.empty(size, np.uint8)
         self._conversion.fill(window, self._staging.ctypes.data)
