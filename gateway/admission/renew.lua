@@ -4,11 +4,13 @@
 
 local unknown, lost = {}, {}
 
--- A right that the server has forgotten is as good as one that it knows; the later epoch wins.
+-- A right that the server has forgotten is as good as one that it knows; the later owner wins, and
+-- for one owner the later epoch.
 local function claim(id, epoch, ticket)
   local known = ticket_of(id)
   book.epoch = math.max(book.epoch, epoch)
-  if known and known.gateway ~= me and known.epoch >= epoch then
+  local overtaken = known and known.owner > ticket.owner
+  if overtaken or (known and known.gateway ~= me and known.epoch >= epoch) then
     lost[#lost + 1] = id
     return
   end

@@ -9,6 +9,9 @@ import msgspec
 
 from tests.chaos.schedule import Menu
 
+Cell = tuple[str, str, str]
+"""A point, a state and a kind of fault."""
+
 
 class Excuse(msgspec.Struct, frozen=True):
     """Why some combinations cannot occur. An empty tuple means all there are."""
@@ -18,7 +21,7 @@ class Excuse(msgspec.Struct, frozen=True):
     states: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
 
-    def covers(self, cell: tuple[str, str, str]) -> bool:
+    def covers(self, cell: Cell) -> bool:
         """Whether it speaks of this (point, state, kind)."""
         asked = (self.points, self.states, self.kinds)
         return all(not some or it in some for it, some in zip(cell, asked, strict=True))
@@ -28,7 +31,7 @@ class Coverage:
     """Counts (point, state, kind) over many schedules."""
 
     def __init__(self, menu: Menu, states: Sequence[str], excuses: Sequence[Excuse]) -> None:
-        self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.counts: Counter[Cell] = Counter()
         self._menu = menu
         self._states = states
         self._excuses = excuses
@@ -37,18 +40,18 @@ class Coverage:
         """A fault of `kind` struck."""
         self.counts[point, state, kind] += 1
 
-    def cells(self) -> Iterator[tuple[str, str, str]]:
+    def cells(self) -> Iterator[Cell]:
         """Every combination that the menu allows, excused or not."""
         for point, kinds in self._menu.items():
             for state in self._states:
                 for kind in kinds:
                     yield point, state, kind
 
-    def missed(self) -> list[tuple[str, str, str]]:
+    def missed(self) -> list[Cell]:
         """Combinations that should have been hit and were not."""
         return [it for it in self.cells() if not self.counts[it] and not self._excuse(it)]
 
-    def false_excuses(self) -> list[tuple[str, str, str]]:
+    def false_excuses(self) -> list[Cell]:
         """Combinations that were hit although they are said to be impossible."""
         return [it for it in self.counts if self._excuse(it)]
 
@@ -70,12 +73,12 @@ class Coverage:
         lines.append(f"{hit} combinations hit, {len(self.missed())} missed")
         return "\n".join(lines)
 
-    def _shown(self, cell: tuple[str, str, str]) -> str:
+    def _shown(self, cell: Cell) -> str:
         if self.counts[cell]:
             return str(self.counts[cell])
         return next((_letter(n) for n, it in enumerate(self._excuses) if it.covers(cell)), "MISSED")
 
-    def _excuse(self, cell: tuple[str, str, str]) -> Excuse | None:
+    def _excuse(self, cell: Cell) -> Excuse | None:
         return next((it for it in self._excuses if it.covers(cell)), None)
 
 

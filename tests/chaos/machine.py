@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
 import msgspec
+import structlog
 
 from tests.chaos.clock import Stuck
-from tests.chaos.coverage import Coverage
+from tests.chaos.coverage import Cell, Coverage
 from tests.chaos.schedule import Dice, Fault, Schedule, shrink
+
+SHARE = 50
+"""How many schedules a process plays at a time."""
 
 
 class Violation(AssertionError):
@@ -91,14 +99,42 @@ def broken(scenario: Scenario, schedule: Schedule, coverage: Coverage | None = N
 
 
 def explore(
-    scenario: Scenario, seeds: Iterable[int], coverage: Coverage | None = None
+    scenario: Scenario, seeds: Sequence[int], coverage: Coverage | None = None, *, jobs: int = 1
 ) -> Failure | None:
-    """Play the schedules of `seeds` until one fails, and shrink that one."""
-    for seed in seeds:
-        schedule = scenario.schedule(seed)
-        if broken(scenario, schedule, coverage):
-            return shortest(scenario, schedule)
+    """Play the schedules of `seeds` until one fails, and shrink that one.
+
+    They are shared by `jobs` processes; whatever their number, the same failure is found.
+    """
+    shares = [seeds[at : at + SHARE] for at in range(0, len(seeds), SHARE)]
+    look = partial(_look, scenario)
+    with ExitStack() as stack:
+        played = map(look, shares)
+        if jobs > 1:
+            spawn = multiprocessing.get_context("spawn")
+            played = stack.enter_context(spawn.Pool(jobs, spare_us)).imap(look, shares)
+        for found, counts in played:
+            if coverage is not None:
+                coverage.counts += counts
+            if found is not None:
+                return shortest(scenario, scenario.schedule(found))
     return None
+
+
+def spare_us() -> None:
+    """Log nothing: much fails on purpose. Every game leaves cycles; look for no older ones."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
+
+
+def _look(scenario: Scenario, seeds: Sequence[int]) -> tuple[int | None, Counter[Cell]]:
+    """Play the schedules of `seeds`. Returns which of them fails, if one does, and what struck."""
+    coverage = scenario.coverage()
+    for seed in seeds:
+        if broken(scenario, scenario.schedule(seed), coverage):
+            return seed, coverage.counts
+    return None, coverage.counts
 
 
 def shortest(scenario: Scenario, schedule: Schedule) -> Failure:

@@ -1,5 +1,6 @@
 """5,000 schedules of each scenario in which everything goes wrong, and nothing may come of it."""
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -35,7 +36,7 @@ every_scenario = pytest.mark.parametrize("name", PLAYED)
 def test_every_promise_holds_in_every_schedule_and_combinations_occur(capsys, name: str) -> None:
     scenario = PLAYED[name].scenario()
     coverage = scenario.coverage()
-    failure = explore(scenario, range(SCHEDULES), coverage)
+    failure = explore(scenario, range(SCHEDULES), coverage, jobs=len(os.sched_getaffinity(0)))
     assert failure is None, str(failure)
     with capsys.disabled():
         print(f"\n{coverage.table()}")

@@ -112,6 +112,31 @@ async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
         new.leave.set()
 
 
+async def test_a_former_owner_claims_nothing_that_waits_for_the_new_one(redis: Redis) -> None:
+    """Redis has forgotten the lease; the new owner is in line again before the old one speaks."""
+    async with (
+        workers(redis, decode=20, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        gateway(redis, "g2", LASTING) as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        old = Turn(tasks, one, ticket("old", name="mine", owner_epoch=1))
+        await old.inside.wait()
+        other = Turn(tasks, two, ticket("other"))
+        await other.inside.wait()
+        assert await redis.hdel("baton:{test}:tickets:tiny", "mine")
+        assert await redis.zrem("baton:{test}:leases:tiny", "mine")
+        new = Turn(tasks, two, ticket("new", name="mine", owner_epoch=2))
+        await until(lambda: two.waiting == 1)
+        for gate in (one, two):
+            await gate._renew()
+        assert (one.held, two.waiting, new.error) == (0, 1, None)
+        old.leave.set()
+        other.leave.set()
+        await asyncio.wait_for(new.inside.wait(), 2)
+        new.leave.set()
+
+
 async def test_leaving_late_does_not_cancel_the_one_who_came_again(redis: Redis) -> None:
     """The same gateway, the same name: the first one's going is still on its way."""
     async with (

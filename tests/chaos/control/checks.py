@@ -42,6 +42,7 @@ class Checks:
         self._claimed: set[str] = set()
         self._leases: dict[bytes, float] = {}
         self._epochs: dict[bytes, tuple[int, str]] = {}
+        self._owners: dict[bytes, tuple[float, int]] = {}
 
     # ---- Redis
 
@@ -84,8 +85,10 @@ class Checks:
         both = leases.keys() & values.get(WAITING, {}).keys()
         if both:
             self._game.blame(f"{both} wait and hold a lease")
-        tickets, room = values.get(TICKETS, {}), values.get(ROOM, {})
-        held = {it: msgspec.msgpack.decode(tickets[it]) for it in leases if it in tickets}
+        room = values.get(ROOM, {})
+        tickets = {it: msgspec.msgpack.decode(at) for it, at in values.get(TICKETS, {}).items()}
+        self._owned(tickets)
+        held = {it: tickets[it] for it in leases if it in tickets}
         for kind, field in (("prefill", "claim"), ("decode", "decode")):
             noted = float(room.get(f"held_{kind}".encode(), b"0"))
             counted = sum(ticket[field] for ticket in held.values())
@@ -98,6 +101,15 @@ class Checks:
             if right < before or (right[0] == before[0] and right != before):
                 self._game.blame(f"the right to {turn.decode()} went from {before} to {right}")
             self._epochs[turn] = right
+
+    def _owned(self, tickets: dict[bytes, dict[str, Any]]) -> None:
+        """A ticket at its place goes from an owner to a later one, and never back."""
+        owners = {it: (ticket["deadline"], ticket["owner"]) for it, ticket in tickets.items()}
+        for turn, (place, now) in owners.items():
+            known, before = self._owners.get(turn, (place, now))
+            if known == place and now < before:
+                self._game.blame(f"{turn.decode()} went from owner {before} back to {now}")
+        self._owners = owners
 
     def queue(self, server: Server) -> list[str]:
         """What the queue still holds."""
@@ -129,7 +141,7 @@ class Checks:
     def redis_began(self, server: Server) -> None:
         """It knows of the leases and epochs that it had written down."""
         self._leases = dict(server.store.values.get(LEASES, {}))
-        self._epochs = {}
+        self._epochs, self._owners = {}, {}
 
     def lifetimes(self, server: Server) -> None:
         """No key may stay for ever."""
@@ -137,6 +149,18 @@ class Checks:
         for key in server.store.values:
             if key not in server.store.expires:
                 self._game.blame(f"{key.decode()} has no lifetime")
+
+    # ---- gateways
+
+    def placed(self, name: str, prefill: str, decode: str) -> None:
+        """A gateway asks for a landing: no breaker may be open that concerns it."""
+        gateway = self._game.processes.get(name)
+        if gateway is None:
+            return
+        breakers = gateway.fleet.breakers
+        for key in (prefill, decode, (prefill, decode)):
+            if breakers.shown(key).state == "open":
+                self._game.blame(f"{name} goes to {key}, which is left alone")
 
     # ---- workers
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tests.chaos.control import plot
 from tests.chaos.control.backend import known_text
 from tests.chaos.control.processes import FRONT_PORT
+from tests.chaos.control.prompts import prompt_of
 
 if TYPE_CHECKING:
     from tests.chaos.control.game import Game
@@ -38,9 +39,7 @@ class Client:
         self.hurried = dice("hurried", number) < 0.1
         if self.hurried:
             self.seconds = 0.3 * dice("hurry", number)
-        first = game.first_prompt + number
-        length = 2 + dice.below(13, "length", number)
-        self.prompt = [first, *(1000 + dice.below(9000, "p", number, i) for i in range(length - 1))]
+        self.prompt = prompt_of(dice, number)
         self.seeds = tuple(dice.below(1 << 30, "seed", number, i) for i in range(self.n))
         self.known = [known_text(self.prompt, seed, self.max_tokens) for seed in self.seeds]
         self.told: defaultdict[int, list[int]] = defaultdict(list)
@@ -77,9 +76,11 @@ class Client:
     def post(self) -> tuple[Any, ...]:
         """What is sent."""
         dice = self.game.dice
+        tenant = dice.choose(TENANTS, "tenant", self.number)
         asked = {
             "id": f"r{self.number}",
-            "tenant": dice.choose(TENANTS, "tenant", self.number),
+            "tenant": tenant,
+            "salt": tenant.encode() if dice("keeps", self.number) < 0.7 else b"",
             "prompt": self.prompt,
             "seeds": self.seeds,
             "max_tokens": self.max_tokens,

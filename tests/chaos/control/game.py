@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine
-from functools import cached_property
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -25,13 +24,13 @@ from tests.chaos.control.processes import (
     RedisProcess,
     WorkerProcess,
 )
+from tests.chaos.control.strikes import Strikes, damaged
 from tests.chaos.control.world import ProcessLoop, World
 from tests.chaos.coverage import Coverage
 from tests.chaos.machine import Faults, Violation
 from tests.chaos.schedule import Fault, Schedule, draw
 
 CONCURRENT = 8
-FIRST_PROMPT = 40_000
 QUIET_POLL_SECONDS = 0.1
 
 
@@ -92,8 +91,6 @@ _peek = msgspec.msgpack.Decoder(Peek)
 class Game:
     """All of one schedule."""
 
-    first_prompt = FIRST_PROMPT
-
     def __init__(self, parts: Parts, schedule: Schedule, faults: Faults) -> None:
         self.parts = parts
         self.dice = faults.dice
@@ -107,6 +104,7 @@ class Game:
         self.struck: list[Fault] = []
         self._schedule = schedule
         self._faults = faults
+        self._strikes = Strikes(self)
         self._violation: str | None = None
         self._handles: dict[tuple[str, int], int] = {}
         self._starts = 0
@@ -151,10 +149,11 @@ class Game:
 
     def _begin(self) -> None:
         for slot in (plot.REDIS, *plot.PREFILLS, *plot.DECODES, *plot.GATEWAYS):
-            self._start(slot)
+            self.start(slot)
         self.outside.create_task(self._everything())
 
-    def _start(self, slot: str, kept: Any = None) -> None:
+    def start(self, slot: str, kept: Any = None) -> None:
+        """A process begins, with what an earlier one has left on disk."""
         self._starts += 1
         if slot == plot.REDIS:
             process: Any = RedisProcess(self, slot, kept)
@@ -239,7 +238,8 @@ class Game:
             raise Violation(f"{client} ended as {client.ending}, although nothing struck")
         kinds = [fault.kind for fault in self.struck]
         causes = [it for it in kinds if it in plot.CAUSES[client.ending]]
-        if len(causes) < plot.LEAST.get(client.ending, 1):
+        weight = sum(plot.WEIGHT.get(it, 1) for it in causes)
+        if weight < plot.LEAST.get(client.ending, 1):
             raise Violation(f"{client} ended as {client.ending}, for no more than {causes}")
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -279,6 +279,7 @@ class Game:
             client = self.clients[number]
             if message.type == "Reserve":
                 client.decode, client.prefill = end.address[:2], message.prefill
+                self.checks.placed(gateway, client.prefill, client.decode)
             else:
                 client.prefill = end.address[:2]
             return self._treat(number, message.type, data)
@@ -337,7 +338,7 @@ class Game:
                     secret,
                 )
             elif fault.kind == "corrupt":
-                told.data = _damaged(data, fault.amount)
+                told.data = damaged(data, fault.amount)
         return told
 
     # ---- what strikes
@@ -351,101 +352,11 @@ class Game:
         for fault in self._faults.passing(number, point, lambda: self.state(client, point)):
             self.tell(f"{client}, {self.state(client, point)}: {fault.kind} at {point}")
             self.struck.append(fault)
-            act = self._world.get(fault.kind)
-            if act is None:
+            if not self._strikes.act(fault, client):
                 mine.append(fault)
-            else:
-                act(client, fault.amount)
         return mine
 
     def state(self, client: Client, point: str) -> str:
         """Where the request is, one of `plot.STATES`."""
         gateway = self.processes.get(client.gateway)
         return plot.state_at(point, gateway.state(client.number) if gateway else "over")
-
-    @cached_property
-    def _world(self) -> dict[str, Callable[[Client, float], None]]:
-        return {
-            "leave": lambda client, amount: self._later(0.05 * amount, client.leave),
-            "kill gateway": lambda client, amount: self._kill(client.gateway, amount),
-            "kill prefill": lambda client, amount: self._kill(client.prefill, amount),
-            "kill decode": lambda client, amount: self._kill(client.decode, amount),
-            "kill redis": lambda client, amount: self._kill(plot.REDIS, amount),
-            "stop gateway": lambda client, amount: self._stop(client.gateway, amount),
-            "stop prefill": lambda client, amount: self._stop(client.prefill, amount),
-            "stop decode": lambda client, amount: self._stop(client.decode, amount),
-            "stop redis": lambda client, amount: self._stop(plot.REDIS, amount),
-            "part control": self._part_control,
-            "part data": lambda client, amount: self._part(client.prefill, client.decode, amount),
-            "part redis": lambda client, amount: self._part(client.gateway, plot.REDIS, amount),
-            "cut control": self._cut_control,
-            "cut data": lambda client, amount: self.network.cut(client.prefill, client.decode),
-            "cut redis": lambda client, amount: self.network.cut(client.gateway, plot.REDIS),
-            "slow": self._slow,
-        }
-
-    def _later(self, seconds: float, act: Callable[..., None], *arguments: Any) -> None:
-        self.world.at(self.outside, self.world.now + seconds, act, *arguments)
-
-    def _lasts(self, seconds: float) -> float:
-        self.calm = max(self.calm, self.world.now + seconds)
-        return seconds
-
-    def _kill(self, slot: str, amount: float) -> None:
-        process = self.processes.pop(slot, None)
-        if process is None:
-            return
-        self.tell(f"{slot} dies")
-        kept = None
-        if isinstance(process, RedisProcess):
-            loses = ("nothing", "last second", "all")[int(3 * amount)]
-            kept = process.server.kept(loses)
-        process.die()
-        seconds = self._lasts(plot.RESTART_SECONDS * (3 * amount % 1))
-        self._later(seconds, self._start_again, slot, kept)
-
-    def _start_again(self, slot: str, kept: Any) -> None:
-        self.tell(f"{slot} starts again")
-        self._start(slot, kept)
-
-    def _stop(self, slot: str, amount: float) -> None:
-        process = self.processes.get(slot)
-        if process is not None:
-            seconds = self._lasts(plot.LONG_SECONDS * 1.5 * amount)
-            self.tell(f"{slot} stands still for {seconds:.2f} s")
-            process.loop.stop(seconds)
-
-    def _part(self, one: str, other: str, amount: float) -> None:
-        """One way; the other way for the other half of amounts."""
-        way = (one, other) if amount < 0.5 else (other, one)
-        self.network.hold_up(*way, self._lasts(2 * plot.LONG_SECONDS * (amount % 0.5)))
-
-    def _part_control(self, client: Client, amount: float) -> None:
-        worker = client.prefill if int(amount * 100) % 2 else client.decode
-        self._part(client.gateway, worker, amount)
-
-    def _cut_control(self, client: Client, amount: float) -> None:
-        self.network.cut(client.gateway, client.prefill if amount < 0.5 else client.decode)
-
-    def _slow(self, client: Client, amount: float) -> None:
-        places = (client.gateway, client.prefill, client.decode, plot.REDIS)
-        one = int(amount * 4)
-        seconds = self._lasts(4 * plot.LONG_SECONDS * (amount % 0.25))
-        self.network.slow_down(places[one], places[(one + 1) % 4], seconds)
-
-
-def _damaged(data: Any, amount: float) -> Any:
-    """Flip a bit of what is written, or of the digest that is committed."""
-    what, landing, *rest = data
-    if what == "write":
-        parts = [(at, bytearray(it)) for at, it in rest[0]]
-        _flip(parts[int(amount * len(parts))][1], amount)
-        return what, landing, [(at, bytes(it)) for at, it in parts]
-    digest = bytearray(rest[0])
-    _flip(digest, amount)
-    return what, landing, bytes(digest), *rest[1:]
-
-
-def _flip(data: bytearray, amount: float) -> None:
-    bit = int(amount * len(data) * 8)
-    data[bit // 8] ^= 1 << bit % 8

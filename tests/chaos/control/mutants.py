@@ -12,10 +12,12 @@ from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
 from backends.host.ledger import Holder, Ledger
 from backends.host.requests import Requests
+from backends.host.reuse import Reuse
 from backends.host.steps import StepLoop
 from backends.protocol import Cancel
 from gateway.admission.queue import Admission
 from gateway.admission.scripts import SCRIPTS, script
+from gateway.life.breakers import Breaker
 from gateway.life.fleet import Fleet
 from gateway.life.leg import Leg
 from gateway.life.worker import Worker
@@ -103,6 +105,11 @@ def _though_busy(end: Any) -> Any:
         item.busy = busy
 
     return ended
+
+
+def _unseen(reuse: Reuse, kept: Any, told: Callable[[bool], None]) -> None:
+    """Whatever is kept is taken for what it was."""
+    told(True)
 
 
 def _in_silence(loop: StepLoop, running: Any) -> bool:
@@ -195,6 +202,13 @@ MUTANTS = {
     "leaks the headroom": Mutant(_leaks("headroom")),
     "leaks the source": Mutant(_leaks("prefill")),
     "frees blocks that a step uses": Mutant(_around(StepLoop, "end", _though_busy)),
+    "reuses what it has not looked at": Mutant((Reuse, "check", _unseen)),
+    "drains and gives nothing back": Mutant(
+        (Requests, "give_back", lambda requests, code, detail: None), cause="has drained"
+    ),
+    "goes where a breaker is open": Mutant(
+        (Breaker, "admits", lambda breaker, now: True), cause="left alone"
+    ),
     "preempts in silence": Mutant((StepLoop, "_grow", _in_silence)),
     "forgets to clean": Mutant((Janitor, "hand", lambda janitor, errand: None)),
     "keeps what a lost gateway held": Mutant((Requests, "lose", lambda requests, link: None)),
@@ -222,6 +236,9 @@ MUTANTS = {
     ),
     "lets keys live for ever": Mutant(
         lua=("redis.call('PEXPIRE', key, lifetime)", "redis.call('EXISTS', key)")
+    ),
+    "lets a former owner take over": Mutant(
+        lua=("ticket.owner > wish.ticket.owner", "ticket.owner < 0"), cause="back to"
     ),
     "gives a right away without a new epoch": Mutant(
         lua=("hold(id, ticket, next_epoch())", "hold(id, ticket, ticket.epoch)")

@@ -19,6 +19,10 @@ DEADLINE_SECONDS = 25.0
 LIMIT_SECONDS = 90.0
 LONG_SECONDS = 4.0
 RESTART_SECONDS = 1.5
+DRAIN_SECONDS = 0.5
+GIVE_BACK_SECONDS = 5.0
+"""How long it may take at most that what a worker had to give back is over."""
+
 MAX_RETRIES = 3
 
 GATEWAYS = ("g0", "g1")
@@ -74,6 +78,11 @@ WORLD = (
 )
 """What happens to clients, processes and lines, whatever is under way."""
 
+WEAR = ("drain prefill", "drain decode", "fail prefill", "fail decode", "rot")
+"""What happens to workers that are there: they drain, their steps fail for a while, and what they
+keep for later prefixes changes.
+"""
+
 RARE = ("delay", "leave", "kill gateway", "kill decode", "kill redis")
 """What strikes where requests seldom come: when a worker was fuller than it had seemed."""
 
@@ -82,12 +91,12 @@ MENU = {
     "enqueue": ("delay", *WORLD),
     "requeue": RARE,
     "leave": ("delay", *WORLD),
-    "grant": ("drop", "delay", "again", *WORLD),
+    "grant": ("drop", "delay", "again", *WORLD, *WEAR),
     "Reserve": ("delay", *WORLD),
     "Granted": ("delay", *WORLD),
     "Refused": RARE,
-    "Prefill": ("delay", *WORLD),
-    "compute": WORLD,
+    "Prefill": ("delay", *WORLD, *WEAR),
+    "compute": (*WORLD, *WEAR),
     "FirstToken": ("delay", "again", *WORLD),
     "open": ("delay", "stale", *WORLD),
     "write": ("delay", "corrupt", *WORLD),
@@ -95,7 +104,7 @@ MENU = {
     "answer": ("delay", *WORLD),
     "HandedOver": ("delay", *WORLD),
     "Landed": ("delay", *WORLD),
-    "step": WORLD,
+    "step": (*WORLD, *WEAR),
     "Tokens": ("delay", "again", *WORLD),
     "Failed": ("delay", *WORLD),
     "Cancel": ("delay", "again", *WORLD),
@@ -109,6 +118,8 @@ MENU = {
 
 _HELD_UP = ("slow", "delay", "stop gateway", "part control")
 _REDIS = tuple(it for it in WORLD if it.endswith("redis"))
+_DRAINS = ("drain prefill", "drain decode")
+_FAILS = ("fail prefill", "fail decode")
 _WORKERS = tuple(it for it in WORLD if it.endswith(("prefill", "decode", "control", "data")))
 
 CAUSES: Mapping[str, Sequence[str]] = defaultdict(
@@ -118,10 +129,10 @@ CAUSES: Mapping[str, Sequence[str]] = defaultdict(
         "broken": ("kill gateway",),
         "unreachable": ("kill gateway",),
         "RequestUnknown": ("kill redis",),
-        "ContinuationLost": _WORKERS,
+        "ContinuationLost": (*_WORKERS, *_DRAINS, *_FAILS),
         "QueueUnavailable": (*_REDIS, *_HELD_UP),
-        "NoWorkers": (*_REDIS, *_WORKERS, *_HELD_UP),
-        "WorkerFailed": (*_WORKERS, *_HELD_UP, "corrupt", "stale"),
+        "NoWorkers": (*_REDIS, *_WORKERS, *_HELD_UP, *_DRAINS, *_FAILS),
+        "WorkerFailed": (*_WORKERS, *_HELD_UP, *_FAILS, "corrupt", "stale"),
     },
 )
 """What must have struck when a request ends in a way that is not `done`: nothing else is a reason,
@@ -133,6 +144,9 @@ LATE = frozenset({"DeadlineExceeded", "RequestUnknown"})
 
 LEAST = {"WorkerFailed": MAX_RETRIES + 1}
 """How many of them, if not one: a worker's death costs time."""
+
+WEIGHT = dict.fromkeys(_FAILS, MAX_RETRIES + 1)
+"""How many failures one fault may make, if not one."""
 
 OWN: Mapping[str, tuple[str, ...]] = {
     "post": ("over",),
@@ -177,7 +191,9 @@ APPROACHES = (
     *[Approach((), (("Refused", 1), ("requeue", 1)))] * 8,
     *[Approach((("Reserve", 1, "leave", 0.0),), (("Granted", 1),))] * 2,
     *[Approach((("Prefill", 1, "leave", 0.0),), (("compute", 1),))] * 6,
-    *[Approach((("compute", 1, "kill gateway", 0.5),), (("open", 1), ("write", 1)))] * 2,
+    *[Approach((), (("grant", 1),))] * 3,
+    *[Approach((("Prefill", 1, "kill gateway", 0.5),), (("open", 1),))] * 2,
+    *[Approach((("compute", 1, "kill gateway", 0.5),), (("write", 1),))] * 2,
     *[
         Approach(
             (*_HELD, ("compute", 1, "leave", 0.0)),

@@ -19,6 +19,7 @@ from gateway.life.relay import Relay
 from gateway.resume import Claim, JobClaim, Records, Retention, Saved
 from tests.chaos.control import plot, redis_server
 from tests.chaos.control.backend import TinyBackend
+from tests.chaos.control.prompts import number_of
 from tests.chaos.control.transport import WireReceiver, WireSender
 from tests.chaos.control.world import ProcessLoop
 
@@ -41,6 +42,7 @@ class Process:
         self.loop.sockets = game.network
         self.loop.complain = lambda complaint: game.blame(f"{slot}: {complaint}")
         self.main: asyncio.Task[None] | None = None
+        self.drained: Callable[[], None] | None = None
 
     def __str__(self) -> str:
         return self.slot
@@ -57,6 +59,9 @@ class Process:
 
     def _ended(self, main: asyncio.Task[None]) -> None:
         if self.alive and not self.game.world.over:
+            if self.drained is not None and main.exception() is None:
+                self.drained()
+                return
             error = None if main.cancelled() else main.exception()
             self.game.blame(f"{self.slot} ended by itself: {error!r}")
 
@@ -279,12 +284,13 @@ class WorkerProcess(Process):
             commit_timeout_seconds=plot.COMMIT_SECONDS,
             quarantine_share=0.5,
             transports=("tcp",),
+            drain_seconds=plot.DRAIN_SECONDS,
         )
+        self.fails_until = 0.0
         self.loop.step_seconds = self._step_seconds
         self.host = WorkerHost(config, backend, peers=WiredPeers)
         self.requests = self.host._requests
         self.ledger = self.host._ledger
-        self._stop = asyncio.Event()
         self._pace: Callable[[], float] = partial(game.random.uniform, 0.002, 0.02)
         self.launch(self._run())
 
@@ -313,7 +319,25 @@ class WorkerProcess(Process):
                 lease_seconds=plot.LEASE_SECONDS,
                 timeout_seconds=plot.REDIS_TIMEOUT_SECONDS,
             )
-            await registration.run(self._stop)
+            await registration.run(self.host.draining)
+
+    def drain(self, drained: Callable[[], None]) -> None:
+        """SIGTERM. `drained` is called when it has ended."""
+
+        def ended() -> None:
+            if not self.requests.quiet:
+                self.game.blame(f"{self} has drained, and holds {self.ledger.holders()}")
+            drained()
+
+        if self.drained is None:
+            self.drained = ended
+            self.loop.call_soon(self.host.drain)
+
+    def idle_blocks(self) -> list[int]:
+        """What it keeps for later prefixes, and nobody holds."""
+        held = {block for blocks in self.ledger._held.values() for block in blocks}
+        kept = self.requests.reuse.prefixes._by_block
+        return sorted(it for it, entry in kept.items() if entry.proof and it not in held)
 
     def _step_seconds(self) -> float:
         return self._pace()
@@ -324,10 +348,12 @@ class WorkerProcess(Process):
             known = (
                 row.sequences[0].prompt if row.sequences else row.tokens if not row.start else ()
             )
-            if known:
-                number = known[0] - self.game.first_prompt
+            number = number_of(known)
+            if number is not None:
                 self.game.checks.computing(self, number)
                 self.game.strike(number, point)
+        if self.game.world.now < self.fails_until:
+            raise RuntimeError("the device fails")
 
     @property
     def left(self) -> str:

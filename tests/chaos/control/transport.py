@@ -7,7 +7,6 @@ that it writes no more, or the end of the connection, makes a withdrawn landing 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,25 +23,18 @@ from transfer.contract import (
     nobody_cares,
     nobody_minds,
 )
-from transfer.digest import DIGEST_BYTES, add_up, landing_key, seal
+from transfer.convert import rest_of
+from transfer.digest import PrefixDigest, landing_key, seal
 from transfer.errors import LandingGone, PeerLost, TransferError
 from transfer.landings import Expected, Landings
 from transfer.layout import Endpoint, Epoch, KVLayout, Landing
+from transfer.plan import plan
 
 VERIFY_SECONDS = 0.001
 CONNECT_SECONDS = 1.0
 
 Part = tuple[int, bytes]
 """Where in a pool, and what."""
-
-
-def proofs(landing: Landing, pool: Buffer, blocks: Sequence[int]) -> list[bytes]:
-    """The digest of each block of a prefix that lies in `blocks` of `pool`."""
-    key = landing_key(landing)[:64]
-    return [
-        hashlib.blake2b(b"%d" % number + data, key=key, digest_size=DIGEST_BYTES).digest()
-        for number, (_, data) in enumerate(pieces(pool, blocks, blocks, 0, landing.tokens))
-    ]
 
 
 def pieces(
@@ -151,7 +143,7 @@ class WireReceiver:
         self, connection: Incoming, entry: Expected, sent: bytes, sealed: bytes, note: bytes
     ) -> None:
         landing = entry.landing
-        found = b"".join(proofs(landing, self.pool, landing.blocks))
+        found = entry.digest()
         try:
             answer: bytes | None = entry.settle(found, sent, sealed, note, VERIFY_SECONDS)
             error: TransferError | None = None
@@ -304,7 +296,11 @@ class WireWriter:
         if self._error is not None:
             raise self._error
         source, landing = self._source, self._landing
-        parts = pieces(source.pool, source.blocks, landing.blocks, part.start, part.end)
+        rest = rest_of(part, landing.present)
+        if rest is None:
+            parts = []
+        else:
+            parts = pieces(source.pool, source.blocks, landing.blocks, rest.start, rest.end)
         self._connection.send("write", landing.id, parts)
 
     async def commit(self, note: bytes, seconds: float) -> Receipt:
@@ -312,7 +308,12 @@ class WireWriter:
         if self._error is not None:
             raise self._error
         landing, source = self._landing, self._source
-        digest = add_up(proofs(landing, source.pool, source.blocks))
+        agreed, key = plan(source.layout, landing.layout), landing_key(landing)
+        summed = PrefixDigest(
+            agreed, source.pool, source.pool_blocks, source.blocks, source.tokens, key
+        )
+        summed.add_all(landing.present)
+        digest = summed.result()
         self._connection.send("commit", landing.id, digest, seal(landing, digest, note), note)
         self._answer = asyncio.get_running_loop().create_future()
         async with asyncio.timeout(seconds):
