@@ -260,7 +260,7 @@ class WiredPeers(Peers):
     def _sender(self, name: str) -> Any:
         return WireSender()
 
-    def _receiver(self, name: str, number: int, of: Any) -> Any:
+    def _receiver(self, name: str, number: int, of: Any, *_: Any) -> Any:
         return WireReceiver(of.layout, of.memory, f"{self._config.id}:{DATA_PORT}")
 
 
