@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from backends.errors import BackendNotFound
+from backends.errors import BackendMisconfigured, BackendNotFound
 from backends.testing.bench import MODEST, SteppedBench
 from backends.testing.form import Verdict, described, examine
 from backends.testing.making import Maker
@@ -25,12 +26,14 @@ def conformance(
     options: Mapping[str, Any],
     *,
     reference: tuple[str, Mapping[str, Any]] | None = None,
+    only: str = "",
     tell: Callable[[Verdict], None] | None = None,
 ) -> Report:
     """Look at every promise of the backend `name` (an entry point, or `module:Class`).
 
     `reference` is another backend for the same model with its options; without it, the one that
-    comes along in float32, where the plug-in has an option `model`. `tell` hears each verdict.
+    comes along in float32, where the plug-in has an option `model`. Of the promises, those
+    whose names contain `only`. `tell` hears each verdict.
 
     Raises:
         BackendNotFound: there is no such backend.
@@ -42,7 +45,10 @@ def conformance(
     bench = SteppedBench(maker, measure, absent)
     try:
         states = msgspec.to_builtins(bench.desk.info)
-        verdicts = examine(STEPPED, bench, tell)
+        promises = [it for it in STEPPED if only in it.__name__]
+        if not promises:
+            raise BackendMisconfigured(f"no promise has {only!r} in its name")
+        verdicts = examine(promises, bench, tell)
     finally:
         bench.close()
     return Report(
@@ -65,12 +71,16 @@ def _reference(
     maker: Maker, asked: tuple[str, Mapping[str, Any]] | None
 ) -> tuple[Maker | None, str]:
     """What makes the reference engine, or why there is none."""
-    if asked is None and (maker.name == REFERENCE or "model" not in maker.options):
-        return None, "name one for the same model with --reference"
-    name, options = asked or (REFERENCE, {**EXACTLY, **MODEST, "model": maker.options["model"]})
-    if not asked and "context_tokens" in maker.options:
-        options = {**options, "context_tokens": maker.options["context_tokens"]}
+    model = maker.options.get("model")
+    if asked is None:
+        advice = "name one for the same model with --reference"
+        if maker.name == REFERENCE or not isinstance(model, str):
+            return None, advice
+        if not Path(model).exists():
+            return None, f"{model!r} is no checkpoint; {advice}"
+        same = {key: maker.options[key] for key in ("context_tokens",) if key in maker.options}
+        asked = REFERENCE, {**EXACTLY, **MODEST, **same, "model": model}
     try:
-        return Maker.of(name, options), ""
+        return Maker.of(*asked), ""
     except (BackendNotFound, ImportError) as error:
         return None, described(error)

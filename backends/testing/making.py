@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from backends.errors import BackendNotFound
 from backends.host.plugins import GROUP, construct, find_backend
 
 
@@ -24,10 +25,18 @@ class Maker(msgspec.Struct, frozen=True):
         """Of an entry point's name, or of `module:Class` for one that is not packaged yet.
 
         Raises:
-            BackendNotFound: there is no such entry point.
+            BackendNotFound: there is no such entry point, module or class.
         """
-        point = EntryPoint(name, name, GROUP) if ":" in name else find_backend(name)
-        return cls(name, point.load(), dict(options))
+        if ":" not in name:
+            return cls(name, find_backend(name).load(), dict(options))
+        try:
+            factory = EntryPoint(name, name, GROUP).load()
+        except (AttributeError, ModuleNotFoundError) as error:
+            module = name.partition(":")[0]
+            if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
+                raise  # what the module itself imports
+            raise BackendNotFound(f"there is no {name}: {error}") from error
+        return cls(name, factory, dict(options))
 
     def make(self, **changes: Any) -> Any:
         """One more of them, with some options changed.

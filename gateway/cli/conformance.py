@@ -6,6 +6,7 @@ import argparse
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gateway.logs import configure
@@ -31,6 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|KEY=VALUE",
         help="an engine for the same model, with its options; default: emulation in float32",
     )
+    parser.add_argument(
+        "--tiny-model",
+        action="store_true",
+        help="with a Llama of random weights, made for this, as its option `model`",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="promises with this in their name, no others"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
 
 
@@ -40,11 +49,20 @@ def run_conformance(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: there is no such plug-in, or it refuses its options.
     """
+    configure("error")
+    given = _read(options.options)
+    with TemporaryDirectory(prefix="baton-tiny-") as folder:
+        if options.tiny_model:
+            from backends.testing.tiny import write_tiny_model
+
+            given["model"] = str(write_tiny_model(Path(folder)))
+        return _examine(options, given)
+
+
+def _examine(options: argparse.Namespace, given: dict[str, Any]) -> int:
     from backends.errors import BackendMisconfigured, BackendNotFound
     from backends.testing import conformance, line, summary
 
-    configure("error")
-    given = _read(options.options)
     reference = None
     if options.reference:
         name, *rest = options.reference
@@ -54,6 +72,7 @@ def run_conformance(options: argparse.Namespace) -> int:
             options.name,
             given,
             reference=reference,
+            only=options.only,
             tell=lambda verdict: print(line(verdict), flush=True),
         )
     except (BackendMisconfigured, BackendNotFound) as error:

@@ -39,6 +39,7 @@ from backends.testing.stepped.handing import (
 from backends.testing.stepped.hosting import (
     a_cancel_frees_every_block,
     a_worker_continues_what_another_computed,
+    a_worker_continues_what_the_reference_computed,
     a_worker_refuses_what_it_cannot_do,
     a_worker_says_what_it_says,
     a_worker_whose_step_hangs_ends,
@@ -101,6 +102,7 @@ STEPPED: tuple[Promise[SteppedBench], ...] = (
     made_again_it_computes_the_same,
     a_worker_says_what_it_says,
     a_worker_continues_what_another_computed,
+    a_worker_continues_what_the_reference_computed,
     a_cancel_frees_every_block,
     sequences_end_where_they_are_told,
     a_worker_refuses_what_it_cannot_do,

@@ -11,7 +11,7 @@ import msgspec
 from backends.api import Sampled, Sampling
 from backends.errors import BackendMisconfigured
 from backends.protocol import FirstToken, Prefill, Refused
-from backends.testing.alike import require_alike
+from backends.testing.alike import Bounds, bounds_of, require_alike
 from backends.testing.bench import STEPS, SteppedBench
 from backends.testing.child import left_alone, run_again, run_hanging
 from backends.testing.desk import Desk
@@ -62,6 +62,35 @@ def a_worker_continues_what_another_computed(bench: SteppedBench) -> None:
     )
 
 
+def a_worker_continues_what_the_reference_computed(bench: SteppedBench) -> None:
+    """Behind a worker of the reference that prefills, it says what the reference says alone."""
+    ours, theirs = bench.desk.layout, bench.reference.layout
+    if ours.weights != theirs.weights:
+        raise Unproven(
+            f"its weights are {ours.weights!r}, those of the reference {theirs.weights!r}, and "
+            "workers meet only with equal ones unless their operator allows that pair"
+        )
+
+    async def play(here: Site, desk: Desk) -> list[list[Sampled]]:
+        prefill = await here.start("prefill", bench.reference.backend, step_tokens=48)
+        decode = await here.start("decode", desk.backend)
+        transport = await meet(prefill, decode)
+        specs = [here.spec(prompt, bench.judged, STEPS) for prompt in bench.prompts()]
+        found = [await hand_over(prefill, decode, spec, transport) for spec in specs]
+        await decode.balanced()
+        return [[Sampled(it.token) for it in lines[0]] for lines in found]
+
+    for prompt, found in zip(bench.prompts(), _in_site(play, bench.desk), strict=True):
+        alone = bench.reference.run(prompt, STEPS, sampling=bench.judged)
+        _require_words(
+            found,
+            alone,
+            bounds_of(ours, theirs),
+            "worker: a text whose prompt the reference computed is not the reference's; if "
+            "it_continues_what_the_reference_computed holds, look at `ingest`",
+        )
+
+
 def a_cancel_frees_every_block(bench: SteppedBench) -> None:
     """Whenever a request is cancelled, in the middle of a step too, all of its blocks come free."""
     prompt = max(bench.prompts(), key=len)
@@ -88,7 +117,7 @@ def a_cancel_frees_every_block(bench: SteppedBench) -> None:
 
     found = _in_site(play, bench.desk)
     alone = bench.desk.run(prompt, STEPS, sampling=bench.judged)
-    _require_words(bench, found, alone, "worker: after cancels a text is another")
+    _require_words(found, alone, own_bounds(bench.desk), "worker: after cancels a text is another")
 
 
 def sequences_end_where_they_are_told(bench: SteppedBench) -> None:
@@ -205,15 +234,14 @@ def _in_site(play: Callable[[Site, Desk], Awaitable[T]], desk: Desk) -> T:
 def _require_text(bench: SteppedBench, found: list[list[Sampled]], otherwise: str) -> None:
     for prompt, ours in zip(bench.prompts(), found, strict=True):
         alone = bench.desk.run(prompt, STEPS, sampling=bench.judged)
-        _require_words(bench, ours, alone, otherwise)
+        _require_words(ours, alone, own_bounds(bench.desk), otherwise)
 
 
 def _require_words(
-    bench: SteppedBench, ours: list[Sampled], alone: list[Sampled], otherwise: str
+    ours: list[Sampled], alone: list[Sampled], bounds: Bounds, otherwise: str
 ) -> None:
     """The same text; after a near tie, what follows is another text and is not compared."""
     for place, (one, other) in enumerate(zip(ours, alone, strict=True)):
         if one.token != other.token:
-            bounds = own_bounds(bench.desk)
             require_alike(ours[: place + 1], alone[: place + 1], bounds, otherwise)
             return

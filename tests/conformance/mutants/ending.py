@@ -83,6 +83,11 @@ class DeafToIngestInAWorker(DeafToIngest):
     pass
 
 
+@breaks("a_worker_continues_what_the_reference_computed")
+class DeafToIngestBehindTheReference(DeafToIngest):
+    pass
+
+
 @breaks("a_worker_says_what_it_says")
 class KeepsTables(Sound):
     """Takes a table that it has seen for one that does not grow."""
