@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -165,13 +165,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, tree: dict[str, Any], seconds: float = 120) -> Iterator[Site]:
-    """Start `baton serve` with this configuration; afterwards nothing of it may be left."""
+def serve(
+    folder: Path, tree: dict[str, Any], seconds: float = 120, paths: Sequence[Path] = ()
+) -> Iterator[Site]:
+    """Start `baton serve` with this configuration; afterwards nothing of it may be left.
+
+    Its processes find modules and plug-ins in `paths` as well.
+    """
     config = folder / "baton.toml"
     tree = {"data_dir": str(folder / "data"), **tree}
     tree["gateway"] = {"port": free_port(), **tree.get("gateway", {})}
     config.write_text(toml(tree))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BATON__")}
+    known = [str(path) for path in paths] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, known))
     out = folder / "screen.txt"
     with out.open("wb") as screen:
         process = subprocess.Popen(

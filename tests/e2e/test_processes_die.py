@@ -1,19 +1,15 @@
 """SIGKILL of each process while streams run; what is under load leaves nothing behind."""
 
-import json
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import psutil
 import pytest
 
 from tests.e2e.site import Site, serve, synthetic
+from tests.e2e.streams import Stream, run_all
 
 
 @pytest.fixture(scope="module")
@@ -25,74 +21,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     }
     with serve(tmp_path_factory.mktemp("site"), config) as running:
         yield running
-
-
-class Stream:
-    """One streamed completion: its text, how it ended, and what went wrong if it did."""
-
-    def __init__(self, site: Site, prompt: str, max_tokens: int, *, n: int = 1) -> None:
-        self.site = site
-        self.body = {
-            "model": site.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "stream": True,
-            "seed": 5,
-            "n": n,
-        }
-        self.tokens = 0
-        self.text: dict[int, str] = {}
-        self.finish: dict[int, str] = {}
-        self.error: Any = None
-        self.done = False
-        self.started = threading.Event()
-
-    def run(self) -> "Stream":
-        request = self.site.post("/v1/completions", self.body)
-        try:
-            with urlopen(request, timeout=90) as answer:
-                for line in answer:
-                    self._line(line.decode().rstrip("\n"))
-        except HTTPError as error:
-            self.error = json.loads(error.read())["error"]
-        except OSError as error:  # the gateway itself is gone
-            self.error = {"code": "connection", "message": str(error)}
-        self.started.set()
-        return self
-
-    def _line(self, line: str) -> None:
-        if line == "data: [DONE]":
-            self.done = True
-        elif line.startswith("data: "):
-            event = json.loads(line[6:])
-            if "error" in event:
-                self.error = event["error"]
-                return
-            for choice in event["choices"]:
-                index = choice["index"]
-                self.text[index] = self.text.get(index, "") + choice["text"]
-                self.tokens += 1
-                if choice["finish_reason"]:
-                    self.finish[index] = choice["finish_reason"]
-            self.started.set()
-
-    @property
-    def whole(self) -> bool:
-        return self.done and set(self.finish.values()) == {"length"} and self.error is None
-
-    @property
-    def typed(self) -> bool:
-        return self.error is not None and bool(self.error["code"]) and bool(self.error["message"])
-
-
-def run_all(streams: list[Stream], meanwhile: Any = None) -> None:
-    with ThreadPoolExecutor(len(streams)) as pool:
-        running = [pool.submit(stream.run) for stream in streams]
-        if meanwhile is not None:
-            assert streams[0].started.wait(30)
-            meanwhile()
-        for one in running:
-            one.result(120)
 
 
 def settled(site: Site) -> None:

@@ -86,6 +86,7 @@ class SmallEngine:
         prompt_logprobs: bool = False,
         phases: tuple[str, ...] = ("prefill", "decode"),
         pool_tokens: int = 4096,
+        progress: object = None,  # it loads nothing
         **options: Any,
     ) -> None:
         if chunk_tokens < 2:

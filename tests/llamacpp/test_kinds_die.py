@@ -1,0 +1,46 @@
+"""SIGKILL of a worker of each kind that has the real model, with another kind beside it.
+
+In float32, so that the text does not depend on who goes on with it, or on where it began again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.killing import TORCH, Killer, pair, real
+from tests.e2e.site import PREFILL
+from tests.llamacpp.conftest import ABSENT, FULL, installed
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not installed("llama_cpp"), reason=ABSENT)]
+
+KINDS = {
+    "torch": TORCH,
+    "llamacpp": real("llamacpp", **FULL),
+    "onnxruntime": real("onnxruntime", weights="float32"),
+}
+PAIRS = [("torch", "llamacpp"), ("llamacpp", "onnxruntime"), ("onnxruntime", "torch")]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def killer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Killer]:
+    """A prefill worker of the one kind for a decode worker of the other."""
+    if "onnxruntime" in request.param and not installed("onnxruntime"):
+        pytest.skip("onnxruntime is not installed")
+    prefill, decode = (KINDS[name] for name in request.param)
+    if request.param[0] == "torch":
+        prefill = {**prefill, "options": {**prefill["options"], **PREFILL}}
+    with pair(tmp_path_factory.mktemp("site"), prefill, decode) as site:
+        yield Killer(site)
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_a_worker_dies_during_a_handoff(killer: Killer, part: str) -> None:
+    killer.during_a_handoff(part)
+
+
+def test_a_worker_dies_while_it_decodes(killer: Killer) -> None:
+    killer.while_decoding("decode")
