@@ -1,0 +1,193 @@
+"""From the stand-in through a real handoff to each decoder, number by number in its pool."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.emulation import EmulationBackend
+from backends.emulation.pattern import Pattern
+from gateway.errors import DeadlineExceeded, GatewayError, NoWorkers, WorkerFailed
+from tests.emulation.desk import bundled_model
+from tests.life.cluster import DECODE, Cluster, Heard, cluster
+from tests.trtllm.play import Gates, standin, write_model
+
+PROMPT = list(range(5, 205))
+SYNTHETIC = {"identity": "synthetic/49152", "weights": "synthetic"}
+AXES = (
+    "block layer kv head token dim",
+    "layer kv block token head dim",
+    "head token layer kv block dim",
+)
+
+
+@asynccontextmanager
+async def prefill(
+    redis_url: str,
+    folder: Path,
+    *,
+    model: dict[str, Any] | None = None,
+    knobs: dict[str, Any] | None = None,
+    processes: bool = False,
+    host: dict[str, Any] | None = None,
+    **options: Any,
+) -> AsyncIterator[Cluster]:
+    """A cluster with a prefill worker `p` on the stand-in, of the synthetic backend's shape."""
+    path = write_model(folder / "model", **(model or {}))
+    gates = Gates(folder / "gates")
+    settings: dict[str, Any] = {
+        "model": str(path),
+        "block_tokens": 32,
+        "pool_tokens": 4096,
+        "chunk_tokens": 64,
+        "kv_cache": {"max_tokens": 4096},
+        **SYNTHETIC,
+        **options,
+    }
+    with standin("1.3", processes=processes, gates=str(gates), **(knobs or {})):
+        from backends.tensorrt_llm.engine import TensorRTLLM
+
+        async with cluster(redis_url) as made:
+            engine = TensorRTLLM(**settings)
+            await made.start("p", "prefill", backend=engine, host=host)
+            made.gates, made.engine = gates, engine  # type: ignore[attr-defined]
+            try:
+                yield made
+            finally:
+                for gate in (folder / "gates").glob("*"):
+                    gate.unlink(missing_ok=True)
+
+
+async def empty(made: Any, seconds: float = 5.0) -> None:
+    """No block is held on either side, nor in the engine."""
+    await made.balanced(seconds)
+    await made.until(lambda: not made.engine.pins() and not made.engine._carrier._jobs, seconds)
+    await made.until(lambda: made.engine._library._llm.pinned == 0, seconds)
+
+
+class Looking:
+    """A decode backend that looks at every number of what has landed in its pool."""
+
+    def __init__(self, inner: Any, prefix: list[int]) -> None:
+        self._inner, self._prefix = inner, prefix
+        self.info, self.pool = inner.info, inner.pool
+        self.step, self.copy_blocks, self.close = inner.step, inner.copy_blocks, inner.close
+        self._pattern = Pattern(
+            inner.info.layout, np.frombuffer(inner.pool, np.uint8), inner.info.pool_blocks
+        )
+        self.wrong: list[Any] = []
+
+    def ingest(self, blocks: Any) -> None:
+        count = self.info.layout.blocks_for(len(self._prefix))
+        self.wrong.append(self._pattern.first_difference(self._prefix, list(blocks)[:count]))
+        self._inner.ingest(blocks)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("axes", AXES)
+async def test_every_number_reaches_the_synthetic_decoder(
+    redis_url: str, tmp_path: Path, transport: str, axes: str
+) -> None:
+    """It looks at all of them before its first step (`verify_kv`), for three sequences."""
+    host = {"transports": (transport,)}
+    async with prefill(redis_url, tmp_path, host=host) as made:
+        await made.start("d", "decode", host=host, block_tokens=16, axes=axes)
+        await made.paired()
+        for length in (200, 31, 1):
+            heard = Heard()
+            timeline = await made.carry(made.job(PROMPT[:length], n=3), heard)
+            assert timeline.retries == 0
+            assert [len(line) for line in heard.tokens.values()] == [20] * 3
+        await empty(made)
+
+
+async def test_every_number_reaches_the_torch_decoder(redis_url: str, tmp_path: Path) -> None:
+    """Whose pool has another block size, order and dtype."""
+    inner = EmulationBackend(
+        model=bundled_model(),
+        dtype="float32",
+        pool_tokens=1024,
+        rope="half",
+        threads=1,
+        axes="layer kv block token head dim",
+    )
+    layout = inner.info.layout
+    decode = Looking(inner, PROMPT)
+    model = {"layers": layout.layers, "kv_heads": layout.kv_heads, "head_dim": layout.head_dim}
+    known = {"identity": layout.model, "weights": layout.weights}
+    async with prefill(redis_url, tmp_path, model=model, **known) as made:
+        await made.start("d", "decode", backend=decode)
+        await made.paired()
+        heard = Heard()
+        timeline = await made.carry(made.job(PROMPT, max_tokens=2), heard)
+        assert timeline.retries == 0
+        assert decode.wrong == [None]
+        await empty(made)
+
+
+async def test_every_rank_pushes_its_own_heads(redis_url: str, tmp_path: Path) -> None:
+    async with prefill(redis_url, tmp_path, processes=True, tensor_parallel=2) as made:
+        await made.start("d", "decode", block_tokens=16)
+        await made.paired()
+        ((_, _, met),) = made.fleet.pairs
+        assert met.plan.startswith("2 to 1 pools; ")
+        heard = Heard()
+        timeline = await made.carry(made.job(PROMPT, n=2), heard)
+        assert (timeline.retries, len(heard.tokens)) == (0, 2)
+        await empty(made)
+
+
+async def test_a_damaged_handoff_is_done_again(redis_url: str, tmp_path: Path) -> None:
+    async with prefill(redis_url, tmp_path, host={"faults": "flip_bit@1"}) as made:
+        await made.start("d", "decode", **DECODE)
+        await made.paired()
+        heard = Heard()
+        timeline = await made.carry(made.job(PROMPT), heard)
+        assert (timeline.retries, len(heard.tokens[0])) == (1, 20)
+        await empty(made)
+
+
+@pytest.mark.parametrize("cancel", ["hook", "recycle"])
+@pytest.mark.parametrize("gate", ["before_pass", "after_chunk", "before_finish", "pinned"])
+async def test_a_client_that_leaves_at_any_stage_leaves_nothing_behind(
+    redis_url: str, tmp_path: Path, gate: str, cancel: str
+) -> None:
+    async with prefill(redis_url, tmp_path, knobs={"cancel": cancel}) as made:
+        await made.start("d", "decode", **DECODE)
+        await made.paired()
+        made.gates.shut(gate)
+        leaving = asyncio.ensure_future(made.carry(made.job(PROMPT), Heard()))
+        await made.until(lambda: made.gates.reached(gate))
+        staying_heard = Heard()
+        staying = asyncio.ensure_future(made.carry(made.job(PROMPT[9:]), staying_heard))
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        made.gates.open(gate)
+        timeline = await staying
+        assert (timeline.retries, len(staying_heard.tokens[0])) == (0, 20)
+        await empty(made)
+
+
+async def test_an_engine_that_hangs_costs_its_worker_and_nobody_else(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process would end; what was set aside for it on the other side is free again."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    host = {"step_timeout_seconds": 0.5}
+    async with prefill(redis_url, tmp_path, host=host) as made:
+        await made.start("d", "decode", **DECODE)
+        await made.paired()
+        made.gates.shut("before_pass")
+        with pytest.raises(GatewayError) as raised:
+            await made.carry(made.job(PROMPT, seconds=3.0), Heard())
+        assert isinstance(raised.value, WorkerFailed | DeadlineExceeded | NoWorkers)
+        assert ended == [os.EX_SOFTWARE]
+        await made.kill("p")
+        await made.balanced()
+        made.gates.open("before_pass")
