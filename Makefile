@@ -65,6 +65,14 @@ test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 
 test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 minutes to compile it once, then 6)
 	@PYTHONPATH=$(abspath $(LLAMACPP)) $(BIN)/python -m pytest -q tests/llamacpp
 
+.PHONY: test-trtllm test-trtllm-gpu
+test-trtllm: $(VENV)/.dev ## Test the TensorRT-LLM prefill on its stand-in, its processes killed too (3 minutes)
+	@BATON_KILL_ENGINES=1 $(BIN)/python -m pytest -q tests/trtllm
+
+test-trtllm-gpu: ## Test it on the real TensorRT-LLM that PYTHON has (MODEL=folder; a GPU)
+	@BATON_TRTLLM_MODEL="$(MODEL)" BATON_TEST_DEVICE=cuda $(PYTHON) -m pytest -q \
+		tests/trtllm/test_contract.py tests/trtllm/test_export.py tests/trtllm/test_real.py
+
 .PHONY: test-vllm
 test-vllm: $(VLLM)/.made ## Test vLLM as prefill and decode, in an environment of its own (CPU)
 	@$(VLLM)/bin/python -m pytest -q tests/vllm_engine

@@ -14,6 +14,10 @@ from tests.e2e.test_processes_die import Stream
 from tests.trtllm.play import STANDIN, Gates, until, write_model
 from tests.trtllm.test_pairs import SYNTHETIC as KNOWN
 
+pytestmark = pytest.mark.skipif(
+    "BATON_KILL_ENGINES" not in os.environ, reason="`make test-trtllm` does, in a few minutes"
+)
+
 PROMPT = "Tell me a story of a very long journey, " * 12
 
 
