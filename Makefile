@@ -73,9 +73,12 @@ test-trtllm-gpu: ## Test it on the real TensorRT-LLM that PYTHON has (MODEL=fold
 	@BATON_TRTLLM_MODEL="$(MODEL)" BATON_TEST_DEVICE=cuda $(PYTHON) -m pytest -q \
 		tests/trtllm/test_contract.py tests/trtllm/test_export.py tests/trtllm/test_real.py
 
-.PHONY: test-vllm
+.PHONY: test-vllm bench-vllm
 test-vllm: $(VLLM)/.made ## Test vLLM as prefill and decode, in an environment of its own (CPU)
 	@$(VLLM)/bin/python -m pytest -q tests/vllm_engine
+
+bench-vllm: $(VLLM)/.made ## Measure vLLM by itself and behind Baton (5 minutes, two cores)
+	@exec $(VLLM)/bin/python -m tests.vllm_engine.bench
 
 bench-gateway: $(VENV)/.runtime ## Measure the gateway beside nginx and a bare proxy
 	@exec $(BIN)/python -m loadtest.bench_gateway

@@ -316,6 +316,16 @@ class WorkerSection(Section, frozen=True):
             le=1 << 20,
         ),
     ] = 512
+    step_timeout_seconds: Annotated[
+        float,
+        about(
+            "A step that takes longer, or an engine that owes an answer for longer, ends the"
+            " worker, and what it had goes on elsewhere.",
+            unit="s",
+            gt=0,
+            le=86400,
+        ),
+    ] = 120.0
     max_waiting: Annotated[int, about("Most requests that wait inside the worker.", ge=0)] = 256
     threads: Annotated[
         int, about("Threads that compute; 0 leaves it to the library.", ge=0, le=1024)

@@ -34,8 +34,6 @@ QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # The default copies what a process has loaded into the next, threads' locks included.
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 """What vLLM's process is told by its environment, unless ours says otherwise."""
 

@@ -7,6 +7,7 @@ events on. It does not import vLLM.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,8 +99,14 @@ class VllmBackend:
         settled = msgspec.structs.replace(options, context_tokens=self.info.context_tokens)
         if progress is not None:
             progress("weights", 0.0)
-        ends = self.info.end_tokens
-        setup = Setup(settled, layout, segment.fd, self.pool.nbytes, ends)
+        setup = Setup(
+            options=settled,
+            layout=layout,
+            arena_fd=segment.fd,
+            arena_bytes=self.pool.nbytes,
+            end_tokens=self.info.end_tokens,
+            bound=threading.current_thread() is threading.main_thread(),
+        )
         self._child = Child(setup, options.threads)
         try:
             self.engine = self._child.loaded(options.load_seconds)

@@ -24,13 +24,17 @@ _READ_BYTES = 1 << 18
 
 
 class Setup(msgspec.Struct, tag=True, frozen=True):
-    """What to load, and the arena: its descriptor in that process, and how it is cut."""
+    """What to load, and the arena: its descriptor in that process, and how it is cut.
+
+    `bound`: the process is to be killed when the thread that started it ends.
+    """
 
     options: Options
     layout: KVLayout
     arena_fd: int
     arena_bytes: int
     end_tokens: tuple[int, ...]
+    bound: bool
 
 
 class TakePrefill(msgspec.Struct, tag=True, frozen=True):

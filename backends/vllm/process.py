@@ -7,8 +7,10 @@ once. The process ends when its socket does.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
+import signal
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ from backends.vllm.sampling import logprob, parameters, sampled
 from transfer.shared_memory import Segment, attach
 
 DESK = "arena"
+PR_SET_PDEATHSIG = 1
 _NOTHING_WANTED = Sequence(prompt=[], generated=[], sampling=Sampling(temperature=0.0), seed=0)
 
 
@@ -290,6 +293,8 @@ def main() -> None:
         messages = inbox.read()
     (setup,) = messages
     assert isinstance(setup, Setup)
+    if setup.bound:  # one that is stopped would not see its socket end
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         loop = Loop(end, setup)
     except Exception as error:  # whatever vLLM refuses, the worker must hear why

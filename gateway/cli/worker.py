@@ -23,7 +23,7 @@ from gateway.settings import ConfigError, Problem, is_wildcard
 log = structlog.get_logger()
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-TAKES_MODEL = frozenset({"emulation", "llamacpp"})
+TAKES_MODEL = frozenset({"emulation", "llamacpp", "vllm", "vllm-served"})
 
 
 def run_worker(config: Config, name: str, reporter: Reporter) -> None:
@@ -82,6 +82,7 @@ async def _serve(
         lease_seconds=worker.lease_seconds,
         drain_seconds=worker.drain_seconds,
         step_tokens=worker.step_tokens,
+        step_timeout_seconds=worker.step_timeout_seconds,
         max_waiting=worker.max_waiting,
         transports=worker.transports,
         wire=worker.wire,

@@ -33,6 +33,8 @@ class Told:
         self.tokens: dict[str, list[Sampled]] = {}
         self.done: dict[str, Any] = {}
         self.errors: dict[str, Exception] = {}
+        self.over: set[str] = set()
+        self.late = False
         self._ended: dict[str, asyncio.Event] = {}
         self._first: dict[str, asyncio.Event] = {}
         self._loop = asyncio.get_running_loop()
@@ -42,6 +44,7 @@ class Told:
 
     def decoded(self, tokens: Any) -> None:
         for job, token in tokens:
+            self.late |= job in self.over
             self.tokens.setdefault(job, []).append(token)
             self._loop.call_soon_threadsafe(self.first(job).set)
 
@@ -49,6 +52,7 @@ class Told:
         self.errors[job] = error
 
     def ended(self, job: str) -> None:
+        self.over.add(job)
         self._loop.call_soon_threadsafe(self.end(job).set)
 
     def end(self, job: str) -> asyncio.Event:
@@ -81,6 +85,7 @@ async def backend(decode: FakeServer, prefill: FakeServer | None = None, **optio
         yield made, told
     finally:
         await asyncio.to_thread(made.close)
+        assert not told.late
 
 
 @pytest.fixture

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from gateway.cli.export import export
+from gateway.cli.model import find_model
 from tests.control.conftest import LiveServer, programs
 from tests.vllm_engine.real.kept import Kept, KeptEngine
 
@@ -54,10 +56,47 @@ def vllm(folder: Path) -> Iterator[dict[str, KeptEngine]]:
         each.end()
 
 
-@pytest.fixture(scope="session")
-def torch_engine() -> Iterator[Kept]:
-    from tests.emulation.desk import bundled_model, engine
+class Partners:
+    """The engines that vLLM is paired with, each made when it is first wanted.
 
-    backend = engine(model=bundled_model(), dtype="float32", threads=1, pool_tokens=8192)
-    yield Kept(backend)
-    backend.close()
+    What only some machines have (`llamacpp` takes a compiler) is skipped where it is not there.
+    """
+
+    KINDS: ClassVar[dict[str, tuple[str, str, dict[str, Any]]]] = {
+        "torch": ("torch", "backends.emulation:EmulationBackend", {"dtype": "float32"}),
+        "onnxruntime": (
+            "onnxruntime",
+            "backends.onnxruntime:OnnxRuntimeBackend",
+            {"weights": "float32"},
+        ),
+        "llamacpp": (
+            "llama_cpp",
+            "backends.llamacpp:LlamaCppBackend",
+            {"weights": "float32", "kv_dtype": "float32"},
+        ),
+    }
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Kept:
+        if name not in self._made:
+            library, place, options = self.KINDS[name]
+            module, _, attribute = place.partition(":")
+            if not (find_spec(library) and find_spec(module)):
+                pytest.skip(f"{library} is not installed here")
+            make = getattr(import_module(module), attribute)
+            model = str(find_model("bundled"))
+            self._made[name] = make(model=model, threads=1, pool_tokens=8192, **options)
+        return Kept(self._made[name])
+
+    def close(self) -> None:
+        for backend in self._made.values():
+            backend.close()
+
+
+@pytest.fixture(scope="session")
+def partners() -> Iterator[Partners]:
+    made = Partners()
+    yield made
+    made.close()
