@@ -114,25 +114,31 @@ class GGUFCheckpoint:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """One tensor as float32."""
-        kind, rows = self.stored(name)
+        kind, shape = self.form(name)
+        rows = self._rows(name)
         if kind == gguf.GGMLQuantizationType.F32:
             values = rows.view(np.float32)
         elif kind == gguf.GGMLQuantizationType.F16:
             values = rows.view(np.float16)
         else:
             values = gguf.quants.dequantize(rows, kind)
-        return np.array(values.reshape(self._tensors[name].shape), np.float32)
+        return np.array(values.reshape(shape), np.float32)
 
-    def stored(self, name: str) -> tuple[gguf.GGMLQuantizationType, NDArray[np.uint8]]:
-        """One tensor as it is in the file: the kind of its blocks, and their bytes row by row.
+    def form(self, name: str) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...]]:
+        """The kind of one tensor's blocks, and the tensor's shape."""
+        stored = self._tensors[name]
+        return gguf.GGMLQuantizationType(stored.kind), stored.shape
 
-        The bytes are the file's own; let go of them before `close`.
-        """
+    def blocks(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of one tensor's blocks, as they are in the file, row by row."""
+        return np.array(self._rows(name))
+
+    def _rows(self, name: str) -> NDArray[np.uint8]:
         stored = self._tensors[name]
         raw = np.frombuffer(
             self._data, np.uint8, count=stored.bytes, offset=self._start + stored.offset
         )
-        return gguf.GGMLQuantizationType(stored.kind), raw.reshape(*stored.shape[:-1], -1)
+        return raw.reshape(*stored.shape[:-1], -1)
 
     @property
     def metadata(self) -> tuple[int, bytes]:

@@ -6,11 +6,14 @@ The formula is RoFormer's (Su et al., 2021); the scaling is Llama 3.1's.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.checkpoint.spec import Llama3Scaling, ModelSpec, Pairing
+
+Number = TypeVar("Number", np.float32, np.uint8)
 
 
 def inverse_frequencies(spec: ModelSpec) -> NDArray[np.float64]:
@@ -31,8 +34,8 @@ def _stretch(frequencies: NDArray[np.float64], scaling: Llama3Scaling) -> NDArra
 
 
 def repaired(
-    weight: NDArray[np.float32], heads: int, source: Pairing, target: Pairing
-) -> NDArray[np.float32]:
+    weight: NDArray[Number], heads: int, source: Pairing, target: Pairing
+) -> NDArray[Number]:
     """Reorder the rows of a Q or K projection (or norm) so that pairs lie as `target` says."""
     if source == target:
         return weight

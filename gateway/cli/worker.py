@@ -23,7 +23,7 @@ from gateway.settings import ConfigError, Problem, is_wildcard
 log = structlog.get_logger()
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-TAKES_MODEL = frozenset({"emulation", "llamacpp", "vllm", "vllm-served"})
+TAKES_MODEL = frozenset({"emulation", "llamacpp", "onnxruntime", "vllm", "vllm-served"})
 
 
 def run_worker(config: Config, name: str, reporter: Reporter) -> None:
