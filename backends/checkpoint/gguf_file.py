@@ -129,9 +129,9 @@ class GGUFCheckpoint:
         stored = self._tensors[name]
         return gguf.GGMLQuantizationType(stored.kind), stored.shape
 
-    def blocks(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of one tensor's blocks, as they are in the file, row by row."""
-        return np.array(self._rows(name))
+    def stored(self, name: str) -> tuple[gguf.GGMLQuantizationType, NDArray[np.uint8]]:
+        """One tensor as it is in the file: the kind of its blocks, and their bytes row by row."""
+        return self.form(name)[0], np.array(self._rows(name))
 
     def _rows(self, name: str) -> NDArray[np.uint8]:
         stored = self._tensors[name]

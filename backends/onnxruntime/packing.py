@@ -90,7 +90,7 @@ class Weights:
             )
         if shape != self._shapes[name]:
             self._refuse(name, shape)
-        rows = self._checkpoint.blocks(name)
+        _, rows = self._checkpoint.stored(name)
         blocks = self._paired(name, rows.reshape(shape[0], shape[1] // BLOCK, -1))
         return _unpack(kind, blocks)
 
