@@ -60,7 +60,7 @@ class Untold:
                 self._stop(one)
 
     def _told(self, one: Given) -> None:
-        """What failed, ended or was stopped while its tokens were kept is lost after them."""
+        """What has ended while its tokens were kept is lost after them."""
         del self._jobs[one]
-        if one.over or one.failed or one.answer_by is not None:
+        if one.over:
             self._lose(one.item, *one.why)

@@ -190,6 +190,7 @@ def _wish(run: Run, lines: list[Line], avoid: frozenset[str], seen: Snapshot, no
         first_token_seconds=_due(run) - now if run.first_token is None else inf,
         gap_seconds=job.gap_seconds,
         decodes=left > 1 or generated > 0,
+        prompt_logprobs=job.prompt_logprobs is not None and not run.has_prompt_logprobs,
         avoid=avoid,
         marks=_marks(run, seen),
     )

@@ -102,6 +102,8 @@ def _refusal(worker: WorkerView, wish: Wish) -> Unplaceable | None:
         return Unplaceable(f"{worker.id} is left alone: {worker.left_alone}")
     for name in info.unsupported(wish.sampling):
         return Unplaceable(f"{name} is not supported by {worker.id}", field=name)
+    if wish.prompt_logprobs and worker.role != "decode" and not info.prompt_logprobs:
+        return Unplaceable(f"log probabilities of the prompt: {worker.id} has none", field="echo")
     if wish.tokens >= info.context_tokens:
         return Unplaceable(
             f"{wish.tokens} tokens exceed the context of {info.context_tokens}", field="messages"

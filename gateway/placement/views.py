@@ -65,8 +65,9 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
     About `expected` tokens will be generated for each. The first one must be there within
     `first_token_seconds`, or nobody needs it; the gaps between tokens should be within
-    `gap_seconds`. `decodes` is false when the first token is all that is wanted. `marks` are those
-    of the prefix's own prefixes, shortest first, by the fingerprint of the layout.
+    `gap_seconds`. `decodes` is false when the first token is all that is wanted. `prompt_logprobs`
+    says that the prompt's own tokens are to be scored. `marks` are those of the prefix's own
+    prefixes, shortest first, by the fingerprint of the layout.
     """
 
     tokens: int
@@ -76,6 +77,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     first_token_seconds: float = inf
     gap_seconds: float = inf
     decodes: bool = True
+    prompt_logprobs: bool = False
     avoid: frozenset[str] = frozenset()
     marks: Mapping[str, tuple[int, ...]] = {}
 

@@ -1,11 +1,11 @@
 """What the tests of engines share: workers with one, the true text, and nothing left anywhere."""
 
-import asyncio
 from functools import cache
 from typing import Any
 
 from backends.api import Row, Sampling, Sequence
 from backends.emulation.synthetic import SyntheticBackend
+from backends.host.engine import EngineLoop
 from tests.engine.small import SmallEngine
 from tests.life.cluster import SHAPE, Cluster
 
@@ -30,22 +30,17 @@ async def start_pair(made: Cluster, pair: str, **options: Any) -> None:
 
 
 async def clean(made: Cluster, seconds: float = 2.0) -> None:
-    """Every block of every arena is free, and the engines hold nothing of their own either."""
+    """Every block of every arena is free, and so is all that the engines had of their own."""
     await made.balanced(seconds)
-    async with asyncio.timeout(seconds):
-        while True:
-            books = await made.fleet.ledgers()
-            if not any(reason == "engine" for book in books for reason, _, _ in book.holders):
-                break
-            await asyncio.sleep(0.01)
-    for host in made.hosts.values():
-        loop = host._requests.steps
-        assert not getattr(loop, "_open", None)
-        assert not getattr(loop, "_given", None)
+    loops: list[Any] = [host._requests.steps for host in made.hosts.values()]
+    await made.until(lambda: not any(loop.pins.held or loop.pins.wrong for loop in loops), seconds)
+    engines = [loop for loop in loops if isinstance(loop, EngineLoop)]
+    await made.until(lambda: not any(it._open or it._given or it._untold._jobs for it in engines))
 
 
 @cache
-def _true(prompt: tuple[int, ...], seed: int, tokens: int) -> list[int]:
+def true_line(prompt: tuple[int, ...], seed: int, tokens: int) -> list[int]:
+    """What follows a prompt."""
     backend = SyntheticBackend(**SHAPE)
     sequence = Sequence(prompt=list(prompt), generated=[], sampling=Sampling(), seed=seed)
     blocks = list(range(backend.info.layout.blocks_for(len(prompt) + tokens)))
@@ -60,4 +55,4 @@ def _true(prompt: tuple[int, ...], seed: int, tokens: int) -> list[int]:
 
 def truth(prompt: list[int], n: int, tokens: int) -> dict[int, list[int]]:
     """What `Cluster.job` gives when nothing disturbs it."""
-    return {index: _true(tuple(prompt), 7 + index, tokens) for index in range(n)}
+    return {index: true_line(tuple(prompt), 7 + index, tokens) for index in range(n)}

@@ -159,7 +159,7 @@ class SmallEngine:
             if not rows:
                 continue
             try:
-                outputs = self._kernel.step([row for _, row in rows], lambda _row, _layer: None)
+                outputs = self._step([row for _, row in rows])
             except Exception as error:
                 for work, _ in rows:
                     self.events.failed(work.name, error)
@@ -252,6 +252,9 @@ class SmallEngine:
             self._waiting.insert(0, work)
         else:
             self.events.ended(work.name)
+
+    def _step(self, rows: list[Row]) -> list[Output]:
+        return self._kernel.step(rows, lambda _row, _layer: None)
 
     def _deliver(self, rows: list[tuple[Work, Row]], outputs: list[Output]) -> None:
         tokens, over = [], []

@@ -290,3 +290,21 @@ def test_the_least_time_is_that_of_an_idle_fleet() -> None:
     assert least_seconds(unknown, wish()) == 0.0
     assert least_seconds(snapshot(), wish()) == 0.0
     assert PREFILL.seconds(1000) == pytest.approx(0.11)
+
+
+def test_what_cannot_score_a_prompt_is_not_asked_to() -> None:
+    silent = {"prompt_logprobs": False}
+    engine = worker("engine", "prefill", backend=silent)
+    decode = worker("d", "decode", backend=silent)
+    answer = refused(snapshot(engine, decode), wish(prompt_logprobs=True))
+    assert answer.field == "echo"
+    scoring = worker("scoring", "prefill", queued_tokens=5000, queued_seconds=5.0)
+    assert chosen(snapshot(engine, scoring, decode), wish(prompt_logprobs=True))[0] == "scoring"
+    assert chosen(snapshot(engine, scoring, decode), wish())[0] == "engine"
+
+
+def test_an_engine_has_as_much_room_as_its_own_memory() -> None:
+    sizes = {"kind": "engine", "engine_blocks": 64, "pool_blocks": 4096}
+    engine = worker("engine", "both", backend=sizes)
+    assert refused(snapshot(engine), wish(tokens=64 * 16)).field == "messages"
+    assert chosen(snapshot(engine), wish(tokens=60 * 16)) == ("engine", None)
