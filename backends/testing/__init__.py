@@ -4,8 +4,9 @@
     print(summary(report))
 
 `baton conformance NAME` does the same from the command line. A promise is a function named after
-what it promises; `STEPPED` lists those of a stepped backend. Needs no test framework, no network
-and no hardware but the plug-in's own; an engine is imported only when it was named.
+what it promises; `STEPPED` lists those of a stepped backend, `ENGINE` those of an engine. Needs no
+test framework, no network and no hardware but the plug-in's own; a library is imported only when
+its backend was named.
 
 Start with `form.py` (what a promise is), then `bench.py` (what it is given).
 """
@@ -13,6 +14,8 @@ Start with `form.py` (what a promise is), then `bench.py` (what it is given).
 from __future__ import annotations
 
 from backends.testing.bench import SteppedBench
+from backends.testing.engine import ENGINE
+from backends.testing.engine.bench import EngineBench
 from backends.testing.form import (
     Bench,
     Broken,
@@ -30,9 +33,11 @@ from backends.testing.report import Report, line, summary
 from backends.testing.stepped import STEPPED
 
 __all__ = [
+    "ENGINE",
     "STEPPED",
     "Bench",
     "Broken",
+    "EngineBench",
     "Hangs",
     "Maker",
     "Outcome",

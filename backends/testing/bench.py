@@ -36,9 +36,12 @@ class SteppedBench:
         reference: Maker | None = None,
         absent: str = "none was named",
         patience: float = PATIENCE_SECONDS,
+        *,
+        made: Any = None,
     ) -> None:
-        """Nothing is made yet."""
+        """Nothing is made yet, unless one is `made` already."""
         self._patience = patience
+        self._made = made
         self.maker = maker
         self.absent = absent
         self._reference_maker = reference
@@ -52,7 +55,8 @@ class SteppedBench:
     def desk(self) -> Desk:
         """The plug-in with its options, all blocks free: the same one from promise to promise."""
         if self._desk is None:
-            self._desk = Desk(self.maker.make(), patience=self._patience)
+            backend, self._made = self._made or self.maker.make(), None
+            self._desk = Desk(backend, patience=self._patience)
         return self._desk
 
     def another(self, **changes: Any) -> Desk:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from backends.api import Output, Ready, Row, Sampled, Sampling, Sequence, SteppedBackend
 from backends.host.pools import pools_of
 from backends.testing.form import Broken, Hangs
+from backends.testing.memory import cells
 from transfer.layout import KVLayout
 from transfer.pool import Pool
 
@@ -152,7 +153,7 @@ class Desk:
 
     def snapshot(self) -> list[Bytes]:
         """A copy of every array of every pool, as [block, layer, token, byte]."""
-        return [array for pool in self.pools for array in _arrays(pool)]
+        return [array for pool in self.pools for array in cells(pool)]
 
     # ---- steps
 
@@ -239,16 +240,3 @@ class Desk:
     def copy_blocks(self, pairs: Items[tuple[int, int]]) -> None:
         """As the host calls it."""
         self.thread.call(self.backend.copy_blocks, list(pairs))
-
-
-def _arrays(pool: Pool) -> Iterable[Bytes]:
-    first = 0
-    for table in pool.layout.tables(pool.blocks):
-        regions = pool.regions[first : first + table.regions]
-        first += table.regions
-        names = [str(axis) for axis in table.order.axes]
-        whole = np.concatenate(regions).reshape([*table.sizes.values(), table.item_bytes])
-        leading = [names.index(axis) for axis in ("block", "layer", "token")]
-        others = [axis for axis in range(whole.ndim) if axis not in leading]
-        moved = whole.transpose([*leading, *others])
-        yield moved.reshape(*moved.shape[:3], -1)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from backends.errors import BackendMisconfigured, BackendNotFound
 from backends.testing.bench import MODEST, SteppedBench
-from backends.testing.form import Verdict, described, examine
+from backends.testing.engine import ENGINE
+from backends.testing.engine.bench import EngineBench
+from backends.testing.form import Bench, Promise, Verdict, described, examine
 from backends.testing.making import Maker
 from backends.testing.report import Report
 from backends.testing.stepped import STEPPED
+from transfer.warming import warm_up
 
 REFERENCE = "emulation"
 """The engine that a plug-in with a `model` is measured by, where nobody names another."""
@@ -42,23 +45,50 @@ def conformance(
     maker = Maker.of(name, options)
     maker.options.update(_modest(maker))
     measure, absent = _reference(maker, reference)
-    bench = SteppedBench(maker, measure, absent)
-    try:
-        states = msgspec.to_builtins(bench.desk.info)
-        promises = [it for it in STEPPED if only in it.__name__]
-        if not promises:
-            raise BackendMisconfigured(f"no promise has {only!r} in its name")
-        verdicts = examine(promises, bench, tell)
-    finally:
-        bench.close()
+    warm_up()  # what is compiled at the first handoff is not the plug-in's time
+    made = maker.make()
+    states = msgspec.to_builtins(made.info)
+    if made.info.kind == "engine":
+        engine = EngineBench(maker, measure, absent, made=made)
+        verdicts, beside = _gone_through(ENGINE, engine, only, tell)
+    else:
+        stepped = SteppedBench(maker, measure, absent, made=made)
+        verdicts, beside = _gone_through(STEPPED, stepped, only, tell)
     return Report(
         backend=name,
-        contract="stepped",
+        contract=made.info.kind,
         options=maker.options,
         states=states,
-        reference=bench.measure,
+        reference=beside,
         verdicts=verdicts,
     )
+
+
+class Closing(Bench, Protocol):
+    """A bench that holds things, and may have a reference beside it."""
+
+    @property
+    def measure(self) -> str:
+        """The reference in a line, or why there is none."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+C = TypeVar("C", bound=Closing)
+
+
+def _gone_through(
+    promises: Sequence[Promise[C]], bench: C, only: str, tell: Callable[[Verdict], None] | None
+) -> tuple[tuple[Verdict, ...], str]:
+    """What became of the promises whose names contain `only`, and beside which reference."""
+    try:
+        wanted = [it for it in promises if only in it.__name__]
+        if not wanted:
+            raise BackendMisconfigured(f"no promise has {only!r} in its name")
+        return examine(wanted, bench, tell), bench.measure
+    finally:
+        bench.close()
 
 
 def _modest(maker: Maker) -> dict[str, int]:

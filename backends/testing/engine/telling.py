@@ -1,0 +1,136 @@
+"""Promises about the tokens, and about jobs beside each other."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from backends.errors import PoolExhausted
+from backends.testing.bench import STEPS
+from backends.testing.engine.bench import EngineBench, require_same_texts
+from backends.testing.engine.ear import Story
+from backends.testing.form import Unproven, require
+
+MOST_TOKENS = 1 << 16
+"""So many are computed at most to fill an engine's memory."""
+
+
+def every_token_is_told(bench: EngineBench) -> None:
+    """A sequence is told to its last token, whatever lies beyond, with what was asked for."""
+    desk = bench.needs("decode")
+    for prompt in bench.prompts(3):
+        asked = desk.decode(prompt, (), bench.judged, tokens=STEPS)
+        tokens = desk.told(asked, STEPS)
+        wrong = [it.token for it in tokens if not 0 <= it.token < desk.info.vocabulary]
+        require(not wrong, f"decoded: {wrong} are not in the vocabulary")
+        wanted = bench.judged.logprobs
+        for it in tokens:
+            require(
+                (it.logprob is not None) == (wanted is not None),
+                "decoded: log probabilities are given when, and only when, they are asked for",
+            )
+    whole = desk.alone(prompt, STEPS, bench.judged)
+    first = desk.alone(prompt, 1, bench.judged)
+    require_same_texts(
+        [(first, whole[:1])], bench.bounds, "decode: another first token for a shorter text"
+    )
+
+
+def jobs_do_not_change_each_other(bench: EngineBench) -> None:
+    """What is generated does not depend on what is generated beside it."""
+    desk = bench.needs("decode")
+    prompts = bench.prompts(4)
+    alone = [desk.alone(prompt, STEPS, bench.judged) for prompt in prompts]
+    jobs = [desk.decode(prompt, (), bench.judged, tokens=STEPS) for prompt in prompts]
+    together = [desk.told(job, STEPS) for job in jobs]
+    message = "decode: jobs beside each other have each other's tokens or KV"
+    require_same_texts(list(zip(together, alone, strict=True)), bench.bounds, message)
+
+
+def a_seed_gives_its_text_again(bench: EngineBench) -> None:
+    """With `rng` "positional" the same seed gives the same text, and another one another."""
+    desk = bench.needs("decode")
+    if desk.info.rng != "positional":
+        raise Unproven("info.rng: it does not say that a seed gives a text")
+    drawn = bench.drawn
+    prompt = bench.prompts(1)[0]
+    one, again, other = (desk.alone(prompt, 2 * STEPS, drawn, seed=seed) for seed in (5, 5, 6))
+    tokens = [[it.token for it in text] for text in (one, again, other)]
+    require(tokens[0] == tokens[1], 'decode: a seed gave two texts; state rng "engine"')
+    require(tokens[0] != tokens[2], "decode: two seeds gave one text; take `sequence.seed`")
+
+
+def prompt_logprobs_are_given_as_declared(bench: EngineBench) -> None:
+    """Where `info.prompt_logprobs` says so, every token of a prompt but the first has its own."""
+    desk = bench.desk
+    if not desk.info.prompt_logprobs:
+        raise Unproven("info.prompt_logprobs: it says that it gives none")
+    for prompt in bench.prompts(3):
+        jobs = []
+        if "prefill" in desk.info.phases:
+            jobs.append(desk.prefill(prompt, bench.judged, scores=2))
+        if "decode" in desk.info.phases:
+            jobs.append(desk.decode(prompt, (), bench.judged, scores=2))
+        for asked in jobs:
+            desk.until(asked, lambda it: it.outputs, "prefilled")
+            found = [it.token for it in asked.story.outputs[0].prompt_logprobs]
+            require(
+                found == prompt[1:],
+                f"prefilled: prompt_logprobs are of {len(found)} tokens, and not of those of the "
+                f"prompt after its first, which are {len(prompt) - 1}",
+            )
+            desk.abort(asked)
+            desk.end(asked)
+        desk.clear()
+
+
+def nothing_is_found_under_another_salt(bench: EngineBench) -> None:
+    """KV that is kept for one salt is not used under another, nor without one."""
+    desk = bench.needs("prefill")
+    prompt = bench.prompts(1, 120)[0]
+    for salt in (b"one", b"one", b"two", b"", b""):
+        asked = desk.done(desk.prefill(prompt, bench.judged, salt=salt))
+        if salt != b"one":
+            require(
+                not asked.story.cached,
+                f"prefilled: {asked.story.cached} tokens were found under the salt {salt!r}, where "
+                "nobody has put them; keep KV apart by `job.salt`, and none without one",
+            )
+        desk.clear()
+
+
+def more_than_fits_waits_or_is_refused(bench: EngineBench) -> None:
+    """Jobs beyond the engine's memory wait, or fail with `PoolExhausted`; it holds no more."""
+    desk = bench.needs("decode")
+    capacity = desk.info.engine_blocks
+    size = desk.layout.block_tokens
+    length = max(size, min(desk.info.context_tokens - STEPS - 1, capacity * size // 3))
+    most = 0
+
+    def look(_event: str, _job: str) -> None:
+        nonlocal most
+        most = max(most, sum(desk.backend.pins().values()))
+
+    desk.ear.watch = look
+    count = 2 + 2 * capacity // desk.layout.blocks_for(length)
+    if count * length > MOST_TOKENS:
+        raise Unproven(f"its memory of {capacity} blocks is too large to be filled here")
+    prompts = [[(at + it) % desk.info.vocabulary for it in range(length)] for at in range(count)]
+    for asked in [desk.decode(prompt, (), bench.judged, tokens=2) for prompt in prompts]:
+        story = asked.story
+        desk.ear.wait(partial(_over, story), desk.patience)
+        desk.abort(asked)
+        desk.end(asked)
+        wrong = [it for it in story.errors if not isinstance(it, PoolExhausted)]
+        require(not wrong, f"failed: {wrong} for lack of memory; make it a PoolExhausted")
+        require(
+            story.errors or len(story.tokens) >= 2,
+            f"{story.name} ended without its tokens when memory was short; it may wait or fail",
+        )
+    require(
+        most <= capacity,
+        f"pins: {most} blocks of a memory that info.engine_blocks says has {capacity}",
+    )
+
+
+def _over(story: Story) -> bool:
+    return len(story.tokens) >= 2 or bool(story.ended)

@@ -1,0 +1,272 @@
+"""Engines that each break one promise, and the promise that finds them out.
+
+A mutant is `SmallEngine` with a few lines changed, as somebody might write them by mistake.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import msgspec
+
+from backends.api import DecodeJob, Output, PoolExhausted, PrefillJob, Row, Sampled
+from tests.engine.small import SmallEngine, Work
+
+
+class ForgetsTheLastPosition(SmallEngine):
+    def _copy(self, source: Any, froms: Any, target: Any, tos: Any, start: int, end: int) -> None:
+        if target is self._arena:
+            end -= 1
+        super()._copy(source, froms, target, tos, start, end)
+
+
+class LeavesOutAPartialBlock(SmallEngine):
+    def _export(self, work: Work, job: PrefillJob, start: int) -> None:
+        size = self.info.layout.block_tokens
+        done, work.done = work.done, work.done - work.done % size
+        super()._export(work, job, start)
+        work.done = done
+
+
+class TellsReadyBeforeItCopies(SmallEngine):
+    def _export(self, work: Work, job: PrefillJob, start: int) -> None:
+        for layer in range(self.info.layout.layers):
+            self.events.ready(work.name, start, work.done, layer)
+        self._copy(self._memory, work.blocks, self._arena, job.blocks, start, work.done)
+
+
+class ExportsWithoutBeingAsked(SmallEngine):
+    def _export(self, work: Work, job: PrefillJob, start: int) -> None:
+        if not job.blocks:
+            blocks = range(len(work.blocks))
+            self._copy(self._memory, work.blocks, self._arena, blocks, start, work.done)
+        super()._export(work, job, start)
+
+
+class WritesToTheNextBlock(SmallEngine):
+    def _export(self, work: Work, job: PrefillJob, start: int) -> None:
+        super()._export(work, job, start)
+        self._arena[(max(job.blocks, default=0) + 1) % len(self._arena)] = 0
+
+
+class ExportsAfterItSaidPrefilled(SmallEngine):
+    def _prefilled(self, work: Work, output: Output) -> None:
+        super()._prefilled(work, output)
+        time.sleep(0.05)
+        if isinstance(work.job, PrefillJob) and work.job.blocks:
+            self._copy(self._memory, work.blocks, self._arena, work.job.blocks, 0, work.done)
+
+
+class StopsOneTokenShort(SmallEngine):
+    def _work(self, job: PrefillJob | DecodeJob) -> Work:
+        if isinstance(job, DecodeJob):
+            job = msgspec.structs.replace(job, max_tokens=job.max_tokens - 1)
+        return super()._work(job)
+
+
+class ImportsOnePositionAside(SmallEngine):
+    def _import(self, work: Work, job: DecodeJob) -> None:
+        size = self.info.layout.block_tokens
+        work.done = job.imported_tokens
+        for position in range(1, work.done):
+            block, offset = divmod(position, size)
+            source, before = divmod(position - 1, size)
+            target = work.blocks[block]
+            self._memory[target, offset] = self._arena[job.blocks[source], before]
+        self.events.imported(work.name)
+
+
+class SaysImportedBeforeItCopies(SmallEngine):
+    def _import(self, work: Work, job: DecodeJob) -> None:
+        self.events.imported(work.name)
+        time.sleep(0.02)
+        work.done = job.imported_tokens
+        self._copy(self._arena, job.blocks, self._memory, work.blocks, 0, work.done)
+
+
+class NeverSaysImported(SmallEngine):
+    def start(self, events: Any) -> None:
+        class Deaf:
+            def __getattr__(self, name: str) -> Any:
+                return (lambda _: None) if name == "imported" else getattr(events, name)
+
+        super().start(Deaf())
+
+
+class ForgetsWhatWasGenerated(SmallEngine):
+    def _work(self, job: PrefillJob | DecodeJob) -> Work:
+        if isinstance(job, DecodeJob) and not job.blocks:
+            sequence = msgspec.structs.replace(job.sequence, generated=[])
+            job = msgspec.structs.replace(job, sequence=sequence)
+        return super()._work(job)
+
+
+class GivesAllSequencesOneToken(SmallEngine):
+    def _deliver(self, rows: list[tuple[Work, Row]], outputs: list[Output]) -> None:
+        same = [Output(it.sampled[:1] * len(it.sampled), it.prompt_logprobs) for it in outputs]
+        super()._deliver(rows, same)
+
+
+class IgnoresTheSeed(SmallEngine):
+    def _work(self, job: PrefillJob | DecodeJob) -> Work:
+        work = super()._work(job)
+        work.sequences = tuple(msgspec.structs.replace(it, seed=0) for it in work.sequences)
+        return work
+
+
+class MixesUpItsBatch(SmallEngine):
+    def _deliver(self, rows: list[tuple[Work, Row]], outputs: list[Output]) -> None:
+        if len(rows) > 1 and all(
+            work.decodes and output.sampled for (work, _), output in zip(rows, outputs, strict=True)
+        ):
+            outputs = [*outputs[1:], outputs[0]]
+        super()._deliver(rows, outputs)
+
+
+class ScoresOneTokenTooFew(SmallEngine):
+    def _prefilled(self, work: Work, output: Output) -> None:
+        work.scores = work.scores[1:]
+        super()._prefilled(work, output)
+
+
+class FindsKVUnderAnySalt(SmallEngine):
+    def _prefilled(self, work: Work, output: Output) -> None:
+        seen = self.__dict__.setdefault("seen", set())
+        tokens = tuple(work.tokens)
+        cached = len(tokens) if tokens in seen else 0
+        seen.add(tokens)
+        scores = tuple(work.scores)
+        self.events.prefilled(work.name, Output(output.sampled, scores), cached)
+
+
+class NeverEndsWhatWasAborted(SmallEngine):
+    def _on_abort(self, name: str) -> None:
+        for work in [it for it in self._active if it.name == name]:
+            self._active.remove(work)
+            self._release(work)
+
+
+class EndsBeforeItsMemoryIsFree(SmallEngine):
+    def _finish(self, work: Work) -> None:
+        self._active.remove(work)
+        self.events.ended(work.name)
+        self._release(work)
+
+
+class EndsTwice(SmallEngine):
+    def _on_abort(self, name: str) -> None:
+        known = [it for it in (*self._waiting, *self._active) if it.name == name]
+        super()._on_abort(name)
+        if not known:
+            self.events.ended(name)
+
+
+class TellsATokenAfterTheEnd(SmallEngine):
+    def _finish(self, work: Work) -> None:
+        super()._finish(work)
+        if work.decodes:
+            self.events.decoded([(work.name, Sampled(1))])
+
+
+class KeepsTheMemoryOfWhatWasAborted(SmallEngine):
+    def _reap(self) -> None:
+        now = time.monotonic()
+        for work in [it for it in self._active if it.free_at is not None and it.free_at <= now]:
+            work.blocks = []
+            self._finish(work)
+
+
+class EndsWhatDoesNotFit(SmallEngine):
+    def _admit(self) -> None:
+        super()._admit()
+        for work in [*self._waiting]:
+            self._waiting.remove(work)
+            self.events.ended(work.name)
+
+
+class SaysTooLittleOfItsMemory(SmallEngine):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.info = msgspec.structs.replace(self.info, engine_blocks=self.info.engine_blocks // 2)
+
+    def _take(self, job: PrefillJob | DecodeJob, tokens: int) -> None:
+        if self.info.layout.blocks_for(tokens + 1) > 2 * self.info.engine_blocks:
+            raise PoolExhausted(f"{tokens} tokens do not fit")
+        self._orders.put(job)
+
+
+class WaitsForItsScheduler(SmallEngine):
+    def decode(self, job: DecodeJob) -> None:
+        super().decode(job)
+        time.sleep(0.1)
+
+
+class WritesAfterItWasClosed(SmallEngine):
+    def close(self) -> None:
+        super().close()
+        pool = self.pool
+        threading.Timer(0.03, lambda: pool.__setitem__(slice(0, 64), 1)).start()
+
+
+class HangsWhenClosedWithJobs(SmallEngine):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, step_seconds=0.02)
+
+    def close(self) -> None:
+        while self.pins():
+            time.sleep(0.01)
+        super().close()
+
+
+class StatesAnotherOrderOfAxes(SmallEngine):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        lie = "block layer kv token head dim"
+        layout = msgspec.structs.replace(self.info.layout, axes=lie)
+        self.info = msgspec.structs.replace(self.info, layout=layout)
+
+
+class ReadsHeadsInAnotherOrder(SmallEngine):
+    def _import(self, work: Work, job: DecodeJob) -> None:
+        super()._import(work, job)
+        self._memory[work.blocks] = self._memory[work.blocks][:, :, :, :, ::-1]
+
+
+class HasTooSmallAnArena(SmallEngine):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "arena_tokens": options["context_tokens"] - 16})
+
+
+MUTANTS: dict[type[SmallEngine], str] = {
+    HasTooSmallAnArena: "its_statements_make_sense",
+    ForgetsTheLastPosition: "a_prefix_is_exported_whole",
+    LeavesOutAPartialBlock: "a_prefix_is_exported_whole",
+    ExportsWithoutBeingAsked: "without_blocks_nothing_is_exported",
+    TellsReadyBeforeItCopies: "what_is_ready_is_final",
+    WritesToTheNextBlock: "nothing_else_of_the_arena_is_touched",
+    ExportsAfterItSaidPrefilled: "the_arena_is_left_alone_after_the_prefix",
+    StopsOneTokenShort: "every_token_is_told",
+    ImportsOnePositionAside: "decoding_after_a_handoff_equals_decoding_in_place",
+    NeverSaysImported: "decoding_after_a_handoff_equals_decoding_in_place",
+    ForgetsWhatWasGenerated: "a_continued_sequence_is_continued",
+    GivesAllSequencesOneToken: "sequences_share_a_prefix",
+    SaysImportedBeforeItCopies: "the_arena_is_free_once_imported",
+    StatesAnotherOrderOfAxes: "the_reference_continues_what_it_exports",
+    ReadsHeadsInAnotherOrder: "what_the_reference_exports_is_continued",
+    MixesUpItsBatch: "jobs_do_not_change_each_other",
+    IgnoresTheSeed: "a_seed_gives_its_text_again",
+    ScoresOneTokenTooFew: "prompt_logprobs_are_given_as_declared",
+    FindsKVUnderAnySalt: "nothing_is_found_under_another_salt",
+    NeverEndsWhatWasAborted: "an_aborted_job_ends_once_and_holds_nothing",
+    EndsBeforeItsMemoryIsFree: "an_aborted_job_ends_once_and_holds_nothing",
+    EndsTwice: "an_abort_of_what_is_over_has_no_effect",
+    TellsATokenAfterTheEnd: "nothing_is_said_after_the_end",
+    EndsWhatDoesNotFit: "more_than_fits_waits_or_is_refused",
+    SaysTooLittleOfItsMemory: "more_than_fits_waits_or_is_refused",
+    KeepsTheMemoryOfWhatWasAborted: "memory_comes_back",
+    WaitsForItsScheduler: "calls_return_at_once",
+    WritesAfterItWasClosed: "it_can_be_closed_with_jobs_open",
+    HangsWhenClosedWithJobs: "it_can_be_closed_with_jobs_open",
+}

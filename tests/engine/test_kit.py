@@ -1,0 +1,66 @@
+"""The kit's list for engines: the small engine keeps it, each mutant breaks what it breaks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from backends.emulation.synthetic import SyntheticBackend
+from backends.testing import ENGINE, EngineBench, Maker, conformance, examine
+from tests.engine.mutants import MUTANTS
+from tests.engine.small import SmallEngine
+from tests.life.cluster import SHAPE
+from transfer.warming import warm_up
+
+SHAPES = {"layers": 3, "kv_heads": 2, "head_dim": 16}
+SIZES = {"arena_tokens": 1024, "context_tokens": 512, "pool_tokens": 1024}
+OPTIONS: dict[str, Any] = {**SHAPES, **SIZES, "prompt_logprobs": True}
+REFERENCE: dict[str, Any] = {**SHAPE, "pool_tokens": 1024, "context_tokens": 512}
+PROMISES = {promise.__name__: promise for promise in ENGINE}
+
+
+@contextmanager
+def bench(kind: type[SmallEngine], patience: float = 20.0, **more: Any) -> Iterator[EngineBench]:
+    warm_up()
+    maker = Maker(kind.__name__, kind, {**OPTIONS, **more})
+    reference = Maker("synthetic", SyntheticBackend, REFERENCE)
+    made = EngineBench(maker, reference, patience=patience)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_an_engine_keeps_every_promise() -> None:
+    with bench(SmallEngine, linger_seconds=0.005, chunk_tokens=20) as desk:
+        verdicts = examine(ENGINE, desk)
+    assert {it.promise: it.detail for it in verdicts if it.outcome != "kept"} == {}
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_of_an_engine_that_does_half_the_other_half_is_not_asked(phase: str) -> None:
+    with bench(SmallEngine, phases=(phase,)) as desk:
+        verdicts = examine(ENGINE, desk)
+    assert {it.promise: it.detail for it in verdicts if it.outcome == "broken"} == {}
+    unproven = {it.promise for it in verdicts if it.outcome == "unproven"}
+    assert "decoding_after_a_handoff_equals_decoding_in_place" in unproven
+    assert len(unproven) <= len(ENGINE) // 2
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda it: it.__name__)
+def test_a_mutant_breaks_its_promise(mutant: type[SmallEngine]) -> None:
+    with bench(mutant, patience=1.0) as desk:
+        (verdict,) = examine([PROMISES[MUTANTS[mutant]]], desk)
+    assert verdict.outcome == "broken"
+    assert len(verdict.detail) > 20, "it says what to fix"
+
+
+def test_every_promise_has_a_mutant() -> None:
+    assert set(MUTANTS.values()) == PROMISES.keys()
+
+
+def test_the_kit_knows_an_engine_by_what_it_states() -> None:
+    name = f"{SmallEngine.__module__}:{SmallEngine.__name__}"
+    report = conformance(name, OPTIONS, reference=("synthetic", REFERENCE))
+    assert (report.contract, report.ok, len(report.verdicts)) == ("engine", True, len(ENGINE))
