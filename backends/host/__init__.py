@@ -7,7 +7,7 @@ looking at what is kept, runs on the event loop.
 """
 
 from backends.host.config import HostConfig
-from backends.host.plugins import load_backend
+from backends.host.plugins import load_backend, requires
 from backends.host.worker import WorkerHost
 
-__all__ = ["HostConfig", "WorkerHost", "load_backend"]
+__all__ = ["HostConfig", "WorkerHost", "load_backend", "requires"]

@@ -68,6 +68,9 @@ def construct(
         raise BackendMisconfigured(
             f"backend {name!r} has no option {unknown[0]!r}; it has: {', '.join(parameters)}"
         )
+    lacking = [it for it in parameters if _is_required(parameters[it]) and it not in arguments]
+    if lacking:
+        raise BackendMisconfigured(f"backend {name!r} needs the option {lacking[0]!r}")
     if progress is not None and (takes_any or "progress" in parameters):
         arguments["progress"] = progress
     backend: Backend = factory(**arguments)
@@ -77,6 +80,21 @@ def construct(
         raise BackendMisconfigured(f"backend {name!r} lacks {', '.join(missing)}")
     assert_pool_fits(name, backend)
     return backend
+
+
+def requires(name: str, option: str) -> bool:
+    """Whether the backend `name` must be given that option.
+
+    Raises:
+        BackendNotFound: no such entry point.
+    """
+    parameter = inspect.signature(find_backend(name).load()).parameters.get(option)
+    return parameter is not None and _is_required(parameter)
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    return parameter.default is parameter.empty and not variable
 
 
 def assert_pool_fits(name: str, backend: Backend) -> None:

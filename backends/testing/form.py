@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -105,11 +105,16 @@ def _verdicts(promises: Sequence[Promise[B]], bench: B) -> Iterator[Verdict]:
             lost = f"nothing can be asked of it since {promise.__name__}, where it hung"
         yield Verdict(
             promise=promise.__name__,
-            says=(promise.__doc__ or "").strip().partition("\n")[0],
+            says=says(promise),
             outcome=outcome,
             detail=detail,
             seconds=round(time.monotonic() - began, 3),
         )
+
+
+def says(promise: Promise[Any]) -> str:
+    """What is promised, in one line."""
+    return (promise.__doc__ or "").strip().partition("\n")[0]
 
 
 def _look(promise: Promise[B], bench: B) -> tuple[Outcome, str]:

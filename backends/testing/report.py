@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
-from backends.testing.form import Outcome, Verdict
+from backends.testing.form import Outcome, Promise, Verdict, says
 
 WIDTH = 100
 _MARK: dict[Outcome, str] = {"kept": "ok", "broken": "BROKEN", "unproven": "unproven"}
@@ -69,3 +69,8 @@ def _summary(report: Report) -> Iterator[str]:
         f"\n{report.backend}: {kept} promises kept, {len(report.broken)} broken, "
         f"{len(report.unproven)} not proven; reference: {report.reference}"
     )
+
+
+def promise_list(promises: Iterable[Promise[Any]]) -> str:
+    """Markdown: what is promised, in order."""
+    return "\n".join(f"- `{it.__name__}`: {says(it)}" for it in promises)

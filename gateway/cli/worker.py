@@ -23,7 +23,6 @@ from gateway.settings import ConfigError, Problem, is_wildcard
 log = structlog.get_logger()
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-TAKES_MODEL = frozenset({"emulation", "llamacpp", "onnxruntime", "vllm", "vllm-served"})
 
 
 def run_worker(config: Config, name: str, reporter: Reporter) -> None:
@@ -52,8 +51,11 @@ def run_worker(config: Config, name: str, reporter: Reporter) -> None:
 
 
 def _options(config: Config, worker: WorkerSection) -> dict[str, Any]:
+    """Its options, with the configured model where it needs one and none is named."""
+    from backends.host import requires
+
     options = dict(worker.options)
-    if worker.backend in TAKES_MODEL and "model" not in options:
+    if "model" not in options and requires(worker.backend, "model"):
         try:
             options["model"] = str(find_model(config.model.source))
         except ValueError as error:

@@ -24,6 +24,7 @@ BROKEN = "tests.conformance.mutants.stating:UnknownParameter"
         (["nobody"], "no backend is called 'nobody'; installed: "),
         (["synthetic", "--options", "layerz=2"], "no option 'layerz'"),
         (["synthetic", "--options", "layers=none"], "layers"),
+        (["emulation"], "needs the option 'model'"),
         (["synthetic", "--options", "nowhere.toml"], "nowhere.toml"),
         (["backends.nowhere:Acme"], "backends.nowhere"),
         (["backends.testing:Acme"], "Acme"),

@@ -194,6 +194,8 @@ def prompt_logprobs_agree_with_decoding(bench: SteppedBench) -> None:
     desk = bench.desk
     if bench.judged.logprobs is None:
         raise Unproven("it does not declare `logprobs`")
+    if not desk.info.prompt_logprobs:
+        raise Unproven("info.prompt_logprobs is false, so nobody asks for them")
     if desk.info.emulated:
         raise Unproven("info.emulated: its log probabilities may be made up")
     prompt = bench.prompts(1)[0]
