@@ -61,6 +61,7 @@ class Landings:
         failed: Callable[[Reserved, str, str], None],
         freed: Callable[[], None],
         shunned: Callable[[], None] = lambda: None,
+        reclaim: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._info = info
@@ -73,6 +74,7 @@ class Landings:
         self._failed = failed
         self._freed = freed
         self._tell_shunned = shunned
+        self._reclaim = reclaim
         self._count = 0
         self._open: dict[str, Reserved] = {}
         self._exposed: Counter[Where] = Counter()  # blocks in both, by pool and prefill worker
@@ -141,7 +143,11 @@ class Landings:
         kept = self._reuse.share(links, most, reused)
         wanted = self._info.layout.blocks_for(tokens) - len(kept)
         written = staging.layout.blocks_for(tokens) if staging is not None else wanted
-        full = self._exhausted(prefill, staging, written) or self._full(wanted, headroom)
+        full = (
+            self._exhausted(prefill, staging, written)
+            or self._crowded(wanted)
+            or self._short(wanted + headroom)
+        )
         if full:
             self._ledger.release(reused)
             raise PoolExhausted(full)
@@ -194,14 +200,19 @@ class Landings:
             return f"{wanted} blocks wanted for codes, {staging.ledger.free} free"
         return ""
 
-    def _full(self, wanted: int, headroom: int) -> str:
-        """Why so many blocks cannot be set aside now; empty when they can."""
+    def _crowded(self, wanted: int) -> str:
+        """Why so many blocks more may not wait in landings; empty when they may."""
         waiting = self._ledger.held_for("landing", "headroom", "quarantine")
         if waiting and waiting + wanted > self._config.landing_share * self._info.pool_blocks:
             return f"{waiting} blocks wait in landings already"
-        if self._ledger.free < wanted + headroom:
-            return f"{wanted + headroom} blocks wanted, {self._ledger.free} free"
         return ""
+
+    def _short(self, wanted: int) -> str:
+        """Why there are not so many blocks, even in the place of what nobody owns; or empty."""
+        if self._ledger.free < wanted:
+            self._reclaim()
+        free = self._ledger.free
+        return f"{wanted} blocks wanted, {free} free" if free < wanted else ""
 
     def withdraw(self, landing_id: str) -> None:
         """End a landing; its blocks are quarantined until they are quiet. Safe to call twice."""

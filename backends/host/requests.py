@@ -102,6 +102,7 @@ class Requests:
             failed=self._landing_failed,
             freed=self.steps.resume,
             shunned=load_changed,
+            reclaim=lambda: self.keeper.reclaim(),
         )
         self.keeper = Keeper(config, self._book, self._stop, self._end, self.steps.resume)
 
@@ -150,7 +151,14 @@ class Requests:
             return
         held = self._book.open(link, spec)
         try:
-            reserved = self._reserved(held, message)
+            reserved = self.landings.reserve(
+                held,
+                spec,
+                prefill=message.prefill,
+                transport=message.transport,
+                partial=message.partial,
+                sources=message.sources,
+            )
         except PoolExhausted as error:
             self._book.close(held)
             link.send(Refused(handle=spec.handle, kind="full", detail=str(error)))
@@ -392,21 +400,6 @@ class Requests:
             link.send(Refused(handle=spec.handle, kind="invalid", detail=detail))
             return True
         return self.keeper.fenced(link, spec)
-
-    def _reserved(self, held: Held, message: Reserve) -> Reserved:
-        """A landing, in the place of what nobody owns if need be."""
-        spec = message.spec
-        wanted = self._info.layout.blocks_for(len(spec.prefix)) + len(spec.sequences)
-        if wanted > self._ledger.free:
-            self.keeper.reclaim()
-        return self.landings.reserve(
-            held,
-            spec,
-            prefill=message.prefill,
-            transport=message.transport,
-            partial=message.partial,
-            sources=message.sources,
-        )
 
     def _stop(self, held: Held, indexes: Iterable[int]) -> None:
         """Decode these sequences no more."""

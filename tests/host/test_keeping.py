@@ -16,6 +16,7 @@ from backends.protocol import (
     Drain,
     Failed,
     FirstToken,
+    Flow,
     Granted,
     Part,
     Prefill,
@@ -251,6 +252,31 @@ async def test_new_work_takes_the_pool_from_what_nobody_owns() -> None:
         second.send(Cancel(handle=7))
         second.send(Cancel(handle=100))
         await until(all_free, second)
+
+
+async def test_nobody_makes_way_for_blocks_that_are_there_already() -> None:
+    """A prefix that another sequence holds, of which a landing needs the end alone."""
+    async for it in site(slow(), orphan_run_seconds=0.0):
+        first, second = await greeted(it), await greeted(it)
+        shared = msgspec.structs.replace(spec([2] * 280, max_tokens=200), salt=b"t")
+        await begin(second, shared, 1)
+        second.send(Flow(handle=shared.handle, index=0, paused=True))
+        await begin(first, kept([1] * 170, max_tokens=250, handle=2), 2)
+        first.writer.close()
+        await until(orphaned, it, "c")
+        await until(proven, it)
+        whole = it.host._info.layout.blocks_for(280)
+        assert await second.free() < whole
+        again = msgspec.structs.replace(shared, handle=7)
+        second.send(Reserve(spec=again, partial=True))
+        granted: Granted = await second.hear(Granted)
+        assert granted.landing.present == 272
+        (orphan,) = (held for held, _ in it.host._requests._book.orphans)
+        assert orphan.running
+
+
+async def proven(it: Site) -> bool:
+    return all(one.proof for one in it.host._requests.reuse.prefixes._by_link.values())
 
 
 async def test_too_many_that_nobody_owns_are_given_up_the_oldest_first() -> None:
