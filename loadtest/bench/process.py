@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from gateway.leash import leashed
+
 TICKS = os.sysconf("SC_CLK_TCK")
 STOP_SECONDS = 10.0
 
@@ -67,7 +69,10 @@ def running(
     cores: frozenset[int] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process, on `cores` where given, its output in `log`; stop it and its children."""
+    """Run a process, on `cores` where given, its output in `log`; stop it and its children.
+
+    It dies with us, whatever kills us.
+    """
 
     def pin() -> None:
         if cores is not None:
@@ -75,7 +80,7 @@ def running(
 
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            leashed([*command]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

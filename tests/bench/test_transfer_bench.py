@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gateway.leash import leashed
 from tests.bench.transfer.aims import judge
 from tests.bench.transfer.cases import LLAMA, SMOL, Case, Kind, fill, is_there
 
@@ -65,7 +66,9 @@ def test_it_prints_a_table_and_keeps_the_figures(tmp_path: Path) -> None:
     command += ["--cases", "135M, 48 tokens", "--contenders", who, "--folder", str(tmp_path)]
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two cores are needed")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        leashed(command), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "Baton tcp" in done.stdout
     assert "of bare socket (aim 0.6" in done.stdout
@@ -81,7 +84,9 @@ def test_a_pair_is_measured_again_with_both_cores_busy(tmp_path: Path) -> None:
     command += ["--folder", str(tmp_path)]
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two cores are needed")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        leashed(command), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "kept (aim 0.5)" in done.stdout
     [written] = tmp_path.iterdir()
@@ -94,7 +99,9 @@ def test_a_pair_is_measured_again_with_both_cores_busy(tmp_path: Path) -> None:
 def test_the_overhead_is_printed_beside_a_bare_socket_and_its_aim(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench.overhead", "--handoffs", "3"]
     command += ["--transports", "tcp", "--folder", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        leashed(command), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "3 handoffs of 128 tokens, 2.95 MB, tcp" in done.stdout
     assert "beyond moving" in done.stdout

@@ -117,12 +117,16 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-async def test_a_leashed_process_dies_with_its_parent(tmp_path: Path) -> None:
+ON_A_LEASH = "from gateway.leash import leashed;p = subprocess.Popen(leashed(['sleep', '60']))"
+OF_A_BENCHMARK = "from loadtest.bench.process import *;it = running(['sleep', '60'], LOG)"
+
+
+@pytest.mark.parametrize("start", [ON_A_LEASH, f"{OF_A_BENCHMARK};p = it.__enter__()"])
+async def test_a_process_on_a_leash_dies_with_its_parent(tmp_path: Path, start: str) -> None:
     pid = tmp_path / "pid"
     program = (
-        "import subprocess, time; from gateway.leash import leashed;"
-        "p = subprocess.Popen(leashed(['sleep', '60']));"
-        f"open({str(pid)!r}, 'w').write(str(p.pid)); time.sleep(60)"
+        f"import pathlib, subprocess, time; LOG = pathlib.Path({str(tmp_path / 'log')!r});"
+        f"{start};open({str(pid)!r}, 'w').write(str(p.pid)); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
     await until(lambda: pid_in(pid))

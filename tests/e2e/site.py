@@ -18,6 +18,8 @@ from urllib.request import Request, urlopen
 import psutil
 from redis import Redis as BlockingRedis
 
+from gateway.leash import leashed
+
 SYNTHETIC = {
     "layers": 4,
     "kv_heads": 2,
@@ -182,7 +184,7 @@ def serve(
     out = folder / "screen.txt"
     with out.open("wb") as screen:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.cli", "serve", "--config", str(config)],
+            leashed([sys.executable, "-m", "gateway.cli", "serve", "--config", str(config)]),
             stdout=screen,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -35,7 +35,6 @@ from backends.protocol import (
     Tokens,
     Welcome,
 )
-from gateway.leash import leashed
 from loadtest.bench.figures import ROOT
 from loadtest.bench.process import NotStarted, running, wait_until
 from tests.bench.desk.worker import Worker
@@ -197,7 +196,7 @@ async def desk(folder: Path, workers: Sequence[Worker]) -> AsyncIterator[Desk]:
             encoded = msgspec.json.encode(worker).decode()
             process = stack.enter_context(
                 running(
-                    leashed([sys.executable, "-m", "tests.bench.desk.worker", encoded]),
+                    [sys.executable, "-m", "tests.bench.desk.worker", encoded],
                     log,
                     cores=frozenset({cores[index % len(cores)]}),
                     environment={"PYTHONPATH": str(ROOT)},

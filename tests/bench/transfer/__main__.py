@@ -21,7 +21,6 @@ from pathlib import Path
 
 import msgspec
 
-from gateway.leash import leashed
 from loadtest.bench.figures import ROOT, Results, table, warn_if_busy
 from loadtest.bench.process import running, unwind_when_told_to_stop
 from tests.bench.transfer.aims import judge
@@ -139,7 +138,7 @@ class Bench:
         spinning = "while True: pass"
         with ExitStack() as stack:
             for core in self._cores:
-                command = leashed([sys.executable, "-c", spinning])
+                command = [sys.executable, "-c", spinning]
                 log = self._folder / f"spin-{core}.log"
                 stack.enter_context(running(command, log, cores=frozenset({core})))
             busy, _ = self._measure(BUSY, [it.contender for it in quiet], busy=True)

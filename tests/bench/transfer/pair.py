@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-from gateway.leash import leashed
 from loadtest.bench.figures import ROOT
 from loadtest.bench.process import running
 from tests.bench.transfer.cases import Case
@@ -158,7 +157,7 @@ def paired(name: str, case: Case, folder: Path, cores: tuple[int, int]) -> Itera
             encoded = msgspec.json.encode(case).decode()
             process = stack.enter_context(
                 running(
-                    leashed([*command, encoded]),
+                    [*command, encoded],
                     path.with_name(f"{role}.log"),
                     cores=frozenset({core}),
                     environment={

@@ -288,6 +288,7 @@ class WorkerProcess(Process):
         )
         self.fails_until = 0.0
         self.loop.step_seconds = self._step_seconds
+        self.pool = backend.pool
         self.host = WorkerHost(config, backend, peers=WiredPeers)
         self.requests = self.host._requests
         self.ledger = self.host._ledger

@@ -113,7 +113,7 @@ class Strikes:
         if kept:
             block = kept[int(amount * len(kept))]
             self._game.tell(f"{slot}: a bit of block {block} changes")
-            pool = memoryview(process.host._backend.pool)
+            pool = memoryview(process.pool)
             flip(pool[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES], amount)
 
     def _stop(self, slot: str, amount: float) -> None:
