@@ -54,6 +54,9 @@ from transfer.warming import warm_up
 log = structlog.get_logger()
 
 HELLO_SECONDS = 5.0
+MAX_STRANGERS = 64
+"""So many connections may not have proven themselves yet; the oldest of them makes way."""
+
 LOAD_SECONDS = 1.0
 STEPS_AHEAD = 8  # more prompts than that wait in the queue, where they hold no memory
 POLL_SECONDS = 0.05
@@ -213,6 +216,11 @@ class WorkerHost:
     # ---- connections
 
     def _new_link(self) -> Link:
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            self._strangers.pop(oldest).timer.cancel()
+            log.warning("gateway.rejected", reason=f"{MAX_STRANGERS} others have not proven who")
+            oldest.abort("too many have not proven who they are")
         link = Link(ToWorker, self._on_message, self._on_lost)
         timer = asyncio.get_running_loop().call_later(
             HELLO_SECONDS, self._reject, link, f"no greeting within {HELLO_SECONDS} s"

@@ -13,6 +13,7 @@ import pytest
 from backends.api import Output, Row, Sampled, Sampling
 from backends.emulation.synthetic import SyntheticBackend
 from backends.host import HostConfig, WorkerHost
+from backends.host.worker import HELLO_SECONDS, MAX_STRANGERS
 from backends.protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -134,6 +135,22 @@ async def test_garbage_ends_that_connection_and_no_other(worker: Site, garbage: 
     bad.writer.write_eof()
     assert await bad.ended()
     assert await good.free() == 32
+
+
+async def test_strangers_make_way_for_each_other_and_for_whoever_proves_itself(
+    worker: Site,
+) -> None:
+    good = await (await worker.peer()).greet("sesame")
+    first = await worker.peer()
+    first.send(Caller("g", "sesame").hello)
+    await first.hear(Challenge)
+    others = [await worker.peer() for _ in range(MAX_STRANGERS)]
+    async with asyncio.timeout(HELLO_SECONDS / 2):
+        assert await first.ended()
+    assert await (await (await worker.peer()).greet("sesame")).free() == 32
+    assert await good.free() == 32
+    for other in others:
+        other.writer.close()
 
 
 async def test_a_landing_that_nobody_writes_to_expires_and_frees_its_blocks(worker: Site) -> None:
