@@ -53,6 +53,12 @@ def _compiler(*, forceinline: bool) -> Callable[[Function], Function]:
     return compile_
 
 
+def kept_in(function: Any) -> Path | None:
+    """The folder in which what `compiled` made is kept; None where there is none."""
+    path = function._cache.cache_path  # noqa: SLF001 -- numba does not say otherwise
+    return Path(path) if path is not None else None
+
+
 compiled = _compiler(forceinline=False)
 inlined = _compiler(forceinline=True)
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 
 from transfer import sockets, taking
@@ -14,14 +20,47 @@ from transfer.kernels import (
     move,
     settle_scales,
 )
+from transfer.raw import SOURCES, kept_in
 from transfer.rounding import FLOAT16, FLOAT32, INT8, TO_HALF
 from transfer.walking import I64, find_runs, lay_out
+
+PATIENCE_SECONDS, LOOK_SECONDS = 60.0, 0.05
 
 NOTHING: I64 = np.zeros(0, np.int64)
 
 
 def warm_up() -> None:
-    """Call every kernel once, with the types that it is called with. Takes seconds, once ever."""
+    """Call every kernel once, with the types that it is called with. Takes seconds, once ever.
+
+    Where several processes begin at the same time one compiles, and the others wait for that.
+    """
+    folder = kept_in(copy_runs)
+    if folder is None or (done := folder / f"baton-{SOURCES[:16]}.done").exists():
+        _call_all()
+        return
+    with _alone(folder / "baton.lock"):
+        _call_all()
+        for old in folder.glob("baton-*.done"):
+            old.unlink(missing_ok=True)
+        done.touch()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock, or go on without when whoever has it takes too long."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    with path.open("w") as file:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(LOOK_SECONDS)
+            else:
+                break
+        yield
+
+
+def _call_all() -> None:
     memory = np.zeros(1024, np.uint8)
     at = memory.ctypes.data
     table = (1024, 0, np.array([at], np.int64))
