@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
+from math import inf
 
+import msgspec
 import structlog
 
 from gateway.admission import Admission, Ticket
@@ -20,6 +23,7 @@ from gateway.errors import (
     DeadlineExceeded,
     Draining,
     GatewayError,
+    TakenOver,
     WorkerFailed,
 )
 from gateway.life.adoption import AdoptedLeg, Adoption, Found
@@ -171,9 +175,42 @@ class Relay:
         adoption = Adoption(self._fleet, claim, run.job.n)
         try:
             found = await adoption.find(self._worker_wait) if run.kept else []
-            await self._together(run, partial(self._go_on, run, life, found))
+            adopted = {index for one in found for index in one.indexes}
+            async with self._leased(run, found, all(it.index in adopted for it in run.lines)):
+                await self._together(run, partial(self._go_on, run, life, found))
         finally:
             adoption.close()
+
+    @asynccontextmanager
+    async def _leased(self, run: Run, found: list[Found], whole: bool) -> AsyncIterator[None]:
+        """Hold the job's lease, as soon as the queue has one: what was adopted needs no turn.
+
+        Unless a part of it must be computed again (not `whole`), which has a turn of its own.
+        """
+        async with asyncio.TaskGroup() as beside:
+            holding = beside.create_task(self._hold(run, found)) if whole else None
+            yield
+            if holding is not None:
+                holding.cancel()
+
+    async def _hold(self, run: Run, found: list[Found]) -> None:
+        """Be in the queue's books until cancelled.
+
+        Raises:
+            TakenOver: another gateway has the job.
+        """
+        ticket = msgspec.structs.replace(_ticket(run.job, 0.0), first_token_by=inf)
+        try:
+            async with self._admission.turn(
+                ticket, generated=lambda: run.generated_tokens
+            ) as run.grant:
+                if all(one.stage != "prefilling" for one in found):
+                    run.grant.prefilled()
+                await asyncio.get_running_loop().create_future()
+        except TakenOver:
+            raise
+        except GatewayError as error:
+            log.info("request.unleased", request=run.job.id, cause=str(error))
 
     async def _go_on(self, run: Run, life: Life, found: list[Found], apart: Apart) -> None:
         adopted = {index for one in found for index in one.indexes}

@@ -145,8 +145,11 @@ LATE = frozenset({"DeadlineExceeded", "RequestUnknown"})
 LEAST = {"WorkerFailed": MAX_RETRIES + 1}
 """How many of them, if not one: a worker's death costs time."""
 
-WEIGHT = dict.fromkeys(_FAILS, MAX_RETRIES + 1)
-"""How many failures one fault may make, if not one."""
+_LASTING = ("stop prefill", "stop decode", "part control", "part data")
+WEIGHT = dict.fromkeys(_LASTING, 2) | dict.fromkeys(_FAILS, MAX_RETRIES + 1)
+"""How many failures one fault may make, if not one: what lasts outlives a landing, whose worker is
+tried again, and then its worker's silence is noticed.
+"""
 
 OWN: Mapping[str, tuple[str, ...]] = {
     "post": ("over",),
