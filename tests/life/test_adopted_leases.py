@@ -19,6 +19,7 @@ async def leases(made: Cluster) -> dict[str, str]:
     return {
         name.decode(): msgspec.msgpack.decode(ticket)["gateway"]
         for name, ticket in zip(names, tickets, strict=True)
+        if ticket is not None  # it was given back just now
     }
 
 
