@@ -108,12 +108,15 @@ class CodedSender:
         coded = landing.layout
         plain = _plain_of(landing, self._codec)
         agreed = plan(source.layout, plain)
+        groups = coded.blocks_for(source.tokens)
+        padded = groups * coded.block_tokens
+        if landing.tokens != padded:
+            raise PeerMisbehaved(f"landing {landing.id}: tokens: {landing.tokens}, not {padded}")
         mine = tuple(_below(it) for it in landing.endpoints if codec_of(it.transport))
         landing = msgspec.structs.replace(landing, endpoints=mine)
-        groups = coded.blocks_for(source.tokens)
         buffer = self._take(groups * coded.block_bytes)
         codes = Source(
-            coded, buffer[: groups * coded.block_bytes], groups, tuple(range(groups)), source.tokens
+            coded, buffer[: groups * coded.block_bytes], groups, tuple(range(groups)), padded
         )
         try:
             encoder = Encoder(agreed, source, codes, self._codec)
@@ -154,7 +157,7 @@ class Encoder:
         self.group = agreed.target.head_dim
         self._layout = agreed.target
         self._kind = KIND[codec]
-        self._codes = codes
+        self.codes = codes
         groups = tuple(range(len(codes.blocks)))
         self._conversion = Conversion(agreed, source, _nowhere(agreed.target, groups, self.tokens))
         self._scratch = np.zeros(scratch_bytes(self.group), np.uint8)
@@ -164,7 +167,7 @@ class Encoder:
 
     def encode(self, part: KVSlice) -> None:
         """Encode a slice that begins with a group and ends with one, or with the prefix."""
-        layout, base = self._layout, self._codes.pool.ctypes.data
+        layout, base = self._layout, self.codes.pool.ctypes.data
         for layer in range(part.layer, part.layer + part.layers):
             for start in range(part.start, part.end, self._window):
                 end = min(part.end, start + self._window)
@@ -206,6 +209,8 @@ class CodedWriter:
         for some in self._due(part):
             self._busy = self._threads.submit(self._encoder.encode, some)
             await asyncio.shield(asyncio.wrap_future(self._busy))
+            if some.end == self._encoder.tokens:  # what its last group was filled up with
+                some = msgspec.structs.replace(some, end=self._encoder.codes.tokens)
             await self._inner.write(some)
 
     async def commit(self, note: bytes, seconds: float) -> Receipt:
@@ -240,12 +245,15 @@ class CodedWriter:
 def decode(
     codec: Codec,
     coded: Source,
+    tokens: int,
     target: KVLayout,
     pool: Buffer,
     pool_blocks: int,
     blocks: tuple[int, ...],
 ) -> None:
-    """Decode a prefix that lies in a coded pool into `blocks` of another. Slow; any thread.
+    """Decode a prefix of `tokens` tokens from a coded pool into `blocks` of another.
+
+    Slow; any thread.
 
     Raises:
         ValueError: pools, blocks and tokens contradict each other.
@@ -263,8 +271,10 @@ def decode(
     floats = np.empty(groups * plain.block_bytes, np.uint8)
     scratch = np.zeros(scratch_bytes(dim), np.uint8)
     numbers = tuple(range(groups))
-    for start in range(0, coded.tokens, step):
-        count = min(step, coded.tokens - start)
+    if tokens > coded.tokens:
+        raise ValueError(f"tokens: {tokens} of {coded.tokens}")
+    for start in range(0, tokens, step):
+        count = min(step, tokens - start)
         decode_groups(
             KIND[codec], base, places, start // dim, count, heads, dim, layers,
             floats.ctypes.data, scratch.ctypes.data,

@@ -1,11 +1,11 @@
 """KV as codes of eight bits: what a handoff may travel as where the wire is slow. Lossy.
 
 A *coded* layout is cut into groups of as many tokens as a head has numbers. A head's numbers of one
-token become as many codes and two bytes of scales after them. In a full group, K has a scale for
-each channel, as its outliers keep to a few of them: the two bytes of token i are the scale of
-channel i. V, and K in a last group that is not full, have a scale for each token. To the rest of
-the data plane such a vector is bytes: it is moved and proven as it is, and has no other reader
-than `decode_groups`.
+token become as many codes and two bytes of scales after them. K has a scale for each channel of a
+group, as its outliers keep to a few of them: the two bytes of token i are the scale of channel i.
+V has a scale for each token. A last group that is not full is filled up with zeros, and travels as
+a whole. To the rest of the data plane such a vector is bytes: it is moved and proven as it is, and
+has no other reader than `decode_groups`.
 
 Scales are float16, the largest magnitude divided by the largest code; a code is its number times
 the scale's reciprocal, rounded to nearest (ties to even). What holds a NaN or an infinity, or is
@@ -24,7 +24,7 @@ import numpy as np
 
 from transfer.errors import LayoutMismatch
 from transfer.layout import ITEM_BYTES, KVLayout
-from transfer.raw import as_bits, as_float, compiled, inlined, load32, store32
+from transfer.raw import as_bits, as_float, compiled, inlined, load32, store8, store32
 from transfer.rounding import (
     FLOAT16,
     KIND,
@@ -104,13 +104,23 @@ def _inverse(bits: Any) -> Any:
     return np.float32(1) / scale if scale > 0 else np.float32(0)
 
 
+@inlined
+def _fill_up(codes: int, count: int, dim: int, size: int) -> None:
+    """Zeros instead of the codes, or all, of a group's vectors from number `count` on."""
+    for t in range(count, dim):
+        for i in range(size):
+            store8(codes + (dim + SCALE_BYTES) * t, i, np.uint8(0))
+
+
 @compiled
-def _encode_by_channel(kind: int, floats: int, dim: int, codes: int, scratch: int) -> None:
-    """A full group: `dim` vectors of as many numbers."""
+def _encode_by_channel(
+    kind: int, floats: int, count: int, dim: int, codes: int, scratch: int
+) -> None:
+    """The `count` vectors of a group, with `dim` scales for all of them together."""
     scales, inverse, row = scratch, scratch + 4 * dim, scratch + 8 * dim
     for d in range(dim):
         store32(scales, d, U32(0))
-    for t in range(dim):
+    for t in range(count):
         vector = floats + 4 * dim * t
         for d in range(dim):
             most = max(U32(load32(vector, d) & MAGNITUDE), load32(scales, d))
@@ -118,21 +128,23 @@ def _encode_by_channel(kind: int, floats: int, dim: int, codes: int, scratch: in
     settle(scales, dim, kind, FLOAT16, row)
     for d in range(dim):
         store32(inverse, d, as_bits(_inverse(load32(scales, d))))
-    for t in range(dim):
+    for t in range(count):
         vector, to = floats + 4 * dim * t, codes + (dim + SCALE_BYTES) * t
         for d in range(dim):
             factor = as_float(load32(inverse, d))
             scaled = as_float(load32(vector, d)) * factor
             store32(row, d, as_bits(scaled if factor > 0 else np.float32(0)))
         encode(kind, row, to, dim, np.float32(1))
-        narrow(FLOAT16, scales + 4 * t, to + dim, 1)
+    _fill_up(codes, count, dim, dim)
+    for t in range(dim):
+        narrow(FLOAT16, scales + 4 * t, codes + (dim + SCALE_BYTES) * t + dim, 1)
 
 
 @compiled
 def _encode_by_token(
     kind: int, floats: int, count: int, dim: int, codes: int, scratch: int
 ) -> None:
-    """Vectors with a scale each."""
+    """The `count` vectors of a group, with a scale each."""
     scale, row = scratch, scratch + 8 * dim
     for t in range(count):
         vector, to = floats + 4 * dim * t, codes + (dim + SCALE_BYTES) * t
@@ -144,6 +156,7 @@ def _encode_by_token(
             store32(row, d, as_bits(scaled if factor > 0 else np.float32(0)))
         encode(kind, row, to, dim, np.float32(1))
         narrow(FLOAT16, scale, to + dim, 1)
+    _fill_up(codes, count, dim, dim + SCALE_BYTES)
 
 
 @compiled
@@ -153,16 +166,16 @@ def encode_layer(
 ) -> None:  # fmt: skip
     """Encode `tokens` tokens of one layer, from group `first` on, into a coded pool at `base`.
 
-    They lie at `floats` without gaps: group, K and V, head, token, number. Only the last group may
-    be less than full.
+    They lie at `floats` without gaps: group, K and V, head, token, number. The last group of a
+    prefix may be less than full.
     """
     for group in range(-(-tokens // dim)):
         count = min(dim, tokens - group * dim)
         for plane in range(2):
             for head in range(heads):
                 to = _group_at(base, first + group, layers, layer, plane, heads, head, dim)
-                if plane == 0 and count == dim:
-                    _encode_by_channel(kind, floats, dim, to, scratch)
+                if plane == 0:
+                    _encode_by_channel(kind, floats, count, dim, to, scratch)
                 else:
                     _encode_by_token(kind, floats, count, dim, to, scratch)
                 floats += count * dim * FLOAT_BYTES
@@ -189,13 +202,12 @@ def decode_groups(
                     to = floats + FLOAT_BYTES * dim * dim * (
                         ((group * layers + layer) * 2 + plane) * heads + head
                     )
-                    by_channel = plane == 0 and count == dim
-                    for t in range(count):
+                    for t in range(dim):
                         widen(FLOAT16, codes + size * t + dim, scratch + 4 * t, 1)
                     for t in range(count):
                         row = to + 4 * dim * t
                         widen(kind, codes + size * t, row, dim)
-                        if by_channel:
+                        if plane == 0:
                             for d in range(dim):
                                 number = as_float(load32(row, d)) * as_float(load32(scratch, d))
                                 store32(row, d, as_bits(number))

@@ -257,6 +257,8 @@ class Landings:
         parts: tuple[Part, ...],
         staging: Staging | None,
     ) -> Landing:
+        if staging is not None:
+            tokens = len(blocks) * staging.layout.block_tokens  # groups travel as a whole
         self._count += 1
         return Landing(
             id=f"{self._incarnation:x}-{self._count:x}",
@@ -332,7 +334,8 @@ class Landings:
         landing_id, begun = reserved.landing.id, _now()
         failure: Exception | None = None
         try:
-            await staged.staging.decode(reserved.landing, tuple(reserved.blocks))
+            tokens = len(reserved.spec.prefix)
+            await staged.staging.decode(reserved.landing, tokens, tuple(reserved.blocks))
         except MemoryError as error:
             failure = error
         staged.staging.ledger.release(staged.holder)

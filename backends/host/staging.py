@@ -41,8 +41,8 @@ class Staging:
         self._pool = pool
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-decode")
 
-    async def decode(self, landing: Landing, blocks: tuple[int, ...]) -> None:
-        """Decode what was verified in `landing` into `blocks` of the backend's pool.
+    async def decode(self, landing: Landing, tokens: int, blocks: tuple[int, ...]) -> None:
+        """Decode the first `tokens` that were verified in `landing` into `blocks` of the pool.
 
         The thread goes on when this is cancelled.
         """
@@ -52,6 +52,7 @@ class Staging:
             decode,
             self.codec,
             codes,
+            tokens,
             self._info.layout,
             self._pool,
             self._info.pool_blocks,

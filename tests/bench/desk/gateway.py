@@ -106,6 +106,7 @@ class Desk:
                 incarnation=decode.incarnation,
                 layout=decode.info.layout,
                 endpoints=decode.endpoints,
+                exact=decode.info.continuation == "exact",
             )
         )
         _, self.met = await self._wait(Met)
@@ -131,7 +132,7 @@ class Desk:
             deadline_seconds=ANSWER_SECONDS,
         )
         began = time.monotonic()
-        self._links["decode"].send(Reserve(spec=spec))
+        self._links["decode"].send(Reserve(spec=spec, transport=self.met.transport))
         granted_at, granted = await self._wait(Granted)
         asked = time.monotonic()
         self._links["prefill"].send(Prefill(spec=spec, landing=granted.landing))

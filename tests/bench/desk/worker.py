@@ -19,7 +19,7 @@ import structlog
 import uvloop
 
 from backends.host import HostConfig, WorkerHost, load_backend
-from backends.host.config import Transport
+from backends.host.config import Transport, Wire
 from backends.host.peers import Peers
 from backends.protocol import Role
 from transfer.contract import KVSlice, Probe, Receipt, Sender, Source, Writer
@@ -43,12 +43,14 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     link_gbit: float = 0.0
     whole: bool = False
     transport: Transport = "auto"
+    wire: tuple[Wire, ...] = ()
 
 
 class Link:
     """An emulated link: a byte leaves when all before it have had their time on the wire."""
 
     def __init__(self, gbit: float) -> None:
+        self.bytes_per_second = gbit * 1e9 / 8
         self._seconds_per_byte = 8e-9 / gbit if gbit else 0.0
         self._free = 0.0
 
@@ -80,7 +82,11 @@ class ShapedSender:
         return await self._inner.connect(endpoint, source, target)
 
     async def probe(self, endpoint: Endpoint) -> Probe:
-        return await self._inner.probe(endpoint)
+        found = await self._inner.probe(endpoint)
+        if not self._link.bytes_per_second:
+            return found
+        rate = min(found.bytes_per_second, self._link.bytes_per_second)
+        return msgspec.structs.replace(found, bytes_per_second=rate)
 
     async def open(self, landing: Landing, source: Source) -> Writer:
         writer = await self._inner.open(landing, source)
@@ -135,6 +141,7 @@ def main() -> None:
         listen=f"unix:{worker.socket}",
         step_tokens=worker.step_tokens,
         transports=(worker.transport,),
+        wire=worker.wire,
     )
     peers = ShapedPeers if worker.link_gbit or worker.whole else Peers
     host = WorkerHost(config, load_backend(worker.backend, worker.options), peers=peers)
