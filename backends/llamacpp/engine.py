@@ -29,7 +29,7 @@ from backends.checkpoint.gguf_file import GGUFCheckpoint
 from backends.errors import BackendMisconfigured
 from backends.llamacpp.cells import Cells, Held
 from backends.llamacpp.float32 import float32_copy
-from backends.llamacpp.library import BATCH_TOKENS, Context
+from backends.llamacpp.library import Context
 from backends.llamacpp.options import SPARE, Options, read_options
 from backends.llamacpp.state import Form
 from backends.rows import Limits, check_rows
@@ -167,7 +167,7 @@ class LlamaCppBackend:
 
     def _compute(self, batch: Items[Row], helds: Items[Held]) -> list[Output]:
         gathered = [_Gathered(row) for row in batch]
-        for tokens in _calls(batch, helds):
+        for tokens in _calls(batch, helds, self._context.batch_tokens):
             while not self._context.compute(
                 [it.token for it in tokens],
                 [it.position for it in tokens],
@@ -222,15 +222,15 @@ def _silent(_phase: str, _fraction: float) -> None:
     pass
 
 
-def _calls(batch: Items[Row], helds: Items[Held]) -> Iterator[list[_Token]]:
-    """All tokens of a step in order, as many at once as the library takes."""
+def _calls(batch: Items[Row], helds: Items[Held], most: int) -> Iterator[list[_Token]]:
+    """All tokens of a step in order, at most so many at once."""
     call: list[_Token] = []
     logits = 0
     for number, (row, held) in enumerate(zip(batch, helds, strict=True)):
         last = len(row.tokens) - 1
         for place, token in enumerate(row.tokens):
             wanted = (bool(row.sequences) and place == last) or row.prompt_logprobs is not None
-            if len(call) == BATCH_TOKENS or (logits == _MOST_LOGITS and wanted):
+            if len(call) == most or (logits == _MOST_LOGITS and wanted):
                 yield call
                 call, logits = [], 0
             call.append(_Token(number, token, row.start + place, held.sequence, wanted))

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from backends.errors import BackendMisconfigured, StepFailed
 from backends.llamacpp.state import TYPES, Form, State, check_probe
 
-BATCH_TOKENS = 512
-MOST_SEQUENCES = 256
+_BATCH_TOKENS = 512
 _ERROR = 4
 _NO_ROOM = 1
 _complaints: deque[str] = deque(maxlen=4)
@@ -63,7 +62,7 @@ class Context:
             raise BackendMisconfigured(f"model: llama.cpp cannot load {path}: {_said()}")
         using = llama_cpp.llama_context_default_params()
         using.n_ctx = cells
-        using.n_batch = using.n_ubatch = BATCH_TOKENS
+        using.n_batch = using.n_ubatch = _BATCH_TOKENS
         using.n_seq_max = sequences
         using.kv_unified = True
         using.type_k = using.type_v = TYPES[form.dtype]
@@ -80,7 +79,8 @@ class Context:
         self._memory = llama_cpp.llama_get_memory(self._context)
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary: int = llama_cpp.llama_vocab_n_tokens(vocabulary)
-        self._batch = _Batch(BATCH_TOKENS)
+        self.batch_tokens: int = llama_cpp.llama_n_batch(self._context)
+        self._batch = _Batch(self.batch_tokens)
         try:
             self._probe(form)
         except BaseException:
@@ -94,7 +94,7 @@ class Context:
         sequences: Items[int],
         wanted: Items[bool],
     ) -> bool:
-        """Compute up to `BATCH_TOKENS` tokens; False: there is no room, and nothing has changed.
+        """Compute up to `batch_tokens` tokens; False: there is no room, and nothing has changed.
 
         Raises:
             StepFailed: the library could not.

@@ -10,6 +10,7 @@ import pytest
 
 from backends.api import Row, Sampling, StepFailed
 from backends.errors import BackendMisconfigured
+from backends.testing import Maker
 from backends.testing.alike import QUANTISED, apart
 from backends.testing.carrying import carry
 from backends.testing.desk import GREEDY, Desk, Line, nobody
@@ -17,6 +18,7 @@ from backends.testing.stepped.computing import forced
 from tests.emulation.desk import bundled_model
 from tests.llamacpp.conftest import ABSENT, FULL, installed
 from tests.support.margin import assert_same_or_near_tie
+from tests.support.tiny_gguf import write_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not installed("llama_cpp"), reason=ABSENT)]
 
@@ -175,6 +177,47 @@ def test_prompt_logprobs_come_for_every_token_of_a_long_prompt(full: Desk, torch
     ours, theirs = found
     assert [it.token for it in ours] == prompt[1:] == [it.token for it in theirs]
     assert max(abs(a.logprob - b.logprob) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+
+
+WIDE, NARROW = (32,), (16,)
+FAMILIES = {
+    "llama": {},
+    "qwen2": {
+        "output.weight": (100, 32), "blk.0.attn_q.bias": WIDE,
+        "blk.0.attn_k.bias": NARROW, "blk.0.attn_v.bias": NARROW,
+    },
+    "qwen3": {"blk.0.attn_q_norm.weight": (8,), "blk.0.attn_k_norm.weight": (8,)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_model_of_each_family_is_the_one_that_torch_computes(
+    family: str, tmp_path: Path
+) -> None:
+    """RoPE in either pairing, biases, norms of heads, a pool smaller than a batch."""
+    extra = {"tokenizer.ggml.model": "none", f"{family}.vocab_size": 100}
+    path = write_gguf(tmp_path / "m.gguf", family, extra=extra, tensors=FAMILIES[family])
+    options: dict[str, Any] = {"model": str(path), "threads": 1, "pool_tokens": 256}
+    ours = Maker.of("backends.llamacpp:LlamaCppBackend", options).make(
+        **FULL, cache_dir=str(tmp_path)
+    )
+    there = Maker.of("emulation", options).make(dtype="float32")
+    desks = Desk(ours), Desk(there, 1)
+    assert ours.info.layout.rope == there.info.layout.rope
+    prompt = list(range(3, 80))
+    for source, target in (desks, desks[::-1]):
+        line = Line(prompt, Sampling(temperature=0.0, ignore_eos=True, logprobs=100))
+        source.prefill(line, chunk=30)
+        arrived = hand_over(source, line, target)
+        source.decode([line], 6)
+        target.force(arrived, line.generated[:-1])
+        for one, other in zip(line.sampled[1:], arrived.sampled, strict=True):
+            found, wanted = dict(one.logprob.top), dict(other.logprob.top)
+            assert max(abs(found[it] - wanted[it]) for it in wanted) < 2e-3
+        source.release(line)
+        target.release(arrived)
+    for desk in desks:
+        desk.close()
 
 
 @pytest.fixture

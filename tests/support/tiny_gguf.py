@@ -24,7 +24,7 @@ def write_gguf(path: Path, arch="llama", *, drop=(), extra=None, tensors=None) -
     writer.add_uint32("tokenizer.ggml.eos_token_id", 9)
     writer.add_uint32("tokenizer.ggml.eot_token_id", 4)
     for name, value in (extra or {}).items():
-        writer.add_string(name, value)
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
     numbers = np.random.default_rng(0)
     shapes = {
         "token_embd.weight": (100, 32), "output_norm.weight": (32,),
@@ -40,7 +40,8 @@ def write_gguf(path: Path, arch="llama", *, drop=(), extra=None, tensors=None) -
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(name, values.astype(np.float16) if "attn_q" in name else values)
+            half = "attn_q" in name and len(shape) == 2
+            writer.add_tensor(name, values.astype(np.float16) if half else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
