@@ -120,11 +120,14 @@ def _serve(config: Config) -> int:
 
 def _check(config: Config) -> int:
     from gateway.cli.check import problems, summary
+    from gateway.cli.pairing import alone, pairs
 
     found = problems(config)
+    met = [] if found else pairs(config)
+    found += alone(config, met)
     if found:
         raise ConfigError(*found)
-    print(f"ok\n{summary(config)}")
+    print("\n".join(["ok", summary(config), *(f"pair     {it.line}" for it in met)]))
     return 0
 
 

@@ -284,6 +284,16 @@ def test_ranks_that_are_left_alone_end(tmp_path: Path) -> None:
     until(lambda: not any(rank.is_alive() for rank in ranks))
 
 
+def test_what_is_foreseen_of_it_is_what_it_has(tmp_path: Path) -> None:
+    from backends.foreseen import foresee
+
+    with desk(tmp_path, processes=True, tensor_parallel=2) as it:
+        options = {"tensor_parallel": 2, "block_tokens": 16, "identity": "standin"}
+        seen = foresee("tensorrt_llm", options, str(tmp_path / "model"))
+        assert seen.layout(seen, "standin") == it.engine.info.layout
+        assert seen.pools == len(it.engine.info.shards)
+
+
 # ---- what is refused as it starts
 
 
