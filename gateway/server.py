@@ -237,6 +237,7 @@ def workers(fleet: Fleet) -> dict[str, Any]:
                 "weights": layouts[worker.id].weights,
                 "layout": layouts[worker.id].fingerprint,
                 "axes": layouts[worker.id].axes,
+                "kind": worker.welcome.info.kind,
                 "pools": len(worker.welcome.info.layouts),
                 "emulated": worker.emulated,
                 "transports": [it.transport for it in worker.welcome.endpoints],
