@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from backends.api import DecodeJob, Output, PoolExhausted, PrefillJob, Row, Sampled
+from backends.api import DecodeJob, Output, PrefillJob, Row, Sampled
 from tests.engine.small import SmallEngine, Work
 
 
@@ -186,15 +186,13 @@ class EndsWhatDoesNotFit(SmallEngine):
             self.events.ended(work.name)
 
 
-class SaysTooLittleOfItsMemory(SmallEngine):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.info = msgspec.structs.replace(self.info, engine_blocks=self.info.engine_blocks // 2)
-
-    def _take(self, job: PrefillJob | DecodeJob, tokens: int) -> None:
-        if self.info.layout.blocks_for(tokens + 1) > 2 * self.info.engine_blocks:
-            raise PoolExhausted(f"{tokens} tokens do not fit")
-        self._orders.put(job)
+class FailsForAnotherReasonWhenItIsFull(SmallEngine):
+    def _admit(self) -> None:
+        super()._admit()
+        for work in [*self._waiting]:
+            self._waiting.remove(work)
+            self.events.failed(work.name, RuntimeError("CUDA out of memory"))
+            self.events.ended(work.name)
 
 
 class WaitsForItsScheduler(SmallEngine):
@@ -264,7 +262,7 @@ MUTANTS: dict[type[SmallEngine], str] = {
     EndsTwice: "an_abort_of_what_is_over_has_no_effect",
     TellsATokenAfterTheEnd: "nothing_is_said_after_the_end",
     EndsWhatDoesNotFit: "more_than_fits_waits_or_is_refused",
-    SaysTooLittleOfItsMemory: "more_than_fits_waits_or_is_refused",
+    FailsForAnotherReasonWhenItIsFull: "more_than_fits_waits_or_is_refused",
     KeepsTheMemoryOfWhatWasAborted: "memory_comes_back",
     WaitsForItsScheduler: "calls_return_at_once",
     WritesAfterItWasClosed: "it_can_be_closed_with_jobs_open",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Iterator
 
+from backends.api import DecodeJob, Sampled
 from backends.errors import PoolExhausted
 from backends.testing.bench import STEPS
 from backends.testing.engine.bench import EngineBench, require_same_texts
-from backends.testing.engine.ear import Story
+from backends.testing.engine.desk import Asked, EngineDesk
 from backends.testing.form import Unproven, require
 
 MOST_TOKENS = 1 << 16
@@ -36,14 +37,33 @@ def every_token_is_told(bench: EngineBench) -> None:
 
 
 def jobs_do_not_change_each_other(bench: EngineBench) -> None:
-    """What is generated does not depend on what is generated beside it."""
-    desk = bench.needs("decode")
-    prompts = bench.prompts(4)
-    alone = [desk.alone(prompt, STEPS, bench.judged) for prompt in prompts]
-    jobs = [desk.decode(prompt, (), bench.judged, tokens=STEPS) for prompt in prompts]
-    together = [desk.told(job, STEPS) for job in jobs]
-    message = "decode: jobs beside each other have each other's tokens or KV"
-    require_same_texts(list(zip(together, alone, strict=True)), bench.bounds, message)
+    """What is computed and generated does not depend on what is beside it."""
+    desk = bench.desk
+    texts: list[tuple[list[Sampled], list[Sampled]]] = []
+    for begin in _ways(bench, STEPS):
+        prompts = bench.prompts(4)
+        alone = [_told(desk, begin(prompt), STEPS) for prompt in prompts]
+        jobs = [begin(prompt) for prompt in prompts]
+        together = [_told(desk, job, STEPS) for job in jobs]
+        texts += zip(together, alone, strict=True)
+    message = "jobs beside each other have each other's tokens or KV"
+    require_same_texts(texts, bench.bounds, message)
+
+
+def _ways(bench: EngineBench, tokens: int) -> Iterator[Callable[[list[int]], Asked]]:
+    """How to have something computed, by what the engine does."""
+    desk = bench.desk
+    if "decode" in desk.info.phases:
+        yield lambda prompt: desk.decode(prompt, (), bench.judged, tokens=tokens)
+    if "prefill" in desk.info.phases:
+        yield lambda prompt: desk.prefill(prompt, bench.judged, export=False)
+
+
+def _told(desk: EngineDesk, asked: Asked, count: int) -> list[Sampled]:
+    """All tokens of a sequence, or the one of a prefix."""
+    if isinstance(asked.job, DecodeJob):
+        return desk.told(asked, count)
+    return [desk.output(desk.done(asked)).sampled[0]]
 
 
 def a_seed_gives_its_text_again(bench: EngineBench) -> None:
@@ -99,38 +119,32 @@ def nothing_is_found_under_another_salt(bench: EngineBench) -> None:
 
 
 def more_than_fits_waits_or_is_refused(bench: EngineBench) -> None:
-    """Jobs beyond the engine's memory wait, or fail with `PoolExhausted`; it holds no more."""
-    desk = bench.needs("decode")
+    """Jobs beyond the engine's memory wait, or fail with `PoolExhausted`; none is forgotten."""
+    desk = bench.desk
     capacity = desk.info.engine_blocks
     size = desk.layout.block_tokens
     length = max(size, min(desk.info.context_tokens - STEPS - 1, capacity * size // 3))
-    most = 0
-
-    def look(_event: str, _job: str) -> None:
-        nonlocal most
-        most = max(most, sum(desk.backend.pins().values()))
-
-    desk.ear.watch = look
     count = 2 + 2 * capacity // desk.layout.blocks_for(length)
     if count * length > MOST_TOKENS:
         raise Unproven(f"its memory of {capacity} blocks is too large to be filled here")
+    begin = next(_ways(bench, 2))
     prompts = [[(at + it) % desk.info.vocabulary for it in range(length)] for at in range(count)]
-    for asked in [desk.decode(prompt, (), bench.judged, tokens=2) for prompt in prompts]:
-        story = asked.story
-        desk.ear.wait(partial(_over, story), desk.patience)
-        desk.abort(asked)
-        desk.end(asked)
-        wrong = [it for it in story.errors if not isinstance(it, PoolExhausted)]
-        require(not wrong, f"failed: {wrong} for lack of memory; make it a PoolExhausted")
-        require(
-            story.errors or len(story.tokens) >= 2,
-            f"{story.name} ended without its tokens when memory was short; it may wait or fail",
-        )
+    for asked in [begin(prompt) for prompt in prompts]:
+        _require_waited(desk, asked)
+
+
+def _require_waited(desk: EngineDesk, asked: Asked) -> None:
+    story = asked.story
+
+    def over() -> bool:
+        return len(story.tokens) >= 2 or bool(story.outputs or story.ended)
+
+    desk.ear.wait(over, desk.patience)
+    desk.abort(asked)
+    desk.end(asked)
+    wrong = [it for it in story.errors if not isinstance(it, PoolExhausted)]
+    require(not wrong, f"failed: {wrong} for lack of memory; make it a PoolExhausted")
     require(
-        most <= capacity,
-        f"pins: {most} blocks of a memory that info.engine_blocks says has {capacity}",
+        story.errors or story.outputs or len(story.tokens) >= 2,
+        f"{story.name} ended without its tokens when memory was short; it may wait or fail",
     )
-
-
-def _over(story: Story) -> bool:
-    return len(story.tokens) >= 2 or bool(story.ended)
