@@ -18,12 +18,12 @@ async def test_an_engine_that_does_not_answer_ends_its_worker(tmp_path: Path, wa
     command = (sys.executable, "-m", "tests.engine.ending", path, way)
     worker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert worker.stdout is not None
             while b"ready" not in await worker.stdout.readline():
                 pass
             peer = await Peer(*await asyncio.open_unix_connection(path)).greet()
-            peer.send(Prefill(spec=spec([1] * 40, max_tokens=400), decode_here=True))
+            peer.send(Prefill(spec=spec([1] * 40, max_tokens=4000), decode_here=True))
             await peer.hear(Tokens)
             if way != "silent":
                 peer.send(Cancel(handle=1))
