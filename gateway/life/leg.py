@@ -35,6 +35,7 @@ from backends.protocol import (
 )
 from gateway.errors import TakenOver
 from gateway.life.breakers import Breaker, culprit
+from gateway.life.failure import LegFailed
 from gateway.life.fleet import Fleet
 from gateway.life.line import Line, Run
 from gateway.life.placing import Placed
@@ -42,39 +43,6 @@ from gateway.life.states import Life, State
 from gateway.life.worker import LegMessage, Worker
 
 log = structlog.get_logger()
-
-
-class LegFailed(Exception):
-    """The leg cannot go on.
-
-    `full`: a worker had no room, and nothing is wrong with it; `draining`: it is about to leave.
-    `avoid` are the workers that may have to do with it.
-    """
-
-    def __init__(
-        self,
-        phase: str,
-        worker: str,
-        cause: str,
-        *,
-        retry: bool,
-        avoid: frozenset[str] = frozenset(),
-        full: bool = False,
-        draining: bool = False,
-    ) -> None:
-        super().__init__(f"{phase} on {worker}: {cause}")
-        self.phase = phase
-        self.worker = worker
-        self.cause = cause
-        self.retry = retry
-        self.avoid = avoid
-        self.full = full
-        self.draining = draining
-
-    @property
-    def counts(self) -> bool:
-        """Whether something went wrong that may go wrong again elsewhere."""
-        return not (self.full or self.draining)
 
 
 class Leg:

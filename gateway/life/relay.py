@@ -27,10 +27,11 @@ from gateway.errors import (
     WorkerFailed,
 )
 from gateway.life.adoption import AdoptedLeg, Adoption, Found
+from gateway.life.failure import LegFailed
 from gateway.life.fleet import Fleet
 from gateway.life.history import History
 from gateway.life.job import Job, Listener, Timeline
-from gateway.life.leg import Leg, LegFailed
+from gateway.life.leg import Leg
 from gateway.life.line import Line, Run
 from gateway.life.placing import Placed, Placing
 from gateway.life.states import Life, State

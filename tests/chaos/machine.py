@@ -8,14 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
 
 from tests.chaos.clock import Stuck
 from tests.chaos.coverage import Cell, Coverage
-from tests.chaos.schedule import Dice, Fault, Schedule, shrink
+from tests.chaos.schedule import Dice, Fault, Schedule, draw, shrink
 
 SHARE = 50
 """How many schedules a process plays at a time."""
@@ -52,6 +52,23 @@ class Scenario(Protocol):
 
     def game(self, schedule: Schedule, faults: Faults) -> Game:
         """Set up everything anew."""
+
+
+class Plotted:
+    """A scenario as a module tells it, in its MENU, APPROACHES, STATES and EXCUSES."""
+
+    plot: Any
+    concurrent = 8
+    """How many actors a schedule has at least."""
+
+    def schedule(self, seed: int) -> Schedule:
+        """As `Scenario.schedule`."""
+        actors = range(self.concurrent + seed % 3)
+        return draw(seed, actors, self.plot.MENU, self.plot.APPROACHES)
+
+    def coverage(self) -> Coverage:
+        """As `Scenario.coverage`."""
+        return Coverage(self.plot.MENU, self.plot.STATES, self.plot.EXCUSES)
 
 
 class Faults:

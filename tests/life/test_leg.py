@@ -25,9 +25,10 @@ from backends.protocol import (
     Welcome,
 )
 from gateway.admission import WorkerRecord
+from gateway.life.failure import LegFailed
 from gateway.life.fleet import Fleet
 from gateway.life.job import Job
-from gateway.life.leg import Leg, LegFailed
+from gateway.life.leg import Leg
 from gateway.life.line import Line, Run
 from gateway.life.placing import Placed
 from gateway.life.states import Life, State

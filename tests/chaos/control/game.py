@@ -26,11 +26,9 @@ from tests.chaos.control.processes import (
 )
 from tests.chaos.control.strikes import Strikes, damaged
 from tests.chaos.control.world import ProcessLoop, World
-from tests.chaos.coverage import Coverage
-from tests.chaos.machine import Faults, Violation
-from tests.chaos.schedule import Fault, Schedule, draw
+from tests.chaos.machine import Faults, Plotted, Violation
+from tests.chaos.schedule import Fault, Schedule
 
-CONCURRENT = 8
 QUIET_POLL_SECONDS = 0.1
 
 
@@ -40,21 +38,14 @@ class Parts(msgspec.Struct, frozen=True):
     lua: tuple[str, str] | None = None
 
 
-class Control:
+class Control(Plotted):
     """The scenario: at least eight requests at a time."""
 
     name = "control"
+    plot = plot
 
     def __init__(self, parts: Parts | None = None) -> None:
         self.parts = parts or Parts()
-
-    def schedule(self, seed: int) -> Schedule:
-        """As `Scenario.schedule`."""
-        return draw(seed, range(CONCURRENT + seed % 3), plot.MENU, plot.APPROACHES)
-
-    def coverage(self) -> Coverage:
-        """As `Scenario.coverage`."""
-        return Coverage(plot.MENU, plot.STATES, plot.EXCUSES)
 
     def game(self, schedule: Schedule, faults: Faults) -> Game:
         """As `Scenario.game`."""

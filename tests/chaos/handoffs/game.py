@@ -17,7 +17,6 @@ from backends.host.ledger import Ledger
 from backends.host.reuse import Reuse
 from backends.host.work import Prefilling
 from tests.chaos.clock import play
-from tests.chaos.coverage import Coverage
 from tests.chaos.handoffs import plot, truth
 from tests.chaos.handoffs.checks import Checks
 from tests.chaos.handoffs.forgeries import Forger
@@ -25,15 +24,14 @@ from tests.chaos.handoffs.handoff import Handoff
 from tests.chaos.handoffs.rival import Rival
 from tests.chaos.handoffs.wire import LONG_SECONDS
 from tests.chaos.handoffs.workers import Decode, Prefill, Worker
-from tests.chaos.machine import Faults, Violation
-from tests.chaos.schedule import Fault, Schedule, draw
+from tests.chaos.machine import Faults, Plotted, Violation
+from tests.chaos.schedule import Fault, Schedule
 from transfer.errors import TransferError
 from transfer.landings import Landings
 from transfer.layout import Epoch, Landing
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
 
 WORKERS = 2  # of either kind
-CONCURRENT = 8
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -49,21 +47,14 @@ class Parts(msgspec.Struct, frozen=True):
     book: type[Landings] = Landings
 
 
-class Handoffs:
+class Handoffs(Plotted):
     """The scenario: at least eight handoffs at a time, between two workers of either kind."""
 
     name = "handoffs"
+    plot = plot
 
     def __init__(self, parts: Parts | None = None) -> None:
         self.parts = parts or Parts()
-
-    def schedule(self, seed: int) -> Schedule:
-        """As `Scenario.schedule`."""
-        return draw(seed, range(CONCURRENT + seed % 3), plot.MENU, plot.APPROACHES)
-
-    def coverage(self) -> Coverage:
-        """As `Scenario.coverage`."""
-        return Coverage(plot.MENU, plot.STATES, plot.EXCUSES)
 
     def game(self, schedule: Schedule, faults: Faults) -> Game:
         """As `Scenario.game`."""
