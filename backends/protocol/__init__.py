@@ -1,7 +1,7 @@
 """The control connection between a gateway and a worker.
 
-`messages.py` has what is said, `greeting.py` how it begins, `link.py` how it travels, and
-`address.py` where to. This is all that the gateway knows of `backends`.
+`messages.py` has what is said, `request.py` about what, `greeting.py` how it begins, `link.py` how
+it travels, and `address.py` where to. This is all that the gateway knows of `backends`.
 """
 
 from backends.chain import chain as chain
@@ -152,9 +152,6 @@ from backends.protocol.messages import (
     Rejected as Rejected,
 )
 from backends.protocol.messages import (
-    RequestSpec as RequestSpec,
-)
-from backends.protocol.messages import (
     Reserve as Reserve,
 )
 from backends.protocol.messages import (
@@ -162,9 +159,6 @@ from backends.protocol.messages import (
 )
 from backends.protocol.messages import (
     Sampling as Sampling,
-)
-from backends.protocol.messages import (
-    SequenceSpec as SequenceSpec,
 )
 from backends.protocol.messages import (
     Stage as Stage,
@@ -176,9 +170,6 @@ from backends.protocol.messages import (
     Token as Token,
 )
 from backends.protocol.messages import (
-    TokenIds as TokenIds,
-)
-from backends.protocol.messages import (
     Tokens as Tokens,
 )
 from backends.protocol.messages import (
@@ -186,4 +177,13 @@ from backends.protocol.messages import (
 )
 from backends.protocol.messages import (
     Welcome as Welcome,
+)
+from backends.protocol.request import (
+    RequestSpec as RequestSpec,
+)
+from backends.protocol.request import (
+    SequenceSpec as SequenceSpec,
+)
+from backends.protocol.request import (
+    TokenIds as TokenIds,
 )

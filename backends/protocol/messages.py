@@ -17,17 +17,15 @@ from backends.api import BackendInfo as BackendInfo
 from backends.api import Logprob as Logprob
 from backends.api import Sampling as Sampling
 from backends.chain import MARK_BYTES
+from backends.protocol.request import Claim, Count, RequestSpec
 from transfer.layout import Endpoint, KVLayout, Shard
 from transfer.layout import Landing as Landing
 
-TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 20)]
 Role = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length"]
 Phase = Literal["reserve", "prefill", "handoff", "decode"]
 Stage = Literal["prefilling", "landing", "decoding"]
 Shards = Annotated[tuple[Shard, ...], msgspec.Meta(max_length=256)]
-Claim = Annotated[str, msgspec.Meta(max_length=128)]
-Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 MOST_MARKS = 8192
 """In one message. More take several."""
@@ -44,55 +42,6 @@ Mac = Annotated[bytes, msgspec.Meta(max_length=64)]
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Anything that travels on the control connection."""
-
-
-class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One sequence of a request: how it samples, and the tokens it has already (binding).
-
-    `logprobs` are those of the last of these tokens; for a request that is kept, where wanted.
-    """
-
-    index: int
-    seed: int
-    generated: TokenIds = []
-    logprobs: Annotated[tuple[Logprob, ...], msgspec.Meta(max_length=1 << 20)] = ()
-
-
-class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a worker must know of a request.
-
-    A sequence that already has generated tokens continues them: the handoff carries the KV of
-    the prompt and of all generated tokens but the last, which the next decode step computes.
-    Sequences of one spec have equally many generated tokens; with more than one, only one
-    sequence may be in the spec. `max_tokens` counts generated tokens, earlier ones included.
-
-    KV of full blocks is kept for, and taken from, requests with the same `salt` (see `chain.py`);
-    without one it is neither.
-
-    With a `claim`, what the request has here is kept for `keep_seconds` when its connection is
-    lost or it is disowned: it goes on, and any gateway that shows a higher `epoch` may adopt it.
-    A claim names one request of one client, however many attempts there are at it; each of them
-    has an epoch of its own.
-    """
-
-    handle: int
-    request: str
-    prompt: TokenIds
-    sequences: Annotated[tuple[SequenceSpec, ...], msgspec.Meta(min_length=1, max_length=128)]
-    sampling: Sampling
-    max_tokens: int
-    deadline_seconds: float
-    prompt_logprobs: int | None = None
-    salt: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
-    claim: Claim = ""
-    epoch: Count = 0
-    keep_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
-
-    @property
-    def prefix(self) -> list[int]:
-        """The tokens whose KV is handed over."""
-        generated = self.sequences[0].generated
-        return self.prompt + generated[:-1]
 
 
 # ---- gateway to worker ---------------------------------------------------------------------
