@@ -46,8 +46,8 @@ _MOST_LOGITS = 256
 class LlamaCppBackend:
     """A GGUF model of the Llama, Qwen2 or Qwen3 family, on the CPU.
 
-    `model` is the file. `weights` "file" computes with them as they are stored, "float32" with a
-    dequantised copy, written once to `cache_dir` (`~/.cache/baton` unless given), to agree with
+    `model` is the file. `weights` "stored" computes with them as the file has them, "float32" with
+    a dequantised copy, written once to `cache_dir` (`~/.cache/baton` unless given), to agree with
     other float32 engines. `kv_dtype` is the pool's and llama.cpp's own. `threads` are those that
     compute, unless given as many as OMP_NUM_THREADS says, else one for each CPU of this process;
     where other processes want these CPUs too, give fewer, for its threads wait by spinning. The
@@ -64,7 +64,7 @@ class LlamaCppBackend:
         self,
         *,
         model: str,
-        weights: str = "file",
+        weights: str = "stored",
         kv_dtype: str = "float16",
         threads: int | None = None,
         pool_tokens: int | None = None,
@@ -243,7 +243,7 @@ def _layout(checkpoint: GGUFCheckpoint, options: Options) -> KVLayout:
     spec = checkpoint.spec
     return KVLayout(
         model=checkpoint.identity,
-        weights=_stored(checkpoint) if options.weights == "file" else "float32",
+        weights=_stored(checkpoint) if options.weights == "stored" else "float32",
         layers=spec.layers,
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,

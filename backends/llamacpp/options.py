@@ -23,7 +23,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What `[workers.X.options]` may say; see `LlamaCppBackend`."""
 
     model: str
-    weights: Literal["file", "float32"] = "file"
+    weights: Literal["stored", "float32"] = "stored"
     kv_dtype: Literal["float32", "float16"] = "float16"
     threads: int | None = None
     pool_tokens: int | None = None

@@ -52,7 +52,4 @@ def torch() -> Iterator[Desk]:
 @pytest.fixture(scope="session")
 def onnx() -> Iterator[Desk]:
     """ONNX Runtime in float32."""
-    if not (installed("onnxruntime") and installed("backends.onnxruntime")):
-        pytest.skip("onnxruntime is not installed")
-    name = "backends.onnxruntime:OnnxRuntimeBackend"
-    yield from made(name, 2, weights="float32", pool_tokens=4096)
+    yield from made("onnxruntime", 2, weights="float32", pool_tokens=4096)

@@ -156,13 +156,19 @@ def test_blocks_that_others_have_written_are_loaded_again() -> None:
 
 
 def test_a_block_that_another_row_has_taken_over_is_no_longer_the_old_ones() -> None:
-    desk, old, new = Desk(), list(range(8)), [90, 91, 92, 93]
-    desk.step([row(old, [0, 1], 0, 7)], [old])
-    desk.step([row(new, [1], 0)], [new])
-    desk.write([1], [0] * 4)
-    replaced = [*old[:4], 4, 5, 6, 7]
-    desk.write([0, 1], replaced)
-    desk.step([row([*replaced, 8], [0, 1, 2], 8)], [[*replaced, 8]])
+    """The new one shares the beginning, so that both end in the same block at the same place."""
+    desk, old = Desk(), list(range(8))
+    desk.step([row(old, [0, 1], 0)], [old])
+    new = [*old[:4], 90, 91, 92, 93]
+    desk.step([row(new, [0, 1], 4)], [new])
+    desk.step([row([*new, 94], [0, 1, 2], 8)], [[*new, 94]])
+
+
+def test_what_holds_less_of_a_block_than_is_needed_is_completed_from_the_pool() -> None:
+    desk, line = Desk(), list(range(8))
+    desk.write([0, 1], line)
+    desk.cells.prepare([row(line, [0, 1], 6)])
+    desk.step([row([*line, 8], [0, 1, 2], 8)], [[*line, 8]])
 
 
 def test_what_has_had_no_row_for_a_while_is_given_up_and_found_again_in_the_pool() -> None:
@@ -196,9 +202,10 @@ def test_without_room_the_step_fails_and_nothing_is_held_afterwards() -> None:
     desk.write([0, 1, 2], line)
     with pytest.raises(StepFailed, match="no room for 11 tokens"):
         desk.cells.prepare([row(line, [0, 1, 2], 11)])
-    desk.cells.forget()
-    assert desk.room.used == 0
-    desk.step([row(line[:5], [0, 1], 0)], [line])
+    for _ in range(20):
+        desk.cells.forget()
+        assert desk.room.used == 0
+        desk.step([row(line[:5], [0, 1], 0)], [line])
 
 
 class Play:
@@ -216,13 +223,28 @@ class Play:
         return taken
 
     def arrive(self) -> None:
-        length = self.dice.randint(2, 14)
+        """A prefix that another worker has computed, or that is computed here in two chunks."""
+        length = self.dice.randint(5, 14)
         if len(self.free) < 5:
             return
         blocks = self.take(-(-length // SIZE))
         line = [self.dice.randrange(250) for _ in range(length)]
-        self.desk.write(blocks, line[:-1])
+        if self.dice.random() < 0.5:
+            self.desk.write(blocks, line[:-1])
+        else:
+            self.desk.step([row(line, blocks, 0, 2)], [line])
+            self.desk.step([row(line, blocks, 2, length - 1)], [line])
         self.lines.append((line, blocks, set(blocks)))
+
+    def begin_alike(self) -> None:
+        """A prompt whose first block is there; the rest is computed in blocks of others gone."""
+        if not self.lines or len(self.free) < 2:
+            return
+        line, blocks, _ = self.dice.choice(self.lines)
+        mine = [blocks[0], *self.take(1)]
+        alike = [*line[:SIZE], *(self.dice.randrange(250) for _ in range(4))]
+        self.desk.step([row(alike, mine, SIZE, 7)], [alike])
+        self.lines.append((alike, mine, set(mine)))
 
     def fork(self) -> None:
         """Another sequence of the same prefix: full blocks are shared, the last one is copied."""
@@ -265,7 +287,7 @@ class Play:
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_comes_goes_and_is_shared_each_row_finds_its_own_past(seed: int) -> None:
     play = Play(seed)
-    actions = [play.arrive, play.fork, play.leave, play.step, play.step, play.step]
+    actions = [play.arrive, play.begin_alike, play.fork, play.leave, *[play.step] * 3]
     for _ in range(150):
         play.dice.choice(actions)()
     assert play.desk.room.loads

@@ -1,15 +1,16 @@
-"""SIGKILL of a worker of each kind that has the real model, with another kind beside it.
+"""SIGKILL of a worker of each kind that computes the real model, with another kind beside it.
 
 In float32, so that the text does not depend on who goes on with it, or on where it began again.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.killing import TORCH, Killer, pair, real
+from tests.e2e.killing import ROOT, TORCH, Killer, announced, pair, real
 from tests.e2e.site import PREFILL
 from tests.llamacpp.conftest import ABSENT, FULL, installed
 
@@ -19,8 +20,9 @@ KINDS = {
     "torch": TORCH,
     "llamacpp": real("llamacpp", **FULL),
     "onnxruntime": real("onnxruntime", weights="float32"),
+    "abacus": real("abacus"),
 }
-PAIRS = [("torch", "llamacpp"), ("llamacpp", "onnxruntime"), ("onnxruntime", "torch")]
+PAIRS = list(itertools.pairwise(["torch", "llamacpp", "onnxruntime", "abacus", "torch"]))
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)
@@ -28,12 +30,14 @@ def killer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Killer]:
     """A prefill worker of the one kind for a decode worker of the other."""
-    if "onnxruntime" in request.param and not installed("onnxruntime"):
-        pytest.skip("onnxruntime is not installed")
     prefill, decode = (KINDS[name] for name in request.param)
     if request.param[0] == "torch":
         prefill = {**prefill, "options": {**prefill["options"], **PREFILL}}
-    with pair(tmp_path_factory.mktemp("site"), prefill, decode) as site:
+    third_party = announced(
+        tmp_path_factory.mktemp("abacus"), "abacus", "abacus_decode:AbacusBackend"
+    )
+    paths = third_party, ROOT / "tests" / "third_party"
+    with pair(tmp_path_factory.mktemp("site"), prefill, decode, *paths) as site:
         yield Killer(site)
 
 
