@@ -30,7 +30,7 @@ from loadtest.bench.baton import BATON, is_ready
 from loadtest.bench.figures import ROOT, Results, percentile, table, warn_if_busy
 from loadtest.bench.process import free_port, running, unwind_when_told_to_stop, wait_until
 from loadtest.sse import Events
-from tests.vllm_engine.servers import NAME, START_SECONDS, server
+from tests.vllm_engine.servers import NAME, START_SECONDS, pair, server
 
 FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN = 1000, 40000
 WARM_REQUESTS = 3
@@ -168,15 +168,12 @@ def baton(folder: Path, model: Path, workers: dict[str, Any]) -> Iterator[str]:
 def arrangements(folder: Path, model: Path, load: Load) -> Iterator[tuple[str, str]]:
     """Each arrangement's name and address, ready; the next one when the last is done with."""
     one, other = sorted(os.sched_getaffinity(0))[:2]
-    apart = [frozenset({one}), frozenset({other})]
+    apart = (frozenset({one}), frozenset({other}))
     with server(
         model, folder, cores=frozenset({one, other}), dtype=load.dtype, hands_over=False
     ) as alone:
         yield "vLLM, one server", alone
-    with (
-        server(model, folder, cores=apart[0], dtype=load.dtype, hands_over=True) as prefill,
-        server(model, folder, cores=apart[1], dtype=load.dtype, hands_over=True) as decode,
-    ):
+    with pair(model, folder, cores=apart, dtype=load.dtype) as (prefill, decode):
         with routed(folder, prefill, decode) as router:
             yield "vLLM, a pair and a router", router
         fleet = {"prefill": prefill, "decode": decode, "model": str(model)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
@@ -41,6 +42,27 @@ def server(
     with running(words, log, cores=cores, environment=environment) as process:
         wait_until(lambda: _is_ready(port), process, log, START_SECONDS)
         yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def pair(
+    model: Path, folder: Path, *, cores: tuple[frozenset[int], frozenset[int]], dtype: str
+) -> Iterator[tuple[str, str]]:
+    """A prefill and a decode server. They start together, as each takes half a minute."""
+
+    def enter(mine: frozenset[int]) -> tuple[ExitStack, str]:
+        stack = ExitStack()
+        one = server(model, folder, cores=mine, dtype=dtype, hands_over=True)
+        return stack, stack.enter_context(one)
+
+    with ThreadPoolExecutor(2) as pool, ExitStack() as both:
+        starting = [pool.submit(enter, mine) for mine in cores]
+        wait(starting)
+        for one in starting:
+            if one.exception() is None:
+                both.push(one.result()[0])
+        prefill, decode = (one.result()[1] for one in starting)
+        yield prefill, decode
 
 
 def _is_ready(port: int) -> bool:

@@ -6,8 +6,6 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from backends.vllm.served import VllmServedBackend
 from loadtest.bench.process import descendants
 from tests.life.cluster import Heard, cluster
 from tests.support.prompts import prompts
+from tests.vllm_engine import servers
 from tests.vllm_engine.real.kept import KeptEngine
-from tests.vllm_engine.servers import server
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 SOME = 8
@@ -28,22 +26,11 @@ LONG = {"max_tokens": 200, "sampling": GREEDY, "seconds": 600.0}
 
 @pytest.fixture(scope="module")
 def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Addresses of a prefill and a decode server. They start together: each takes a minute."""
+    """Addresses of a prefill and a decode server."""
+    every = frozenset(os.sched_getaffinity(0))
     logs = tmp_path_factory.mktemp("servers")
-    cores = frozenset(os.sched_getaffinity(0))
-
-    def enter(_: int) -> tuple[ExitStack, str]:
-        stack = ExitStack()
-        address = stack.enter_context(
-            server(folder, logs, cores=cores, dtype="float32", hands_over=True)
-        )
-        return stack, address
-
-    with ThreadPoolExecutor(2) as pool, ExitStack() as all_of_them:
-        started = [*pool.map(enter, range(2))]
-        for stack, _ in started:
-            all_of_them.push(stack)
-        yield started[0][1], started[1][1]
+    with servers.pair(folder, logs, cores=(every, every), dtype="float32") as both:
+        yield both
 
 
 @pytest.fixture(scope="module")
