@@ -136,6 +136,10 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _note_blocks(self, output: SchedulerOutput) -> dict[str, int]:
         """Follow each request's blocks; how many of its tokens have their KV before this step."""
         computed = {}
+        for name in output.preempted_req_ids or ():
+            if name in self._errands:
+                self._errands[name].blocks = []
+                self._desk.told.pinned(self._errands[name].job, name, 0)
         for new in output.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
             if new.req_id in self._errands:
