@@ -18,7 +18,7 @@ VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
 .PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-gpu \
-	bench-transfer bench-interference bench-placement bench-reuse bench-cancel bench-roofline chaos loadtest soak clean
+	bench-transfer bench-interference bench-matrix bench-placement bench-reuse bench-cancel bench-roofline chaos loadtest soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -104,6 +104,9 @@ bench-roofline: $(VENV)/.dev ## Measure how far the emulation's timing is from r
 
 bench-cancel: $(VENV)/.dev ## Measure how soon a cancel frees all blocks, state by state
 	@exec $(BIN)/python -m tests.life.cancels
+
+bench-matrix: $(VENV)/.dev ## Prefill with every engine, decode with every engine, and compare
+	@exec $(BIN)/python -m tests.bench.matrix
 
 bench-placement: $(VENV)/.dev ## Simulate how many requests meet their targets, beside other policies
 	@exec $(BIN)/python -m tests.bench.placement

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -351,6 +352,14 @@ class WorkerSection(Section, frozen=True):
             " whose backends are exact."
         ),
     ] = ()
+    unlike_weights: Annotated[
+        bool,
+        about(
+            "Whether it may hand KV to workers whose weights have another precision (set it on both"
+            " ends). The text of such a pair is that of neither engine alone; `/admin/workers`"
+            " shows it, and `reuse` is not on by itself."
+        ),
+    ] = False
     quarantine_share: Annotated[
         float,
         about(
@@ -400,14 +409,20 @@ class Config(Section, frozen=True):
 
 
 def default_workers() -> Mapping[str, dict[str, Any]]:
-    """One prefill and one decode worker with unlike layouts, a core each where there are two."""
+    """One prefill and one decode worker with unlike layouts, a core each where there are two.
+
+    torch is the faster engine for prompts and ONNX Runtime, where it is installed, for the tokens
+    after them: in a GGUF file's own blocks of four bits, if it has such.
+    """
     cores = sorted(os.sched_getaffinity(0))
     prefill, decode = ([cores[0]], [cores[1]]) if len(cores) > 1 else ([], [])
+    foreign = all(find_spec(name) is not None for name in ("onnx", "onnxruntime"))
     return {
         "prefill": {
             "role": "prefill",
             "threads": 1,
             "cpus": prefill,
+            "unlike_weights": foreign,
             "options": {
                 "block_tokens": 32,
                 "axes": "layer kv block token head dim",
@@ -418,10 +433,13 @@ def default_workers() -> Mapping[str, dict[str, Any]]:
             "role": "decode",
             "threads": 1,
             "cpus": decode,
+            "unlike_weights": foreign,
+            "backend": "onnxruntime" if foreign else "emulation",
             "options": {
                 "block_tokens": 16,
                 "axes": "block layer kv head token dim",
                 "pool_tokens": 32768,
+                **({"kv_dtype": "float16"} if foreign else {}),
             },
         },
     }

@@ -26,8 +26,9 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     worker may hold, withdrawn ones included, before it gets no more. `transports` are offered and
     used, `auto` standing for all that are there; `socket_dir` is a folder of this user alone for
     their sockets (empty: one is made). In the codes of `wire`, which are lossy, KV may travel to
-    and from workers that have them too, where that is faster (see `transfer.coding`). `faults`
-    damages handoffs on purpose, for drills (see
+    and from workers that have them too, where that is faster (see `transfer.coding`). With
+    `unlike_weights` KV may go to workers whose weights have another precision, and none is kept
+    unless `reuse` is on. `faults` damages handoffs on purpose, for drills (see
     `transfer.faults`). `reuse` says whether KV is kept for later prefixes: `auto`, where that
     changes no text (see `reuse.py`). Requests
     that are kept for nobody go on for `orphan_run_seconds`; beyond `max_orphans` of them, or
@@ -51,9 +52,15 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     quarantine_share: float = 0.5
     transports: tuple[Transport, ...] = ("auto",)
     wire: tuple[Wire, ...] = ()
+    unlike_weights: bool = False
     socket_dir: str = ""
     faults: str = ""
     reuse: Literal["auto", "on", "off"] = "auto"
     orphan_run_seconds: float = 10.0
     max_orphans: int = 1024
     max_orphan_tokens: int = 1 << 20
+
+    @property
+    def keeping(self) -> Literal["auto", "on", "off"]:
+        """`reuse`; but what engines of unlike precision computed is not the same by itself."""
+        return "off" if self.reuse == "auto" and self.unlike_weights else self.reuse

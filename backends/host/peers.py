@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -167,10 +168,13 @@ class Peers:
         makers: dict[str, Callable[..., Tamperable]]
         makers = {"shm": ShmSender, "nixl": NixlSender, "tcp": TcpSender}
         config = self._config
+        settings: dict[str, Any] = {
+            "secret": config.secret,
+            "allow_unlike_weights": config.unlike_weights,
+        }
         if config.tls is not None and name in FAR:
-            sender = makers[name](secret=config.secret, tls=config.tls.client())
-        else:
-            sender = makers[name](secret=config.secret)
+            settings["tls"] = config.tls.client()
+        sender = makers[name](**settings)
         return FaultySender(sender, config.faults) if config.faults else sender
 
     async def _listen(self, name: str) -> list[SessionReceiver]:

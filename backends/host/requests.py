@@ -78,7 +78,7 @@ class Requests:
         self._ends = frozenset(backend.info.end_tokens)
         self._ledger = ledger
         self._book = Book()
-        self.reuse = Reuse(config.reuse, backend.info, backend.pool, ledger, cache_changed)
+        self.reuse = Reuse(config.keeping, backend.info, backend.pool, ledger, cache_changed)
         self._pushes = Pushes(
             sender,
             backend.pool,

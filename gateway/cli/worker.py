@@ -88,6 +88,7 @@ async def _serve(
         max_waiting=worker.max_waiting,
         transports=worker.transports,
         wire=worker.wire,
+        unlike_weights=worker.unlike_weights,
         quarantine_share=worker.quarantine_share,
         socket_dir=str(run_dir(Path(config.data_dir))),
         faults=worker.faults,

@@ -103,6 +103,12 @@ def test_the_default_workers_have_unlike_layouts() -> None:
         assert workers["prefill"].options[option] != workers["decode"].options[option]
 
 
+def test_the_default_workers_are_the_better_engine_for_each_phase() -> None:
+    workers = load(environ={}).workers
+    assert (workers["prefill"].backend, workers["decode"].backend) == ("emulation", "onnxruntime")
+    assert all(worker.unlike_weights for worker in workers.values())
+
+
 def test_beyond_loopback_workers_need_a_secret() -> None:
     worker = {"BATON__WORKERS__DECODE__LISTEN": "tcp:10.0.0.1:7000"}
     assert "security.secret" in complaints(environ=worker)

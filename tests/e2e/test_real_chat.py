@@ -6,7 +6,6 @@ from pathlib import Path
 import openai
 import pytest
 
-from backends.emulation.linear import bfloat16_is_fast
 from tests.e2e.site import Site, serve
 
 pytestmark = pytest.mark.slow
@@ -36,8 +35,15 @@ def test_a_chat_is_answered_through_two_workers(site: Site, client: openai.OpenA
     assert (finished["prefill_worker"], finished["decode_worker"]) == ("prefill", "decode")
     (handed,) = site.events("prefill", "handoff.committed")
     numbers = answer.usage.prompt_tokens * LAYERS * 2 * KV_HEADS * HEAD_DIM
-    assert handed["bytes"] == numbers * (2 if bfloat16_is_fast() else 4)
+    assert handed["bytes"] == numbers * 2
     assert site.balanced()
+
+
+def test_the_pair_shows_that_its_engines_have_unlike_weights(site: Site) -> None:
+    _, seen = site.request("/admin/workers")
+    (pair,) = seen["pairs"]
+    assert (pair["prefill"], pair["decode"]) == ("prefill", "decode")
+    assert pair["unlike_weights"] is True
 
 
 def test_a_stream_says_the_same(site: Site, client: openai.OpenAI) -> None:
