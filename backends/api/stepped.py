@@ -59,7 +59,8 @@ class SteppedBackend(Protocol):
     write to directly (transport `shm`). A pool that was allocated otherwise works as well, but is
     reached over `tcp` only.
 
-    Where `info.shards` names several pools, this is a list of such buffers, in that order.
+    Where the layout's axes have a bar, this is a list of such buffers, one for each region; where
+    `info.shards` names several pools, a list of those pools, in that order.
 
     The host reads it to push KV elsewhere and lets other workers write to it, only ever in
     blocks that no row of a running step uses. A device that the CPU cannot address offers a

@@ -57,18 +57,26 @@ def summary(report: Report) -> str:
 
 
 def _summary(report: Report) -> Iterator[str]:
-    for title, some in (("broken", report.broken), ("could not be proven", report.unproven)):
-        if some:
-            yield f"\n{title}:"
-        for verdict in some:
-            yield f"  {verdict.promise}"
-            yield textwrap.indent(textwrap.fill(verdict.says, WIDTH), "      ")
-            yield textwrap.indent(textwrap.fill("-> " + verdict.detail, WIDTH), "      ")
+    if report.broken:
+        yield "\nbroken:"
+    for verdict in report.broken:
+        yield f"  {verdict.promise}"
+        yield _paragraph(verdict.says)
+        yield _paragraph("-> " + verdict.detail)
+    if report.unproven:
+        yield "\ncould not be proven:"
+    for detail in dict.fromkeys(it.detail for it in report.unproven):
+        yield from (f"  {it.promise}" for it in report.unproven if it.detail == detail)
+        yield _paragraph("-> " + detail)
     kept = sum(1 for it in report.verdicts if it.outcome == "kept")
     yield (
         f"\n{report.backend}: {kept} promises kept, {len(report.broken)} broken, "
         f"{len(report.unproven)} not proven; reference: {report.reference}"
     )
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.indent(textwrap.fill(text, WIDTH), "      ")
 
 
 def promise_list(promises: Iterable[Promise[Any]]) -> str:

@@ -7,6 +7,7 @@ from backends.testing import STEPPED, Maker, SteppedBench, examine
 from tests.conformance.mutants import MUTANTS, Apart, Sound
 from tests.conformance.mutants.ending import Hangs
 from tests.conformance.mutants.stating import OtherAxes, OtherPairing
+from tests.conformance.pieces import Pieces
 
 PROMISES = {promise.__name__: promise for promise in STEPPED}
 SHAPE = {"layers": 3, "head_dim": 16, "pool_tokens": 2048, "context_tokens": 256, "verify_kv": True}
@@ -16,6 +17,8 @@ OF_A_PROCESS = ("in_a_new_process_it_computes_the_same", "a_worker_whose_step_ha
 
 def maker(kind: type, tiny: str) -> Maker:
     options = SHAPE if issubclass(kind, SyntheticBackend) else {"model": tiny}
+    if kind is Pieces:
+        options = {**options, "pool_tokens": 2048, "context_tokens": 256}
     return Maker(f"{kind.__module__}:{kind.__name__}", kind, dict(options))
 
 
@@ -47,6 +50,14 @@ def test_a_sound_plug_in_keeps_every_promise(kind, tiny, reference):
     promises = [promise for name, promise in PROMISES.items() if name not in OF_A_PROCESS]
     verdicts = look(kind, tiny, reference, promises)
     assert not [it for it in verdicts if it.outcome != "kept"]
+
+
+def test_a_pool_may_be_in_pieces(tiny, reference):
+    words = ("handoff", "survives", "continues", "position", "rows_lie", "copied", "frees", "ready")
+    some = [promise for name, promise in PROMISES.items() if any(word in name for word in words)]
+    verdicts = look(Pieces, tiny, reference, some)
+    assert not [it for it in verdicts if it.outcome != "kept"]
+    assert len(verdicts) > len(words)
 
 
 def test_of_made_up_tokens_all_is_kept_that_can_be_said(tiny, reference):

@@ -30,7 +30,11 @@ def test_each_pool_has_the_layout_of_its_heads(backend: SyntheticBackend) -> Non
 
 @pytest.mark.parametrize(
     ("cuts", "message"),
-    [([2], "pool has"), ([1, 2], "3 of them for 2 shards"), ([], "1 of them for 2 shards")],
+    [
+        ([2], "pool: .* are not .* blocks"),
+        ([1, 2], "3 of them for 2 shards"),
+        ([], "1 of them for 2 shards"),
+    ],
 )
 def test_pools_that_do_not_fit_are_refused(
     backend: SyntheticBackend, cuts: list[int], message: str
