@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from backends.host import WorkerHost
 from backends.host.janitor import Janitor
 from backends.host.landings import Landings as HostLandings
 from backends.host.ledger import Holder, Ledger
@@ -107,6 +108,10 @@ def _though_busy(end: Any) -> Any:
     return ended
 
 
+async def _at_once(host: WorkerHost) -> None:
+    """Told to drain, it leaves."""
+
+
 def _unseen(reuse: Reuse, kept: Any, told: Callable[[bool], None]) -> None:
     """Whatever is kept is taken for what it was."""
     told(True)
@@ -204,7 +209,7 @@ MUTANTS = {
     "frees blocks that a step uses": Mutant(_around(StepLoop, "end", _though_busy)),
     "reuses what it has not looked at": Mutant((Reuse, "check", _unseen)),
     "drains and gives nothing back": Mutant(
-        (Requests, "give_back", lambda requests, code, detail: None), cause="has drained"
+        (WorkerHost, "_wind_down", _at_once), cause="has drained"
     ),
     "goes where a breaker is open": Mutant(
         (Breaker, "admits", lambda breaker, now: True), cause="left alone"
