@@ -21,9 +21,10 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     it speaks with gateways. `step_tokens` bounds the prompt tokens of one step; `max_waiting` the
     prefills that wait for memory or their turn. A landing is freed `lease_seconds` after it was
     granted or last written to. What is not done `drain_seconds` after the order to drain is given
-    back. A step that lasts `step_timeout_seconds` ends the process. `landing_share` is the part of
-    the pool that may wait in landings, `quarantine_share` the part that landings of one prefill
-    worker may hold, withdrawn ones included, before it gets no more. `transports` are offered and
+    back. A step that lasts `step_timeout_seconds`, or an engine that owes an answer for so long,
+    ends the process. `landing_share` is the part of the pool that may wait in landings,
+    `quarantine_share` the part that landings of one prefill worker may hold, withdrawn ones
+    included, before it gets no more. `transports` are offered and
     used, `auto` standing for all that are there; `socket_dir` is a folder of this user alone for
     their sockets (empty: one is made). In the codes of `wire`, which are lossy, KV may travel to
     and from workers that have them too, where that is faster (see `transfer.coding`). With
