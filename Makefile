@@ -51,9 +51,9 @@ test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (
 	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation \
 		tests/life/test_real_model.py tests/life/test_devices.py
 
-soak: $(VENV)/.dev ## Play 100,000 schedules of faults, twice: handoffs and control plane (2 hours)
-	@$(BIN)/python -m tests.chaos handoffs --count 100000
-	@exec $(BIN)/python -m tests.chaos control --count 100000
+soak: $(VENV)/.dev ## Play 100,000 schedules of faults, twice: handoffs and control plane (2 core hours)
+	@$(BIN)/python -m tests.chaos handoffs --count 100000 --jobs $$(nproc)
+	@exec $(BIN)/python -m tests.chaos control --count 100000 --jobs $$(nproc)
 
 chaos: $(VENV)/.dev ## Kill and stop real processes under load (5 minutes, then 5 with the real model)
 	@exec $(BIN)/python -m tests.storm
