@@ -18,7 +18,7 @@ VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
 .PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-gpu \
-	bench-transfer bench-interference bench-matrix bench-placement bench-reuse bench-cancel bench-roofline chaos loadtest soak clean
+	bench-transfer bench-interference bench-matrix bench-placement bench-reuse bench-cancel bench-roofline bench-wire chaos loadtest soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -101,6 +101,9 @@ bench-transfer: $(VENV)/.dev ## Measure how fast KV moves beside bare sockets, N
 
 bench-roofline: $(VENV)/.dev ## Measure how far the emulation's timing is from real engines on this CPU
 	@exec $(BIN)/python -m tests.bench.roofline
+
+bench-wire: $(VENV)/.dev ## Measure what codes of eight bits on the wire cost and save (5 minutes)
+	@exec $(BIN)/python -m tests.bench.wire
 
 bench-cancel: $(VENV)/.dev ## Measure how soon a cancel frees all blocks, state by state
 	@exec $(BIN)/python -m tests.life.cancels

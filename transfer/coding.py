@@ -217,7 +217,10 @@ def decode_groups(
 
 @lru_cache(maxsize=16)
 def speeds(codec: Codec, heads: int, dim: int) -> tuple[float, float]:
-    """Numbers per second that this machine encodes and decodes, as measured once. Takes ms."""
+    """Numbers per second that a thread here encodes and decodes, as measured once. Takes ms.
+
+    In time of the CPU: others that use it just then say nothing of later.
+    """
     count = SAMPLE_GROUPS * 2 * heads * dim * dim
     floats = np.random.default_rng(1).standard_normal(count, np.float32)
     coded = np.zeros(count // dim * (dim + SCALE_BYTES), np.uint8)
@@ -227,11 +230,11 @@ def speeds(codec: Codec, heads: int, dim: int) -> tuple[float, float]:
     at, to, room = coded.ctypes.data, floats.ctypes.data, scratch.ctypes.data
     taken: list[tuple[float, float]] = []
     for _ in range(SAMPLE_ROUNDS):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         encode_layer(kind, to, 0, tokens, heads, dim, 0, 1, at, room)
-        between = time.perf_counter()
+        between = time.thread_time()
         decode_groups(kind, at, blocks, 0, tokens, heads, dim, 1, to, room)
-        taken.append((between - begun, time.perf_counter() - between))
+        taken.append((between - begun, time.thread_time() - between))
     encoding, decoding = (min(it) for it in zip(*taken, strict=True))
     return count / encoding, count / decoding
 

@@ -13,6 +13,7 @@ other programs disturb less.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from backends.emulation.pool import TORCH_DTYPES
 from backends.emulation.profile import Figure, Profile, Weights, load_shape
 from backends.emulation.roofline import Roofline, Span
 from loadtest.bench.figures import ROOT, Results, table, warn_if_busy
-from tests.bench.contenders import Engine, Work
+from tests.bench.contenders import BLOCK_TOKENS, Engine, Work
 from tests.bench.engine import bundled_model
 
 SHAPE = "smollm2-135m"
@@ -155,6 +156,26 @@ def _contenders(threads: int) -> Iterator[Contender]:
             TORCH_OPERATORS,
             lambda weights=weights: Engine(model, MOST_TOKENS, weights),
         )
+    if importlib.util.find_spec("onnxruntime"):
+        yield Contender(
+            "onnxruntime float32", "float32", 4, 0, lambda: OnnxRuntime(model, MOST_TOKENS, threads)
+        )
+    else:
+        print("onnxruntime is left out: it is not installed")
+
+
+class OnnxRuntime(Engine):
+    """The other engine: one call for a step, and attention that reads KV where it lies."""
+
+    name = "onnxruntime"
+
+    def __init__(self, model: Path, pool_tokens: int, threads: int) -> None:
+        from backends.onnxruntime import OnnxRuntimeBackend
+
+        self.backend = OnnxRuntimeBackend(
+            model=str(model), weights="float32", pool_tokens=pool_tokens,
+            block_tokens=BLOCK_TOKENS, threads=threads,
+        )  # fmt: skip
 
 
 def _cases() -> Iterator[Case]:

@@ -13,7 +13,7 @@ def test_every_case_is_predicted_and_measured(tmp_path, monkeypatch, capsys):
     small = {"PROMPTS": (16,), "BATCHES": (1, 2), "CONTEXTS": (16,), "SECONDS": 0.0}
     for name, value in {**small, "READ_BYTES": 1 << 22, "MOST_TOKENS": 512}.items():
         monkeypatch.setattr(roofline, name, value)
-    words = ["bench", "--threads", "1", "--engines", "float32", "--folder", str(tmp_path)]
+    words = ["bench", "--threads", "1", "--engines", "torch float32", "--folder", str(tmp_path)]
     monkeypatch.setattr("sys.argv", words)
     threads = torch.get_num_threads()
     roofline.main()

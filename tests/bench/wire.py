@@ -6,10 +6,11 @@ Exactness: the real model in float32. The KV of 32 prompts goes through each for
 are decoded from it, once along the words of the undisturbed run (KL divergence of the next token,
 and whether the likeliest one is the same) and once freely (how far the words are the same).
 
-Time: the real model, a prefill and a decode worker over `tcp` on links of several speeds, with and
-without codes, in turn. A link is emulated in the sender: a byte leaves no sooner than on a link of
-that speed. A pair that is set to codes uses them only where it finds them faster, so its row says
-what it chose.
+Time: KV of the size of an 8B model's in bfloat16, made up, from a prefill to a decode worker over
+`tcp` on links of several speeds, with and without codes, in turn; nothing leaves before the first
+token is there, so that all of the way shows. A link is emulated in the sender: a byte leaves no
+sooner than on a link of that speed. A pair that is set to codes uses them only where it finds them
+faster, so its row says what it chose.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import argparse
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,12 @@ from numpy.typing import NDArray
 
 from backends.api import Row
 from backends.emulation import EmulationBackend
-from backends.emulation.linear import bfloat16_is_fast
 from backends.emulation.plan import make_plan
+from backends.protocol import Role
 from gateway.cli.model import find_model
 from loadtest.bench.figures import ROOT, Results, percentile, table, warn_if_busy
 from loadtest.bench.process import unwind_when_told_to_stop
-from tests.bench.desk.gateway import Desk, Handoff, desk
+from tests.bench.desk.gateway import Handoff, desk
 from tests.bench.desk.worker import Worker
 from tests.bench.transfer.cases import HEAD_MAJOR, SEED, TOKEN_MAJOR
 from tests.emulation.desk import Desk as Engine
@@ -48,10 +50,12 @@ from transfer.plan import plan
 
 WORDS = 64
 BLOCK_TOKENS = 16
-LINKS = (0.1, 1.0, 10.0, 0.0)
+LINKS = (0.25, 1.0, 10.0)
 """Gbit/s; 0 is as fast as this machine."""
 
-TOKENS = 1024
+SHAPE = "llama-3.1-8b"
+
+TOKENS = 512
 WARM = 1
 
 Blocks = list[int]
@@ -153,6 +157,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--links", type=float, nargs="*", default=LINKS, help="Gbit/s; 0: any")
     parser.add_argument("--folder", type=Path, default=ROOT / "bench-results")
     options = parser.parse_args()
     unwind_when_told_to_stop()
@@ -162,7 +167,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         _exactness(options.prompts, results)
     if options.part != "exactness":
-        _times(options.repeats, results)
+        _times(options.links, options.repeats, results)
     print(f"\n{results.path}")
 
 
@@ -230,74 +235,83 @@ class Figure(msgspec.Struct, frozen=True):
     """Medians in seconds, from the first token to the admission at the other worker."""
 
     link_gbit: float
-    plain_bytes: int
-    plain: float
+    set_to: str
     chosen: str
     bytes: int
     seconds: float
 
 
-def _times(repeats: int, results: Results) -> None:
+def _times(links: Sequence[float], repeats: int, results: Results) -> None:
     rows = []
-    for link in LINKS:
-        for codec in CODECS:
-            with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
-                figure = uvloop.run(_beside(Path(folder), link, codec, repeats))
-            results.add({"codec": codec, **msgspec.to_builtins(figure)})
-            rows.append([
-                f"{link:g} Gbit/s" if link else "loopback", codec, f"{figure.plain * 1e3:.0f}",
-                f"{figure.seconds * 1e3:.0f}", f"{figure.seconds / figure.plain:.2f}",
-                figure.chosen, f"{figure.bytes / figure.plain_bytes:.2f}",
-            ])  # fmt: skip
+    for link in links:
+        with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+            plain, *others = uvloop.run(_beside(Path(folder), link, repeats))
+        for figure in (plain, *others):
+            results.add(msgspec.to_builtins(figure))
+        rows += [_row(plain, figure) for figure in others]
     header = ["link", "set to", "without, ms", "with, ms", "with / without", "chosen", "bytes"]
-    print(f"\n{TOKENS} tokens, {figure.plain_bytes / 1e6:.1f} MB without codes")
+    print(f"\n{TOKENS} tokens of {SHAPE}, {plain.bytes / 1e6:.0f} MB without codes")
     print(table(header, rows), flush=True)
 
 
-async def _beside(folder: Path, link: float, codec: Codec, repeats: int) -> Figure:
-    """The same handoffs with and without, in turn, so that both see the same machine."""
-    plain: list[Handoff] = []
-    others: list[Handoff] = []
-    async with (
-        desk(folder / "plain", _workers(folder / "plain", link, ())) as one,
-        desk(folder / "coded", _workers(folder / "coded", link, (codec,))) as other,
-    ):
+def _row(plain: Figure, figure: Figure) -> list[str]:
+    link = figure.link_gbit
+    return [
+        f"{link:g} Gbit/s" if link else "loopback",
+        figure.set_to,
+        f"{plain.seconds * 1e3:.0f}",
+        f"{figure.seconds * 1e3:.0f}",
+        f"{figure.seconds / plain.seconds:.2f}",
+        figure.chosen,
+        f"{figure.bytes / plain.bytes:.2f}",
+    ]
+
+
+async def _beside(folder: Path, link: float, repeats: int) -> list[Figure]:
+    """The same handoffs without and with codes, in turn, so that all see the same machine."""
+    settings: list[tuple[Codec, ...]] = [(), *((codec,) for codec in CODECS)]
+    handoffs: list[list[Handoff]] = [[] for _ in settings]
+    async with AsyncExitStack() as stack:
+        desks = []
+        for number, wire in enumerate(settings):
+            room = folder / str(number)
+            desks.append(await stack.enter_async_context(desk(room, _workers(room, link, wire))))
         for number in range(WARM + repeats):
             prompt = random.Random(SEED + number).choices(range(1000, 40000), k=TOKENS)
-            plain.append(await one.hand_over(prompt))
-            others.append(await other.hand_over(prompt))
-        chosen = _chosen(other)
-    return Figure(
-        link_gbit=link,
-        plain_bytes=plain[-1].bytes,
-        plain=statistics.median(it.landing for it in plain[WARM:]),
-        chosen=chosen,
-        bytes=others[-1].bytes,
-        seconds=statistics.median(it.landing for it in others[WARM:]),
-    )
-
-
-def _chosen(made: Desk) -> str:
-    return made.met.transport
+            for made, taken in zip(desks, handoffs, strict=True):
+                taken.append(await made.hand_over(prompt))
+        chosen = [made.met.transport for made in desks]
+    return [
+        Figure(
+            link_gbit=link,
+            set_to=" ".join(wire),
+            chosen=transport,
+            bytes=taken[-1].bytes,
+            seconds=statistics.median(it.landing for it in taken[WARM:]),
+        )
+        for wire, transport, taken in zip(settings, chosen, handoffs, strict=True)
+    ]
 
 
 def _workers(folder: Path, link: float, wire: tuple[Codec, ...]) -> list[Worker]:
     folder.mkdir()
-    dtype = "bfloat16" if bfloat16_is_fast() else "float32"
-    options = {"model": str(find_model("bundled")), "dtype": dtype, "pool_tokens": 2 * TOKENS}
-    ends = {"prefill": (32, TOKEN_MAJOR), "decode": (16, HEAD_MAJOR)}
+    options = {"model_shape": SHAPE, "dtype": "bfloat16", "pool_tokens": 2 * TOKENS}
+    ends: list[tuple[Role, int, str]] = [
+        ("prefill", 32, TOKEN_MAJOR), ("decode", 16, HEAD_MAJOR),
+    ]  # fmt: skip
     return [
         Worker(
             role=role,
             socket=str(folder / f"{role}.sock"),
-            backend="emulation",
+            backend="synthetic",
             options={**options, "block_tokens": block, "axes": axes},
-            step_tokens=256,
             link_gbit=link if role == "prefill" else 0.0,
+            whole=role == "prefill",
             transport="tcp",
             wire=wire,
+            inexact=True,
         )
-        for role, (block, axes) in ends.items()
+        for role, block, axes in ends
     ]
 
 

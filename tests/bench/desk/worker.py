@@ -32,6 +32,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
     `link_gbit`: at most so much leaves per second; 0: as much as can. `whole`: nothing leaves
     before all layers are computed. `step_tokens`: a prompt is cut into chunks of so many.
+    `inexact`: it says that its continuation is not exact, so that codes may be used.
     """
 
     role: Role
@@ -44,6 +45,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     whole: bool = False
     transport: Transport = "auto"
     wire: tuple[Wire, ...] = ()
+    inexact: bool = False
 
 
 class Link:
@@ -144,7 +146,10 @@ def main() -> None:
         wire=worker.wire,
     )
     peers = ShapedPeers if worker.link_gbit or worker.whole else Peers
-    host = WorkerHost(config, load_backend(worker.backend, worker.options), peers=peers)
+    backend = load_backend(worker.backend, worker.options)
+    if worker.inexact:
+        backend.info = msgspec.structs.replace(backend.info, continuation="equivalent")
+    host = WorkerHost(config, backend, peers=peers)
     uvloop.run(host.run(lambda: None))
 
 
