@@ -35,6 +35,7 @@ from tests.vllm_engine.servers import NAME, START_SECONDS, pair, server
 FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN = 1000, 40000
 WARM_REQUESTS = 3
 SETTLE_SECONDS = 3.0
+STALL_SECONDS = 600.0
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +84,7 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 async def play(address: str, load: Load) -> Outcome:
     """Send the trace to `address`, after a few requests that nobody counts."""
-    limits = aiohttp.ClientTimeout(total=None, sock_read=120)
+    limits = aiohttp.ClientTimeout(total=None, sock_read=STALL_SECONDS)
     async with aiohttp.ClientSession(address, timeout=limits) as session:
         dice = random.Random(load.seed + 1)
         for _ in range(WARM_REQUESTS):
@@ -176,7 +177,12 @@ def arrangements(folder: Path, model: Path, load: Load) -> Iterator[tuple[str, s
     with pair(model, folder, cores=apart, dtype=load.dtype) as (prefill, decode):
         with routed(folder, prefill, decode) as router:
             yield "vLLM, a pair and a router", router
-        fleet = {"prefill": prefill, "decode": decode, "model": str(model)}
+        fleet = {
+            "prefill": prefill,
+            "decode": decode,
+            "model": str(model),
+            "silence_seconds": STALL_SECONDS,
+        }
         workers = {"fleet": {"role": "both", "backend": "vllm-served", "options": fleet}}
         with baton(folder, model, workers) as front:
             yield "Baton before that pair", front

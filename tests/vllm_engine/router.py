@@ -26,7 +26,7 @@ class Router:
         self.session: aiohttp.ClientSession | None = None
 
     async def open(self, app: web.Application) -> Any:
-        limits = aiohttp.ClientTimeout(total=None, sock_read=120)
+        limits = aiohttp.ClientTimeout(total=None, sock_read=600)
         async with aiohttp.ClientSession(timeout=limits) as self.session:
             yield
 

@@ -37,7 +37,7 @@ def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
 def fleet(folder: Path, pair: tuple[str, str]) -> Iterator[KeptEngine]:
     prefill, decode = pair
     made = KeptEngine(
-        VllmServedBackend(model=str(folder), prefill=prefill, decode=decode, silence_seconds=30.0)
+        VllmServedBackend(model=str(folder), prefill=prefill, decode=decode, silence_seconds=120.0)
     )
     yield made
     made.end()
