@@ -13,6 +13,7 @@ import torch
 
 from backends.tensorrt_llm.exporting import Exporter
 from backends.tensorrt_llm.geometry import measured
+from backends.tensorrt_llm.leash import end_without
 from backends.tensorrt_llm.messages import Close, Line, Scheduling, ToRank, decode_pass
 from backends.tensorrt_llm.probe import BY_DIGEST, connector_api
 from backends.tensorrt_llm.scheduling import Schedule
@@ -90,7 +91,7 @@ class ExportWorker(api.KvCacheConnectorWorker):  # type: ignore[misc,name-define
         geometry = measured(kv_cache_tensor, self._llm_args)
         self._cuda = kv_cache_tensor.is_cuda
         self._exporter.register(kv_cache_tensor.view(torch.uint8), geometry.block_tokens)
-        self._line = Line(geometry, self._exporter.heard)
+        self._line = Line(geometry, self._heard)
 
     def start_load_kv(self, stream: Any) -> None:
         """Nothing is loaded."""
@@ -117,6 +118,11 @@ class ExportWorker(api.KvCacheConnectorWorker):  # type: ignore[misc,name-define
     ) -> tuple[list[int], list[int]]:
         """Which requests' blocks may go, of those that were ever named here; each once."""
         return self._exporter.finished(finished_gen_req_ids), list(started_loading_req_ids)
+
+    def _heard(self, message: ToRank | None, files: list[int]) -> None:
+        self._exporter.heard(message, files)
+        if message is None and self._line is not None:
+            end_without(self._line.peer)
 
     def _say(self, message: Any) -> None:
         if self._line is not None:

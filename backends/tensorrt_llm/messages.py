@@ -192,7 +192,7 @@ class Line:
         try:
             self._socket.settimeout(CONNECT_SECONDS)
             self._socket.connect(os.environ[VARIABLE])
-            require_own(self._socket)
+            self.peer = require_own(self._socket)
             self._socket.sendall(frame(first))
             self._socket.settimeout(None)
         except BaseException:

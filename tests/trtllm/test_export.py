@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -308,3 +310,16 @@ def test_a_rank_that_comes_twice_is_turned_away(rank: Rank) -> None:
             assert (made.ranks, told) == ((0,), [])
             one.close()
             until(lambda: told and told[0][0] == 0)
+
+
+@pytest.mark.parametrize(("worker", "status"), [("1", os.EX_SOFTWARE), ("os.getpid()", 0)])
+def test_a_rank_ends_when_its_worker_is_gone_and_is_another_process(
+    worker: str, status: int
+) -> None:
+    code = (
+        "import os, threading; from backends.tensorrt_llm.leash import end_without;"
+        f"end_without({worker}, 0.01); threading.Event().wait(60 if {status} else 0.1)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == status
+    )
