@@ -5,8 +5,8 @@
 
 The answer says nothing of the KV: a job is prefilled when every rank has exported all of it *and*
 the scheduler was told that the request is finished. A request that was cancelled may never be told
-of, and an executor without work asks no rank what it has released; a request of one token then has
-it make a turn (`Turns`).
+of, and an executor without work asks no rank what it has released; a request that nobody wants then
+has it make a turn (`Turns`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from backends.tensorrt_llm.messages import (
     Seated,
     Voided,
 )
-from backends.tensorrt_llm.scheduling import GLOBAL_ID, TURN_ID, digest_of
+from backends.tensorrt_llm.scheduling import GLOBAL_ID, TURN_ID, TURN_TOKENS, digest_of
 
 log = structlog.get_logger()
 
@@ -161,6 +161,8 @@ class Carrier:
         job = it.job
         assert job is not None
         it.check()
+        if job.tokens == TURN_TOKENS and not self._library.can.own_ids:
+            raise StepFailed("this release of TensorRT-LLM would take the prompt for one of ours")
         first = job.sequences[0] if job.sequences else None
         result = self._submit(it, job.tokens, first, self._salt(it))
         tokens = [await self._answer(it, result)]
@@ -278,9 +280,9 @@ class Carrier:
         return it.released.issuperset(self._ranks)
 
     async def _turn(self) -> None:
-        """Have the executor make a turn, by a request of one token that nobody wants."""
+        """Have the executor make a turn, by a request that nobody wants."""
         nudge = Carried(TURN, None)
-        await self._over(self._submit(nudge, [0], None, TURN))
+        await self._over(self._submit(nudge, TURN_TOKENS, None, TURN))
         await nudge.until(lambda: nudge.finished is not None)
         if nudge.request is not None:
             del self._requests[nudge.request]

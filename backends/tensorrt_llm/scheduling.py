@@ -26,6 +26,9 @@ GLOBAL_ID = 1 << 40
 TURN_ID = 1 << 61
 """Ids from here on are of requests that only have the executor make a turn: nothing is exported."""
 
+TURN_TOKENS = [0, 0, 0]
+"""Their prompt, by which they are known where the client chooses no ids."""
+
 
 class Watched(msgspec.Struct):
     """One request: its prompt's length, its blocks so far, and up to where steps were told."""
@@ -58,10 +61,10 @@ class Schedule:
         number = request.request_id
         if number < self._least:
             return
-        if number >= TURN_ID:
-            self._say(Seated(number, b"", 0, 0))
-            return
         tokens = list(request.get_tokens(0))
+        if number >= TURN_ID or (self._least == 0 and tokens == TURN_TOKENS):
+            self._say(Seated(number, digest_of(tokens), 0, 0))
+            return
         with self._lock:
             self._sweep()
             self._watched[number] = Watched(len(tokens), time.monotonic())
