@@ -45,14 +45,17 @@ EXACT = Bounds("exact", 0.0, 1.0, 0.0, 1e-6)
 FLOAT32 = Bounds("float32", 1e-5, 1.0, TIE, 1e-2)
 """Equal text. Logits that differ by 1e-4 give a divergence below 1e-8; float16 KV, 1e-7."""
 
-HALF = Bounds("16 bit", 0.03, 0.85, 0.0, 2.0)
-"""bfloat16 KV alone diverges by 7e-6, bfloat16 weights and arithmetic by some 1e-3 on a model of
-135 million parameters, whose likeliest tokens are often near ties. A wrong layout or RoPE pairing
-diverges by more than 1."""
+HALF = Bounds("16 bit", 0.03, 0.85, 0.5, 2.0)
+"""bfloat16 changes logits of SmolLM2-135M by up to 0.7, often across its many near ties, but the
+divergence is only 8e-4. KV in the wrong RoPE pairing diverges by 3.2."""
 
-QUANTISED = Bounds("quantised", 0.3, 0.7, 0.0, 4.0)
-"""4-bit weights with 8-bit activations change logits by up to 1.3 on that model. Still far from
-what a wrong layout does."""
+QUANTISED = Bounds("quantised", 0.3, 0.7, 2.0, 4.0)
+"""4-bit weights with 8-bit activations change logits of that model by up to 1.3; the divergence is
+3e-3, on longer texts more. Still far from what a wrong layout does."""
+
+BLIND = 0.5
+"""The share of equal likeliest tokens where nobody can tell a near tie, as there are no log
+probabilities, and numbers are not float32."""
 
 
 def bounds_of(*layouts: KVLayout) -> Bounds:
@@ -112,11 +115,18 @@ def require_alike(
         Broken: they are further apart; `otherwise` says what that means and what to fix.
     """
     found = apart(ours, theirs, bounds.tie)
-    if found.top1 < bounds.top1 or (found.kl or 0.0) > bounds.kl:
+    if not within(ours, theirs, bounds):
         raise Broken(
             f"{otherwise} ({found}; the bounds for {bounds.name} are {bounds.top1:.0%} "
             f"and {bounds.kl:g})"
         )
+
+
+def within(ours: Items[Sampled], theirs: Items[Sampled], bounds: Bounds) -> bool:
+    """Whether two runs over the same tokens are as alike as `bounds` say."""
+    found = apart(ours, theirs, bounds.tie)
+    blind = bounds.tie > TIE and any(it.logprob is None for it in theirs)
+    return found.top1 >= (BLIND if blind else bounds.top1) and (found.kl or 0.0) <= bounds.kl
 
 
 def _agree(one: Sampled, other: Sampled, tie: float) -> bool:

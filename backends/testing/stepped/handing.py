@@ -10,7 +10,7 @@ import msgspec
 
 from backends.api import Sampled
 from backends.errors import BackendMisconfigured
-from backends.testing.alike import Bounds, apart, bounds_of, require_alike
+from backends.testing.alike import Bounds, bounds_of, require_alike, within
 from backends.testing.bench import STEPS, SteppedBench
 from backends.testing.carrying import Stated, carry, convertible
 from backends.testing.desk import Desk, Line
@@ -126,7 +126,7 @@ def _from_to(bench: SteppedBench, source: Desk, target: Desk) -> None:
         arrived = bench.hand_over(source, line, target)
         found = _along(target, arrived, expected)
         target.release(arrived)
-        if not _within(found, expected[1:], bounds):
+        if not within(found, expected[1:], bounds):
             require_alike(found, expected[1:], bounds, _diagnosis(bench, source, target, bounds))
         source.release(line)
 
@@ -135,11 +135,6 @@ def _along(desk: Desk, arrived: Line, expected: list[Sampled]) -> list[Sampled]:
     """Decode what arrived along what was expected; answers with what is sampled."""
     desk.force(arrived, [it.token for it in expected[:-1]])
     return arrived.sampled
-
-
-def _within(ours: list[Sampled], theirs: list[Sampled], bounds: Bounds) -> bool:
-    found = apart(ours, theirs, bounds.tie)
-    return found.top1 >= bounds.top1 and (found.kl or 0.0) <= bounds.kl
 
 
 def _require_continued(
@@ -170,7 +165,7 @@ def _diagnosis(bench: SteppedBench, source: Desk, target: Desk, bounds: Bounds) 
         found = _along(target, arrived, expected)
         source.release(line)
         target.release(arrived)
-        if _within(found, expected[1:], bounds):
+        if within(found, expected[1:], bounds):
             return f"info.layout.{wrong}"
     return (
         "info.layout: the pool is not cut as stated, nor by another pairing or with two axes "
