@@ -6,10 +6,10 @@ Knows rows, blocks and logits; not requests, workers or the network. `library.py
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
+import gguf
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -255,11 +255,14 @@ def _layout(checkpoint: GGUFCheckpoint, options: Options) -> KVLayout:
 
 
 def _stored(checkpoint: GGUFCheckpoint) -> str:
-    """How most of the numbers in the file are kept."""
-    kinds: Counter[str] = Counter()
-    for name in checkpoint.names():
-        kind, rows = checkpoint.stored(name)
-        kinds[kind.name] += rows.size
+    """How the coarsest of the file's matrices is kept: nobody else's weights are equal to that."""
+    matrices = [it for it in checkpoint.names() if len(checkpoint.shape(it)) > 1]
+    kinds = {checkpoint.stored(it)[0] for it in matrices}
+    coarsest = min(kinds, key=_bytes_each)
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    (most, _), *_ = kinds.most_common(1)
-    return names.get(most, most.lower())
+    return names.get(coarsest.name, coarsest.name.lower())
+
+
+def _bytes_each(kind: gguf.GGMLQuantizationType) -> float:
+    numbers, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    return nbytes / numbers

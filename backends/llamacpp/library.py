@@ -52,10 +52,7 @@ class Context:
     def __init__(self, path: Path, form: Form, *, cells: int, sequences: int, threads: int) -> None:
         llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        loading = llama_cpp.llama_model_default_params()
-        loading.n_gpu_layers = 0
-        # Its matrix units for Intel's AMX crash in the first batch (ggml-org/llama.cpp#20824).
-        loading.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+        loading = model_params()
         self._context: Any = None
         self._model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), loading)
         if not self._model:
@@ -159,6 +156,15 @@ class Context:
         llama_cpp.llama_state_seq_get_data(self._context, _address(written), len(written), 0)
         check_probe(form, written.tobytes())
         self.clear()
+
+
+def model_params() -> Any:
+    """How a model is loaded: on the CPU, in a way that does not crash."""
+    loading = llama_cpp.llama_model_default_params()
+    loading.n_gpu_layers = 0
+    # Code for Intel's AMX crashes on quantised weights (ggml-org/llama.cpp#20824).
+    loading.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+    return loading
 
 
 class _Batch:

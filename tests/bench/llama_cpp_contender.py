@@ -23,8 +23,9 @@ class LlamaCpp:
         self._quiet = quiet  # must outlive the library's use of it
         llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        loading = llama_cpp.llama_model_default_params()
-        self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), loading)
+        from backends.llamacpp.library import model_params
+
+        self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), model_params())
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {model}")
         using = llama_cpp.llama_context_default_params()

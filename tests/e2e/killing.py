@@ -52,7 +52,7 @@ def pair(
             "prefill": worker("prefill", faults=SLOWLY, **prefill),
             "decode": worker("decode", **decode),
         },
-        "gateway": {"request_timeout_seconds": 100},
+        "gateway": {"request_timeout_seconds": 300},
         "queue": {"lease_seconds": 3},
     }
     with serve(folder, tree, paths=(*paths, ROOT)) as site:

@@ -76,7 +76,7 @@ def run_all(streams: list[Stream], meanwhile: Any = None) -> None:
     with ThreadPoolExecutor(len(streams)) as pool:
         running = [pool.submit(stream.run) for stream in streams]
         if meanwhile is not None:
-            assert streams[0].started.wait(30)
+            assert streams[0].started.wait(120)
             meanwhile()
         for one in running:
-            one.result(120)
+            one.result(300)

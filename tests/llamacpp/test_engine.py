@@ -10,7 +10,7 @@ import pytest
 
 from backends.api import Row, Sampling, StepFailed
 from backends.errors import BackendMisconfigured
-from backends.testing import Maker
+from backends.testing import Maker, conformance, summary
 from backends.testing.alike import QUANTISED, apart
 from backends.testing.carrying import carry
 from backends.testing.desk import GREEDY, Desk, Line, nobody
@@ -218,6 +218,26 @@ def test_a_tiny_model_of_each_family_is_the_one_that_torch_computes(
         target.release(arrived)
     for desk in desks:
         desk.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "unproven"),
+    [(FULL, []), ({}, ["a_worker_continues_what_the_reference_computed"])],
+    ids=["float32", "as stored"],
+)
+def test_it_keeps_every_promise_of_its_contract(
+    options: dict[str, Any], unproven: list[str], tmp_path: Path
+) -> None:
+    """Unlike weights meet only where an operator allows it, and none is asked here."""
+    extra = {"tokenizer.ggml.model": "none", "llama.vocab_size": 100}
+    path = str(write_gguf(tmp_path / "m.gguf", extra=extra, context=512))
+    report = conformance(
+        "backends.llamacpp:LlamaCppBackend",
+        {"model": path, "threads": 1, "cache_dir": str(tmp_path), **options},
+        reference=("emulation", {"model": path, "dtype": "float32"}),
+    )
+    assert report.ok, summary(report)
+    assert [it.promise for it in report.verdicts if it.outcome != "kept"] == unproven
 
 
 @pytest.fixture

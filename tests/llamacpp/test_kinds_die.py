@@ -38,7 +38,7 @@ def killer(
     )
     paths = third_party, ROOT / "tests" / "third_party"
     with pair(tmp_path_factory.mktemp("site"), prefill, decode, *paths) as site:
-        yield Killer(site)
+        yield Killer(site, tokens=12 if "abacus" in request.param else 40)  # it takes its time
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])

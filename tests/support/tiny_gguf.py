@@ -8,11 +8,11 @@ import gguf
 import numpy as np
 
 
-def write_gguf(path: Path, arch="llama", *, drop=(), extra=None, tensors=None) -> Path:
+def write_gguf(path: Path, arch="llama", *, drop=(), extra=None, tensors=None, context=128) -> Path:
     """A tiny model in Q8_0, F16 and F32, written by the `gguf` package."""
     writer = gguf.GGUFWriter(path, arch)
     fields = {
-        "block_count": 1, "context_length": 128, "embedding_length": 32,
+        "block_count": 1, "context_length": context, "embedding_length": 32,
         "feed_forward_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2,
     }  # fmt: skip
     for name, value in fields.items():
