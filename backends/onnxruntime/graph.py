@@ -7,6 +7,7 @@ Runtime's. Whatever a token gives is the same to the bit beside whichever other 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Graph:
         self._count = 0
         self._sums: dict[str, str] = {}
         self._given: dict[str, Array] = {}
-        self._shapes: list[TensorProto] = []
+        self.shapes: list[TensorProto] = []
 
     def named(self, array: Array) -> str:
         """A name for an array; the same one for the same array."""
@@ -80,15 +81,15 @@ class Graph:
 
     def _block_sums(self, value: str, blocks: int) -> str:
         if value not in self._sums:
-            (cut,) = self.node("Reshape", [value, self._shape(-1, blocks, BLOCK)])
-            (total,) = self.node("ReduceSum", [cut, self._shape(2)], keepdims=0)
+            (cut,) = self.node("Reshape", [value, self.shape(-1, blocks, BLOCK)])
+            (total,) = self.node("ReduceSum", [cut, self.shape(2)], keepdims=0)
             self._sums[value] = total
         return self._sums[value]
 
-    def _shape(self, *numbers: int) -> str:
+    def shape(self, *numbers: int) -> str:
         """A name for whole numbers, which have to be in the graph itself."""
-        name = f"s{len(self._shapes)}"
-        self._shapes.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
+        name = f"s{len(self.shapes)}"
+        self.shapes.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
         return name
 
     def model(self, vocabulary: int) -> bytes:
@@ -102,7 +103,7 @@ class Graph:
                 value(WANTED, TensorProto.INT64, ["row"]),
             ],
             [value(LOGITS, TensorProto.FLOAT, ["row", vocabulary])],
-            [*self._shapes, *(_external(name, array) for name, array in self.weights.items())],
+            [*self.shapes, *(_external(name, array) for name, array in self.weights.items())],
         )
         opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
@@ -118,7 +119,16 @@ def _external(name: str, array: Array) -> TensorProto:
     return tensor
 
 
-def build(weights: Weights) -> Graph:
+Attend = Callable[[Graph, str, int], str]
+"""Makes what the heads of a layer give of its products, [token, (heads + 2 * kv_heads) * dim]."""
+
+
+def paged(graph: Graph, products: str, layer: int) -> str:
+    """Attention over the pool."""
+    return graph.node(OPERATOR, [products], domain=DOMAIN, layer=layer)[0]
+
+
+def build(weights: Weights, attend: Attend = paged) -> Graph:
     """The whole decoder."""
     spec, graph = weights.spec, Graph()
     epsilon = spec.norm_epsilon
@@ -140,7 +150,7 @@ def build(weights: Weights) -> Graph:
 
     for layer in range(spec.layers):
         block = f"blk.{layer}"
-        mixed = _attention(graph, weights, normed, layer)
+        mixed = attend(graph, _products(graph, weights, normed, layer), layer)
         if layer == spec.layers - 1:
             (mixed,) = graph.node("Gather", [mixed, WANTED])
             (state,) = graph.node("Gather", [state, WANTED])
@@ -163,7 +173,7 @@ def build(weights: Weights) -> Graph:
     return graph
 
 
-def _attention(graph: Graph, weights: Weights, normed: str, layer: int) -> str:
+def _products(graph: Graph, weights: Weights, normed: str, layer: int) -> str:
     names = [f"blk.{layer}.attn_{part}" for part in "qkv"]
     matrices = weights.fused([f"{name}.weight" for name in names])
     biases: list[Array | None] = [None] * len(matrices)
@@ -173,6 +183,4 @@ def _attention(graph: Graph, weights: Weights, normed: str, layer: int) -> str:
     products = [
         graph.linear(normed, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)
     ]
-    if len(products) > 1:
-        products = graph.node("Concat", products, axis=1)
-    return graph.node(OPERATOR, products, domain=DOMAIN, layer=layer)[0]
+    return products[0] if len(products) == 1 else graph.node("Concat", products, axis=1)[0]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from backends.api import Row, Sampling, Sequence
+from backends.api import Row, Sampling, Sequence, SteppedBackend
 from backends.checkpoint.opening import open_checkpoint
 from backends.checkpoint.rope import repaired
 from backends.checkpoint.spec import Checkpoint, ModelSpec
@@ -50,7 +50,7 @@ class Engine:
     name = "engine"
 
     def __init__(self, model: Path, pool_tokens: int, dtype: str) -> None:
-        self.backend = EmulationBackend(
+        self.backend: SteppedBackend = EmulationBackend(
             model=str(model), dtype=dtype, pool_tokens=pool_tokens, block_tokens=BLOCK_TOKENS
         )
 

@@ -134,6 +134,13 @@ def _contenders(options: argparse.Namespace, cases: list[Case]) -> list[Contende
     if importlib.util.find_spec("transformers"):
         _tell("loading transformers")
         found.append(Transformers(options.model))
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+        from tests.bench.onnx_contenders import OnnxRuntime, WithoutPages
+
+        for weights in ("float32",) if options.model.is_dir() else ("q4", "float32"):
+            _tell(f"loading ONNX Runtime, {weights}")
+            found.append(OnnxRuntime(options.model, most + BLOCK_TOKENS * batch, weights))
+            found.append(WithoutPages(options.model, weights))
     if importlib.util.find_spec("llama_cpp") and not options.model.is_dir():
         from tests.bench.llama_cpp_contender import LlamaCpp
 

@@ -53,3 +53,19 @@ def test_contenders_choose_the_same_token(small_model):
     assert ours.prefill(40)()[0].sampled[0].token == theirs.prefill(40)()
     tokens = [output.sampled[0].token for output in ours.decode(3, 33)()]
     assert tokens == theirs.decode(3, 33)()
+
+
+def test_onnx_runtime_chooses_it_too_with_pages_or_without(small_model):
+    from tests.bench.contenders import Engine
+    from tests.bench.onnx_contenders import OnnxRuntime, WithoutPages
+
+    torch_engine, paged = (
+        Engine(small_model, 1024, "float32"),
+        OnnxRuntime(small_model, 1024, "float32"),
+    )
+    whole = WithoutPages(small_model, "float32")
+    first = torch_engine.prefill(40)()[0].sampled[0].token
+    assert paged.prefill(40)()[0].sampled[0].token == first
+    assert whole.prefill(40)().tolist() == [first]
+    assert len(whole.decode(3, 33)()) == 3
+    assert len({output.sampled[0].token for output in paged.decode(3, 33)()}) == 1
