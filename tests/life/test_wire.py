@@ -134,7 +134,7 @@ async def test_what_was_decoded_from_codes_is_kept_for_no_later_prompt(made: Clu
         timeline = await made.carry(made.job(PROMPT), Heard())
         assert timeline.present_tokens == 0
     assert timeline.cached_tokens > 0, "the prefill worker's own is exact"
-    assert not made.hosts["d"]._ledger.held_for("cached")
+    assert not made.hosts["d"]._ledger._cached
     await staged(made)
 
 
