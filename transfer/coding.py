@@ -237,9 +237,3 @@ def speeds(codec: Codec, heads: int, dim: int) -> tuple[float, float]:
         taken.append((between - begun, time.thread_time() - between))
     encoding, decoding = (min(it) for it in zip(*taken, strict=True))
     return count / encoding, count / decoding
-
-
-def warm_up() -> None:
-    """Compile what is compiled here."""
-    for codec in CODECS:
-        speeds(codec, 1, 8)

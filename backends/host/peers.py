@@ -16,7 +16,7 @@ from backends.host.staging import Staging
 from backends.protocol import BackendInfo, Meet, Met
 from transfer.choose import Chooser, Peer
 from transfer.coded import CodedSender, codec_of, named
-from transfer.coding import Codec, coded_layout
+from transfer.coding import Codec, coded_layout, speeds
 from transfer.contract import Buffer, Receiver, Sender
 from transfer.errors import LayoutMismatch, PeerLost, TransferError
 from transfer.faults import FaultySender, Tamperable
@@ -75,6 +75,12 @@ class Peers:
                 senders[named(name, codec)] = CodedSender(inner, codec, self._encoders)
         self.chooser = Chooser(senders, self._on_lost)
 
+    async def warm_up(self) -> None:
+        """Measure how fast codes are here, before a meeting has to wait for that."""
+        layout = self._info.layout
+        for codec in self._codecs:
+            await asyncio.to_thread(speeds, codec, layout.heads.count, layout.head_dim)
+
     async def listen(self) -> list[Receiver]:
         """Begin to take KV from other workers, in every way that was asked for.
 
@@ -86,7 +92,8 @@ class Peers:
             OSError: this machine cannot, or the data address cannot be listened on.
         """
         for codec in self._codecs:
-            self.stagings[codec] = Staging(codec, self._info, self._pools[0].memory)
+            memory = self._pools[0].memory
+            self.stagings[codec] = await asyncio.to_thread(Staging, codec, self._info, memory)
         for name in self._wanted:
             try:
                 self._receivers += await self._listen(name)

@@ -109,6 +109,7 @@ class WorkerHost:
     async def run(self, ready: Callable[[], None]) -> None:
         """Listen, call `ready`, serve. Returns after `drain`; a part that dies ends it all."""
         await asyncio.to_thread(warm_up)
+        await self._peers.warm_up()
         sys.setswitchinterval(0.0005)  # the step thread's Python must not delay tokens by 5 ms
         if self.config.role != "prefill":
             self._requests.landings.receivers = [*await self._peers.listen()]
