@@ -55,7 +55,7 @@ def pair(
         "gateway": {"request_timeout_seconds": 300},
         "queue": {"lease_seconds": 3},
     }
-    with serve(folder, tree, paths=(*paths, ROOT)) as site:
+    with serve(folder, tree, 300, (*paths, ROOT)) as site:
         yield site
 
 
