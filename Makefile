@@ -62,7 +62,7 @@ test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 
 	@tests/rdma/run.sh $(abspath $(BIN))/python
 
 .PHONY: test-llamacpp
-test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 minutes to compile it once, then 6)
+test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 minutes to compile it once, then 15)
 	@PYTHONPATH=$(abspath $(LLAMACPP)) $(BIN)/python -m pytest -q tests/llamacpp
 
 .PHONY: test-trtllm test-trtllm-gpu
