@@ -41,7 +41,7 @@ ENGINES = (
         "llamacpp",
         "llama_cpp",
         {"weights": "float32", "kv_dtype": "float32"},
-        {"weights": "file"},
+        {"weights": "stored"},
     ),
     Engine("abacus", "tests.third_party.abacus_decode:AbacusBackend", "numpy", {}, None),
 )
