@@ -25,6 +25,9 @@ from loadtest.bench.process import NotStarted, unwind_when_told_to_stop
 from loadtest.interference import FIRST_PLAIN_TOKEN, LAST_PLAIN_TOKEN, Placement, serving
 from loadtest.sse import Events
 
+POOL_TOKENS = 8192
+"""Enough for eight streams, and little enough that all pairs fit into memory."""
+
 TORCH, ONNX = "emulation", "onnxruntime"
 CASES = {
     "torch alone": (TORCH, TORCH),
@@ -75,7 +78,7 @@ class Figures(msgspec.Struct, frozen=True):
 def workers(prefill: str, decode: str) -> dict[str, dict[str, Any]]:
     """A pair of these engines, each in the layout that `baton serve` gives it."""
     cores = sorted(os.sched_getaffinity(0))
-    cut = {"block_tokens": 32, "axes": "layer kv block token head dim", "pool_tokens": 16384}
+    cut = {"block_tokens": 32, "axes": "layer kv block token head dim"}
     sides = {"prefill": (prefill, cores[0], cut), "decode": (decode, cores[-1], {})}
     return {
         role: {
@@ -86,7 +89,7 @@ def workers(prefill: str, decode: str) -> dict[str, dict[str, Any]]:
             "unlike_weights": prefill != decode,
             "reuse": "off",
             "options": {
-                "pool_tokens": 16384,
+                "pool_tokens": POOL_TOKENS,
                 **options,
                 **({"kv_dtype": "float16"} if backend == ONNX else {}),
             },

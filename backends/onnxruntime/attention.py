@@ -109,7 +109,14 @@ def _float(address: int, index: int) -> Any:
 
 @inlined
 def _address_of(array: Any) -> int:
+    """Where it is, as long as `_keep` comes later: an address alone keeps nothing alive."""
     return int(array.ctypes.data)
+
+
+@inlined
+def _keep(array: Any) -> None:
+    """Have an array live until here."""
+    array[0] = 0
 
 
 # ---- the first half: RoPE, and what goes into the pool
@@ -174,6 +181,7 @@ def turn(operator: int, part: int) -> None:
             narrow(kind, come + kv_heads * row_bytes, cell + load64(desk, KV_STEP), dim)
             come += row_bytes
             cell += load64(desk, HEAD_STEP)
+    _keep(spare)
 
 
 # ---- the second half: one part of the attention
@@ -286,6 +294,8 @@ def attend(operator: int, part: int) -> None:
         target = own + (token * heads + member) * row_bytes
         for i in range(dim):
             store32(target, i, as_bits(np.float32(_float(sums + query * step, i) / total)))
+    _keep(numbers)
+    _keep(places)
 
 
 # ---- what ONNX Runtime calls
