@@ -7,10 +7,11 @@ V has a scale for each token. A last group that is not full is filled up with ze
 a whole. To the rest of the data plane such a vector is bytes: it is moved and proven as it is, and
 has no other reader than `decode_groups`.
 
-Scales are float16, the largest magnitude divided by the largest code; a code is its number times
-the scale's reciprocal, rounded to nearest (ties to even). What holds a NaN or an infinity, or is
-too large for such a scale, gets the scale NaN and zeros. The same numbers give the same codes, and
-the same codes the same numbers, on every machine.
+Scales are float16, the largest magnitude divided by the largest code; where all are below 0.03 that
+is coarse, and a number may be off by 2**-16 more. A code is its number times the scale's
+reciprocal, rounded to nearest (ties to even). What holds a NaN or an infinity, or is too large for
+such a scale, gets the scale NaN and zeros. The same numbers give the same codes, and the same codes
+the same numbers, on every machine.
 """
 
 from __future__ import annotations
