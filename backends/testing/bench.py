@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from backends.api import Sampling
@@ -146,6 +147,11 @@ class SteppedBench:
             ignore_eos="ignore_eos" in info.sampling,
             logprobs=wanted if "logprobs" in info.sampling else None,
         )
+
+    @property
+    def greedy(self) -> Sampling:
+        """As `judged`, without log probabilities."""
+        return msgspec.structs.replace(self.judged, logprobs=None)
 
     def prompts(self, count: int = 6, longest: int = LONGEST_TOKENS) -> list[list[int]]:
         """Seeded prompts of lengths around the edges of blocks, all of which fit at once."""

@@ -33,7 +33,7 @@ def a_worker_says_what_it_says(bench: SteppedBench) -> None:
 
     async def play(here: Site, desk: Desk) -> list[list[Sampled]]:
         wire = await here.start("both", desk.backend, step_tokens=48)
-        specs = [here.spec(prompt, bench.judged, STEPS) for prompt in bench.prompts()]
+        specs = [here.spec(prompt, bench.greedy, STEPS) for prompt in bench.prompts()]
         found = [await say(wire, spec) for spec in specs]
         await wire.balanced()
         return [[Sampled(it.token) for it in lines[0]] for lines in found]
@@ -48,7 +48,7 @@ def a_worker_continues_what_another_computed(bench: SteppedBench) -> None:
         prefill = await here.start("prefill", desk.backend, step_tokens=48)
         decode = await here.start("decode", _twin(bench).backend)
         transport = await meet(prefill, decode)
-        specs = [here.spec(prompt, bench.judged, STEPS) for prompt in bench.prompts()]
+        specs = [here.spec(prompt, bench.greedy, STEPS) for prompt in bench.prompts()]
         found = [await hand_over(prefill, decode, spec, transport) for spec in specs]
         await prefill.balanced()
         await decode.balanced()
@@ -75,7 +75,7 @@ def a_worker_continues_what_the_reference_computed(bench: SteppedBench) -> None:
         prefill = await here.start("prefill", bench.reference.backend, step_tokens=48)
         decode = await here.start("decode", desk.backend)
         transport = await meet(prefill, decode)
-        specs = [here.spec(prompt, bench.judged, STEPS) for prompt in bench.prompts()]
+        specs = [here.spec(prompt, bench.greedy, STEPS) for prompt in bench.prompts()]
         found = [await hand_over(prefill, decode, spec, transport) for spec in specs]
         await decode.balanced()
         return [[Sampled(it.token) for it in lines[0]] for lines in found]
@@ -105,14 +105,14 @@ def a_cancel_frees_every_block(bench: SteppedBench) -> None:
         points = [(0, 0), *((0, it) for it in range(1, max(2, len(prompt) // CHUNK)))]
         points += [(1, 1), (1, 3)]
         for side, steps in points:
-            spec = here.spec(prompt, bench.judged, 4 * STEPS)
+            spec = here.spec(prompt, bench.greedy, 4 * STEPS)
             landing = await reserve(*wires, spec, transport)
             if steps:
                 gates[side].hold(steps)
                 wires[0].send(Prefill(spec=spec, landing=landing))
                 await gates[side].held()
             await cancel(spec, *wires, meanwhile=gates[side].let_pass)
-        lines = await hand_over(*wires, here.spec(prompt, bench.judged, STEPS), transport)
+        lines = await hand_over(*wires, here.spec(prompt, bench.greedy, STEPS), transport)
         return [Sampled(it.token) for it in lines[0]]
 
     found = _in_site(play, bench.desk)
@@ -125,7 +125,7 @@ def sequences_end_where_they_are_told(bench: SteppedBench) -> None:
     info = bench.desk.info
     prompt = context(bench)
     text = [it.token for it in bench.desk.run(prompt, STEPS, sampling=bench.judged)]
-    cases = [(bench.judged, STOP_AT, STOP_AT, "length")]
+    cases = [(bench.greedy, STOP_AT, STOP_AT, "length")]
     if "stop_token_ids" in info.sampling:
         at = next((it for it in range(1, STEPS) if text[it] not in text[:it]), 0)
         stops = Sampling(temperature=0.0, stop_token_ids=(text[at],), ignore_eos=_ignores(bench))
