@@ -67,14 +67,14 @@ class OtherInEachProcess(SyntheticBackend):
 
 
 @breaks("a_worker_whose_step_hangs_ends")
-class LeavesAHelper(SyntheticBackend):
+class LeavesAChild(SyntheticBackend):
     def __init__(self, **options):
         super().__init__(**options)
-        self._helper = subprocess.Popen(["sleep", "600"])
+        self._child = subprocess.Popen(["sleep", "600"])
 
     def close(self):
-        self._helper.kill()
-        self._helper.wait()
+        self._child.kill()
+        self._child.wait()
         super().close()
 
 
