@@ -100,6 +100,19 @@ class Desk:
         assert wrong(self.engine, tokens, job.blocks) is None
         return job
 
+    def answered(self, job: PrefillJob) -> None:
+        """Wait until the library's answer is there, while the gate `answered` is shut."""
+        until(lambda: self.gates.reached("answered"))
+        carried = self.engine._carrier._jobs[job.name]
+        until(lambda: carried.results and carried.results[0].finished)
+
+    def settle(self) -> None:
+        """Let the engine do what it can do now: a few rounds of its loop."""
+        for _ in range(5):
+            turned = threading.Event()
+            self.engine._background.post(turned.set)
+            assert turned.wait(10)
+
     def free(self) -> None:
         """Nothing is left of any job: no pin here, no block in the engine."""
         assert not self.engine.pins()

@@ -101,6 +101,20 @@ def test_what_is_final_before_its_request_is_known_waits_for_it(rank: Rank) -> N
     assert rank.exporter.finished([]) == []
 
 
+def test_a_pass_that_stays_bound_is_exported_once(rank: Rank) -> None:
+    """A pass without news leaves the last one's metadata in place."""
+    rank.exporter.heard(Open(7, 16, (0, 1), 60.0), [])
+    told = Pass(1, (Step(7, 0, 8, (3,)),))
+    rank.exporter.after_pass(None, told)
+    rank.heard(Exported(7, 8))
+    before = rank.held(3).copy()
+    rank.pool[3] = 0
+    rank.exporter.after_pass(None, told)
+    rank.exporter.after_pass(None, Pass(2, (Step(7, 8, 16, (4,)),)))
+    rank.heard(Exported(7, 16))
+    assert (rank.seen(0) == before).all()
+
+
 def test_blocks_that_were_given_back_are_not_exported(rank: Rank) -> None:
     """The request finished, and nobody spoke of it until the engine had its blocks again."""
     assert rank.exporter.finished([7]) == [7]

@@ -12,8 +12,9 @@ import pytest
 
 from backends.emulation import EmulationBackend
 from backends.emulation.pattern import Pattern
+from backends.onnxruntime import OnnxRuntimeBackend
+from backends.testing.tiny import write_tiny_model
 from gateway.errors import DeadlineExceeded, GatewayError, NoWorkers, WorkerFailed
-from tests.emulation.desk import bundled_model
 from tests.life.cluster import DECODE, Cluster, Heard, cluster
 from tests.trtllm.play import Gates, standin, write_model
 
@@ -38,6 +39,7 @@ async def prefill(
     **options: Any,
 ) -> AsyncIterator[Cluster]:
     """A cluster with a prefill worker `p` on the stand-in, of the synthetic backend's shape."""
+    folder.mkdir(exist_ok=True)
     path = write_model(folder / "model", **(model or {}))
     gates = Gates(folder / "gates")
     settings: dict[str, Any] = {
@@ -106,21 +108,26 @@ async def test_every_number_reaches_the_synthetic_decoder(
         await empty(made)
 
 
-async def test_every_number_reaches_the_torch_decoder(redis_url: str, tmp_path: Path) -> None:
+DECODERS = {
+    "torch": lambda model: EmulationBackend(model=model, dtype="float32", **CUT),
+    "onnxruntime": lambda model: OnnxRuntimeBackend(model=model, **CUT),
+}
+CUT = {"pool_tokens": 1024, "rope": "half", "axes": "layer kv block token head dim"}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+async def test_every_number_reaches_the_decoder(
+    redis_url: str, tmp_path: Path, decoder: str
+) -> None:
     """Whose pool has another block size, order and dtype."""
-    inner = EmulationBackend(
-        model=bundled_model(),
-        dtype="float32",
-        pool_tokens=1024,
-        rope="half",
-        threads=1,
-        axes="layer kv block token head dim",
-    )
+    model = write_tiny_model(tmp_path)
+    inner: Any = DECODERS[decoder](str(model))
     layout = inner.info.layout
     decode = Looking(inner, PROMPT)
-    model = {"layers": layout.layers, "kv_heads": layout.kv_heads, "head_dim": layout.head_dim}
+    shape = {"layers": layout.layers, "kv_heads": layout.kv_heads, "head_dim": layout.head_dim}
+    shape["vocab_size"] = inner.info.vocabulary
     known = {"identity": layout.model, "weights": layout.weights}
-    async with prefill(redis_url, tmp_path, model=model, **known) as made:
+    async with prefill(redis_url, tmp_path / "p", model=shape, **known) as made:
         await made.start("d", "decode", backend=decode)
         await made.paired()
         heard = Heard()

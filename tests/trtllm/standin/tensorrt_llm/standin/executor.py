@@ -1,7 +1,8 @@
 """The executor's loop on one rank, in the order in which the library makes its calls.
 
 Gates: `before_pass`, `after_chunk` (a pass is over, its prompt is not), `before_finish`
-(the last pass is over, `request_finished` not yet called), `pinned` (after that), `poll`.
+(the last pass is over, `request_finished` not yet called), `answered` (nor then, but the client has
+its answer), `pinned` (after that), `poll`.
 """
 
 import importlib
@@ -260,8 +261,6 @@ class Executor:
             new = request.request_id not in self._known
             data = self._data(request)
             (output.new_requests if new else output.cached_requests).append(data)
-        if not batch and self._knobs.stale_metadata:
-            return None
         if not batch:
             return None
         metadata = self._leader("build_connector_meta", output)
@@ -337,11 +336,16 @@ class Executor:
         self._knobs.gate("before_finish", self._rank)
         self._active.remove(request)
         request.state = State.GENERATION_COMPLETE
+        self._cover(request, request.prompt_len + len(request.generated))
+        self._part_with(request, reason)
+        self._knobs.gate("pinned", self._rank)
+
+    def _part_with(self, request, reason):
+        """Answer and ask the connector, in one order or the other."""
         if self._knobs.respond == "before":
             self._respond(request, reason)
-        self._cover(request, request.prompt_len + len(request.generated))
+            self._knobs.gate("answered", self._rank)
         self._retire(request)
-        self._knobs.gate("pinned", self._rank)
         if self._knobs.respond != "before":
             self._respond(request, reason)
 
@@ -366,10 +370,10 @@ class Executor:
         for request in [it for it in self._active if it.cancelled]:
             self._active.remove(request)
             if self._knobs.cancel == "hook":
-                self._retire(request)
+                self._part_with(request, "cancelled")
             else:
                 self.pool.drop(request.blocks, forget=True)
-            self._respond(request, "cancelled")
+                self._respond(request, "cancelled")
 
     def _poll(self):
         """Ask every rank what it is done with; what all are done with goes free."""

@@ -17,7 +17,6 @@ class Knobs:
     cancel: str = "hook"  # or "recycle": request_finished is not called, blocks are gone at once
     respond: str = "after"  # or "before": the client has its answer before request_finished
     hole: bool = False  # a list of blocks has -1 in it
-    stale_metadata: bool = False  # a turn without scheduler output leaves the old metadata bound
     first_is_end: bool = False  # token 0 is the end token
     idle_polls: bool = False
     gates: str = ""
