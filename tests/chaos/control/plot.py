@@ -195,7 +195,10 @@ APPROACHES = (
     *[Approach((("Reserve", 1, "leave", 0.0),), (("Granted", 1),))] * 2,
     *[Approach((("Prefill", 1, "leave", 0.0),), (("compute", 1),))] * 6,
     *[Approach((), (("grant", 1),))] * 3,
-    *[Approach((("Prefill", 1, "kill gateway", 0.5),), (("open", 1),))] * 5,
+    *[
+        Approach((("Prefill", 1, "delay", 0.05), ("Prefill", 1, "leave", 0.0)), (("open", 1),)),
+    ]
+    * 3,
     *[Approach((("compute", 1, "kill gateway", 0.5),), (("write", 1),))] * 2,
     *[
         Approach(
