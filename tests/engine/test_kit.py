@@ -64,3 +64,15 @@ def test_the_kit_knows_an_engine_by_what_it_states() -> None:
     name = f"{SmallEngine.__module__}:{SmallEngine.__name__}"
     report = conformance(name, OPTIONS, reference=("synthetic", REFERENCE))
     assert (report.contract, report.ok, len(report.verdicts)) == ("engine", True, len(ENGINE))
+
+
+def test_a_reference_that_cannot_be_made_proves_nothing() -> None:
+    made = EngineBench(
+        Maker("small", SmallEngine, OPTIONS),
+        Maker("synthetic", SyntheticBackend, {**REFERENCE, "block_tokens": 0}),
+    )
+    try:
+        (verdict,) = examine([PROMISES["the_reference_continues_what_it_exports"]], made)
+    finally:
+        made.close()
+    assert (verdict.outcome, "block_tokens" in verdict.detail) == ("unproven", True)

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from backends.api import Sampled, Sampling
+from backends.errors import BackendError
 from backends.testing.alike import EXACT, MOST_ALTERNATIVES, Bounds, bounds_of, require_alike
 from backends.testing.bench import LONGEST_TOKENS, STEPS, SteppedBench
 from backends.testing.desk import PATIENCE_SECONDS, Desk
 from backends.testing.engine.desk import EngineDesk
-from backends.testing.form import Broken, Unproven
+from backends.testing.form import Broken, Unproven, described
 from backends.testing.making import Maker
 
 
@@ -56,7 +57,11 @@ class EngineBench:
         """
         if self._measure is None:
             raise Unproven(f"there is no reference engine: {self._absent}")
-        theirs, ours = self._measure.desk, self.desk.layout
+        try:
+            theirs, ours = self._measure.desk, self.desk.layout
+        except (BackendError, ImportError) as error:
+            self._measure, self._absent = None, described(error)
+            raise Unproven(f"the reference engine cannot be used: {self._absent}") from error
         if ours.model != theirs.layout.model:
             raise Unproven(
                 f"layout.model is {ours.model!r}, that of the reference {theirs.layout.model!r}: "
