@@ -116,7 +116,7 @@ class Loop:
         self._work[job.name] = Work(job)
         try:
             begin(job)
-        except (ValueError, TypeError, KeyError) as error:  # vLLM's own ways of refusing a request
+        except Exception as error:  # vLLM has many ways of refusing a request, of any base class
             self._tell(Failed(job.name, f"vLLM refuses it: {error}"))
             self._finish(job.name)
 
