@@ -49,7 +49,7 @@ check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 
 test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (with a CUDA build of torch)
 	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation \
-		tests/life/test_real_model.py tests/life/test_devices.py
+		tests/life/test_real_model.py tests/life/test_devices.py tests/trtllm/test_export.py
 
 soak: $(VENV)/.dev ## Play 100,000 schedules of faults, twice: handoffs and control plane (2 core hours)
 	@$(BIN)/python -m tests.chaos handoffs --count 100000 --jobs $$(nproc)

@@ -241,9 +241,10 @@ class Exporter:
             begin = max(step.start - index * size, 0)
             end = min(step.end - index * size, size)
             source, target = self._pool[block], self._arena[blocks[index]]
-            if end - begin < size:
+            whole = end - begin == size
+            if not whole:  # in strides, for which torch makes a copy between: it must not be early
                 source, target = source[..., begin:end, :], target[..., begin:end, :]
-            target.copy_(source, non_blocking=True)
+            target.copy_(source, non_blocking=whole)
 
 
 def _pin(memory: torch.Tensor) -> None:

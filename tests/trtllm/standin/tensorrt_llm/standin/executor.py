@@ -7,45 +7,19 @@ its answer), `pinned` (after that), `poll`.
 
 import importlib
 import itertools
-import pickle
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 from tensorrt_llm.bindings import LlmRequestState as State
-from tensorrt_llm.bindings.internal.batch_manager import LlmRequest
 from tensorrt_llm.standin import comm, model
 from tensorrt_llm.standin.connector_api import RequestData, SchedulerOutput
 from tensorrt_llm.standin.flavour import since
 from tensorrt_llm.standin.pool import Pool
+from tensorrt_llm.standin.refusals import refuse
+from tensorrt_llm.standin.request import PyRequest
 
 MIN_GLOBAL_ID = 1 << 40
-
-
-class PyRequest(LlmRequest):
-    """What the executor keeps, with the attributes that its C++ half has not."""
-
-    def __init__(self, client, tokens, params, disagg, salt, *, number, chunk):
-        own = getattr(disagg, "disagg_request_id", None)
-        super().__init__(own or number, tokens, params["max_tokens"], chunk, salt=salt)
-        self.py_request_id = self.request_id
-        self.py_disaggregated_params = disagg
-        self.is_attention_dp_dummy = False
-        self.client, self.params, self.salt = client, params, salt
-        self.blocks, self.generated, self.cancelled = [], [], False
-        self.reused = 0
-
-    def seen(self):
-        """The C++ half alone."""
-        base = LlmRequest.__new__(LlmRequest)
-        own = ("client", "params", "salt", "blocks", "generated", "cancelled")
-        base.__dict__.update(
-            (name, value)
-            for name, value in self.__dict__.items()
-            if not name.startswith("py_") and name not in (*own, "reused", "is_attention_dp_dummy")
-        )
-        return base
 
 
 class Executor:
@@ -407,66 +381,3 @@ class Executor:
         if self.scheduler is not None:
             answer = getattr(self.scheduler, name)(*arguments)
         return self._talk.broadcast(answer)
-
-
-def refuse(args):
-    """What the library does not do together with a connector."""
-    if args.kv_connector_config is None:
-        return
-    for reason, wrong in {
-        "KV connector is not supported with pipeline parallelism": args.pipeline_parallel_size > 1,
-        "KV connector is not supported with context parallelism": args.context_parallel_size > 1,
-        "KV connector is not supported with beam search": args.max_beam_width > 1,
-        "KV connector is not supported with attention DP": args.enable_attention_dp,
-        "KV connector is not supported with host offloading": bool(
-            args.kv_cache_config.host_cache_size
-        ),
-        "KV connector is not supported with variable windows": len(
-            set(args.kv_cache_config.max_attention_window or ())
-        )
-        > 1,
-        "KV connector needs GUARANTEED_NO_EVICT": args.scheduler_config.capacity_scheduler_policy
-        != "GUARANTEED_NO_EVICT",
-        "KV connector is not supported with speculative decoding": args.speculative_config
-        is not None,
-    }.items():
-        if wrong:
-            raise NotImplementedError(reason)
-
-
-def main(raw, knobs, rank, world, connections, inbox):
-    """One rank, from its first breath to its last."""
-    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
-
-    talk = comm.Comm(rank, world, connections)
-    comm.enter(talk)
-    try:
-        executor = Executor(TorchLlmArgs(**pickle.loads(raw)), knobs, talk, inbox)
-    except BaseException as error:  # whatever it was, the client's process raises it
-        failure = error
-    else:
-        failure = None
-    failures = talk.allgather(_portable(failure))
-    first = next((it for it in failures if it is not None), None)
-    if inbox is not None:
-        inbox.send(("up", first))
-    if first is not None:
-        return
-    try:
-        executor.run()
-    except BaseException as error:
-        if inbox is None:
-            raise
-        inbox.send(("dead", f"{type(error).__name__}: {error}"))
-        if threading.current_thread() is threading.main_thread():
-            raise
-
-
-def _portable(error):
-    if error is None:
-        return None
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -6,7 +6,7 @@ import sys
 import threading
 from multiprocessing.connection import Pipe
 
-from tensorrt_llm.standin.executor import main
+from tensorrt_llm.standin.rank import main
 
 FORWARDED = ("TRTLLM", "TLLM")
 """MPI workers are given these of the environment, besides what `env_overrides` says."""
