@@ -60,11 +60,16 @@ def pair(
 
 
 class Killer:
-    """Kills parts of `site` under the same four streams; knows what they say undisturbed."""
+    """Kills parts of `site` under the same streams; knows what they say undisturbed.
 
-    def __init__(self, site: Site, tokens: int = 40) -> None:
+    There is a stream for each of the prompts, of `n` sequences of so many `tokens`.
+    """
+
+    def __init__(
+        self, site: Site, tokens: int = 40, *, prompts: tuple[str, ...] = PROMPTS, n: int = 2
+    ) -> None:
         self.site = site
-        self._tokens = tokens
+        self._tokens, self._prompts, self._n = tokens, prompts, n
         undisturbed = self._streams()
         run_all(undisturbed)
         assert all(stream.whole for stream in undisturbed), [it.error for it in undisturbed]
@@ -72,8 +77,8 @@ class Killer:
 
     def _streams(self) -> list[Stream]:
         return [
-            Stream(self.site, prompt, self._tokens, n=2, temperature=0, ignore_eos=True)
-            for prompt in PROMPTS
+            Stream(self.site, prompt, self._tokens, n=self._n, temperature=0, ignore_eos=True)
+            for prompt in self._prompts
         ]
 
     def during_a_handoff(self, part: str) -> None:
@@ -82,7 +87,7 @@ class Killer:
 
     def while_decoding(self, part: str) -> None:
         """Kill `part` when each stream has tokens that were decoded, and none is over."""
-        self._kill(part, lambda streams: all(it.tokens > len(it.text) > 1 for it in streams))
+        self._kill(part, lambda streams: all(it.tokens > self._n for it in streams))
 
     def _landings(self) -> bool:
         _, book = self.site.request("/debug/ledger")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.killing import ROOT, TORCH, Killer, announced, pair, real
+from tests.e2e.killing import PROMPTS, ROOT, TORCH, Killer, announced, pair, real
 from tests.e2e.site import PREFILL
 from tests.llamacpp.conftest import ABSENT, FULL, installed
 
@@ -38,7 +38,10 @@ def killer(
     )
     paths = third_party, ROOT / "tests" / "third_party"
     with pair(tmp_path_factory.mktemp("site"), prefill, decode, *paths) as site:
-        yield Killer(site, tokens=12 if "abacus" in request.param else 40)  # it takes its time
+        if "abacus" in request.param:  # it takes its time
+            yield Killer(site, tokens=12, prompts=PROMPTS[:2], n=1)
+        else:
+            yield Killer(site)
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])
