@@ -59,6 +59,7 @@ class Carried:
         self.name, self.job = name, job
         self.request: int | None = None
         self.results: list[Any] = []
+        self.siblings: list[Carried] = []
         self.aborted = False
         self.void = ""
         self.blocks = 0
@@ -188,7 +189,8 @@ class Carrier:
     async def _sibling(self, it: Carried, tokens: list[int], sequence: Sequence) -> int:
         """Another first token; the prompt is there by now, and is not exported again."""
         if not self._library.can.own_ids:
-            self._unmatched[digest_of(tokens)].append(Carried(it.name, None))
+            it.siblings.append(Carried(it.name, None))
+            self._unmatched[digest_of(tokens)].append(it.siblings[-1])
         return await self._answer(it, self._asked(tokens, sequence, self._salt(it), None))
 
     def _asked(
@@ -253,22 +255,27 @@ class Carrier:
             if not result.finished:
                 result.abort()
                 await self._forget(result)
+        if it.request is not None:
+            self._desk.say(Close(it.request))
+            await it.until(lambda: it.closed.issuperset(self._ranks), abortable=False)
+        for one in (it, *it.siblings):
+            await self._let_go(one)
         for waiting in self._unmatched.values():
             for other in [one for one in waiting if one.name == it.name]:
                 waiting.remove(other)
-        if it.request is None:
-            return
-        self._desk.say(Close(it.request))
-        await it.until(lambda: it.closed.issuperset(self._ranks), abortable=False)
-        if it.finished is None:
+
+    async def _let_go(self, one: Carried) -> None:
+        """Return when the engine's memory for a request is free."""
+        if one.finished is None:
             await self._turns.one()  # whatever is still told of it has been told by then
-        while it.finished is not None and it.finished.pinned and not self._free(it):
+        while one.finished is not None and one.finished.pinned and not self._free(one):
             try:
                 async with asyncio.timeout(TURN_SECONDS):
-                    await it.until(lambda: self._free(it), abortable=False)
+                    await one.until(lambda: self._free(one), abortable=False)
             except TimeoutError:
                 await self._turns.one()
-        del self._requests[it.request]
+        if one.request is not None:
+            del self._requests[one.request]
 
     async def _forget(self, result: Any) -> None:
         try:
@@ -323,8 +330,7 @@ class Carrier:
         if not waiting:
             del self._unmatched[seated.digest]
         it.request = seated.request
-        if it.job is not None or it.name == TURN:
-            self._requests[seated.request] = it
+        self._requests[seated.request] = it
         self._say_open(it)
 
     def _pin(self, it: Carried, blocks: int) -> None:
