@@ -17,8 +17,10 @@ VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 SOURCES := gateway backends transfer loadtest deploy tests
 
-.PHONY: help venv dev demo test check test-gpu test-rdma bench-gateway bench-queue bench-engine bench-gpu \
-	bench-transfer bench-interference bench-matrix bench-placement bench-reuse bench-cancel bench-roofline bench-wire chaos loadtest soak clean
+.PHONY: help venv dev demo test check test-gpu soak chaos test-rdma test-llamacpp test-trtllm \
+	test-trtllm-gpu test-vllm bench-vllm bench-gateway bench-queue bench-engine bench-gpu \
+	bench-transfer bench-roofline bench-wire bench-cancel bench-matrix bench-placement \
+	bench-interference bench-reuse loadtest clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -61,11 +63,9 @@ chaos: $(VENV)/.dev ## Kill and stop real processes under load (5 minutes, then 
 test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 minutes; root and Debian)
 	@tests/rdma/run.sh $(abspath $(BIN))/python
 
-.PHONY: test-llamacpp
 test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 minutes to compile it once, then 15)
 	@PYTHONPATH=$(abspath $(LLAMACPP)) $(BIN)/python -m pytest -q tests/llamacpp
 
-.PHONY: test-trtllm test-trtllm-gpu
 test-trtllm: $(VENV)/.dev ## Test the TensorRT-LLM prefill on its stand-in, its processes killed too (3 minutes)
 	@BATON_KILL_ENGINES=1 $(BIN)/python -m pytest -q tests/trtllm
 
@@ -73,7 +73,6 @@ test-trtllm-gpu: ## Test it on the real TensorRT-LLM that PYTHON has (MODEL=fold
 	@BATON_TRTLLM_MODEL="$(MODEL)" BATON_TEST_DEVICE=cuda $(PYTHON) -m pytest -q \
 		tests/trtllm/test_contract.py tests/trtllm/test_export.py tests/trtllm/test_real.py
 
-.PHONY: test-vllm bench-vllm
 test-vllm: $(VLLM)/.made ## Test vLLM as prefill and decode, in an environment of its own (CPU)
 	@$(VLLM)/bin/python -m pytest -q tests/vllm_engine
 
