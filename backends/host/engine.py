@@ -25,10 +25,9 @@ from backends.host.jobs import (
     jobs_in_place,
     line_of,
     prefill_job,
-    sound,
 )
 from backends.host.ledger import Ledger
-from backends.host.loop import DeviceHangs, EngineDied, Item, Outcome, Pins, Room
+from backends.host.loop import DeviceHangs, EngineDied, Item, Outcome, Pins, Room, sound
 from backends.host.untold import Untold
 from backends.host.work import Prefilling, Running
 from backends.protocol import RequestSpec

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from backends.api import BackendInfo, DecodeJob, Output, PrefillJob, Sampled, Sequence
+from backends.api import DecodeJob, Output, PrefillJob, Sampled, Sequence
 from backends.errors import PoolExhausted
 from backends.host.loop import Item
 from backends.host.work import Prefilling, Running
@@ -126,11 +126,6 @@ def cause(error: Exception) -> tuple[str, str]:
     """How the requests call what an engine could not do."""
     code = "preempted" if isinstance(error, PoolExhausted) else "engine_failed"
     return code, f"{type(error).__name__}: {error}"
-
-
-def sound(sampled: object, info: BackendInfo) -> bool:
-    """Whether this is a token."""
-    return isinstance(sampled, Sampled) and 0 <= sampled.token < info.vocabulary
 
 
 def _line(held: str, index: int) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from backends.api import Output, Sampled
+from backends.api import BackendInfo, Output, Sampled
 from backends.host.work import Prefilling, Running
 
 Item = Prefilling | Running
@@ -26,6 +26,15 @@ class DeviceHangs(Unusable):
 
 class EngineDied(Unusable):
     """An engine says that it cannot go on, or nobody knows what becomes of its memory."""
+
+
+def sound(sampled: object, info: BackendInfo) -> bool:
+    """Whether this is a token that can be sent: numpy's own numbers cannot."""
+    return (
+        isinstance(sampled, Sampled)
+        and type(sampled.token) is int
+        and 0 <= sampled.token < info.vocabulary
+    )
 
 
 class Outcome(Protocol):

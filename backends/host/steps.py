@@ -15,10 +15,10 @@ from functools import partial
 
 import structlog
 
-from backends.api import Output, Row, Sampled, SteppedBackend
+from backends.api import BackendInfo, Output, Row, Sampled, SteppedBackend
 from backends.errors import BackendError, PoolExhausted, StepFailed
 from backends.host.ledger import Ledger
-from backends.host.loop import DeviceHangs, Item, Outcome, Pins, Room
+from backends.host.loop import DeviceHangs, Item, Outcome, Pins, Room, sound
 from backends.host.prefixes import Kept
 from backends.host.reuse import Reuse
 from backends.host.work import Prefilling, Running
@@ -195,7 +195,7 @@ class StepLoop:
                 if copies:
                     self._backend.copy_blocks(copies)
                 outputs = self._backend.step(rows, layer_final) if rows else []
-                _check(outputs, rows)
+                _check(outputs, rows, self._info)
             except Exception as error:  # foreign code: it loses this batch and no more
                 log.exception("step.failed", rows=len(rows))
                 raise StepFailed(f"{type(error).__name__}: {error}") from error
@@ -374,7 +374,7 @@ def _slack(running: Running) -> tuple[bool, float]:
     return running.held.link is None, running.deadline
 
 
-def _check(outputs: list[Output], rows: list[Row]) -> None:
+def _check(outputs: list[Output], rows: list[Row], info: BackendInfo) -> None:
     """Refuse what a plug-in must not answer, while only its batch is lost by that."""
     if len(outputs) != len(rows):
         raise StepFailed(f"{len(outputs)} outputs for {len(rows)} rows")
@@ -383,3 +383,6 @@ def _check(outputs: list[Output], rows: list[Row]) -> None:
             raise StepFailed(
                 f"row {number}: {len(output.sampled)} tokens for {len(row.sequences)} sequences"
             )
+        for sampled in output.sampled:
+            if not sound(sampled, info):
+                raise StepFailed(f"row {number}: {sampled!r:.80} is no token")

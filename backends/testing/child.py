@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence as Items
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, Literal
 
 import msgspec
@@ -98,7 +98,12 @@ def left_alone(group: int) -> None:
 
 def _run(task: Task) -> tuple[int, bytes, list[str], int]:
     """Exit code, output, lines of errors and process group; none of it waits for grandchildren."""
-    with TemporaryFile() as given, TemporaryFile() as out, TemporaryFile() as errors:
+    with (
+        TemporaryDirectory(prefix="baton-kit-") as scratch,
+        TemporaryFile() as given,
+        TemporaryFile() as out,
+        TemporaryFile() as errors,
+    ):
         given.write(msgspec.json.encode(task))
         given.seek(0)
         process = subprocess.Popen(
@@ -106,7 +111,11 @@ def _run(task: Task) -> tuple[int, bytes, list[str], int]:
             stdin=given,
             stdout=out,
             stderr=errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(it for it in sys.path if it)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(it for it in sys.path if it),
+                "TMPDIR": scratch,  # a process that is to hang does not tidy up
+            },
             start_new_session=True,
         )
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE|KEY=VALUE",
-        help="as in [workers.X.options]; values as in TOML, text also without quotes",
+        help="what [workers.X.options] would hold, in a file or as words; values as in TOML",
     )
     parser.add_argument(
         "--reference",
@@ -77,6 +78,9 @@ def _examine(options: argparse.Namespace, given: dict[str, Any]) -> int:
         )
     except (BackendMisconfigured, BackendNotFound) as error:
         raise ConfigError(Problem(options.name, "", str(error))) from error
+    except Exception as error:  # foreign code, which its author must be able to find
+        traceback.print_exception(error)
+        raise ConfigError(Problem(options.name, "", f"it cannot be made: {error}")) from error
     print(summary(report))
     if options.json is not None:
         options.json.write_bytes(report.json())

@@ -18,6 +18,13 @@ SMALL = ["pool_tokens=512", "context_tokens=64", "head_dim=16"]
 BROKEN = "tests.conformance.mutants.stating:UnknownParameter"
 
 
+class Unmade:
+    """A plug-in whose device is not there."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("no driver")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -28,6 +35,7 @@ BROKEN = "tests.conformance.mutants.stating:UnknownParameter"
         (["synthetic", "--options", "nowhere.toml"], "nowhere.toml"),
         (["backends.nowhere:Acme"], "backends.nowhere"),
         (["backends.testing:Acme"], "Acme"),
+        ([f"{__name__}:Unmade"], "it cannot be made: no driver"),
     ],
 )
 def test_what_cannot_be_examined_is_said_before_anything_is(words, complaint, capsys):

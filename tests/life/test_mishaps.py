@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
 
 from backends.api import Output, Row, Sampled
@@ -39,6 +40,39 @@ async def test_a_landing_is_freed_at_once_when_the_first_token_is_the_last(redis
         assert heard.finish == {0: "stop", 1: "stop"}
         assert timeline.retries == 0
         await made.balanced(1.0)
+
+
+class Strange(SyntheticBackend):
+    """Its third step with a token to choose answers with something else."""
+
+    strange: Any = None
+    steps = 0
+
+    def step(self, batch: list[Row], ready: Any) -> list[Output]:
+        outputs = super().step(batch, ready)
+        self.steps += any(output.sampled for output in outputs)
+        if self.steps != 3:
+            return outputs
+        return [Output(tuple(Sampled(self.strange) for _ in it.sampled)) for it in outputs]
+
+
+@pytest.mark.parametrize("strange", [np.int64(9), -1, 1 << 40, None], ids=repr)
+async def test_what_is_no_token_fails_its_step_and_not_the_connection(
+    redis_url: str, strange: object
+) -> None:
+    async with cluster(redis_url) as made:
+        backend = Strange(**SHAPE, **DECODE)
+        backend.strange = strange
+        await made.start("p", "prefill", **PREFILL)
+        await made.start("d", "decode", backend=backend)
+        await made.paired()
+        heard, worker = Heard(), made.fleet.worker("d")
+        await made.carry(made.job([1, 2, 3], max_tokens=8), heard)
+        assert len(heard.tokens[0]) == 8
+        assert set(heard.tokens[0]) <= set(range(backend.info.vocabulary))
+        assert backend.steps > 3
+        assert made.fleet.worker("d") is worker
+        await made.balanced()
 
 
 async def test_a_preemption_while_the_client_leaves_costs_nobody_else(redis_url: str) -> None:

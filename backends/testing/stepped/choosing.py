@@ -14,6 +14,7 @@ from collections.abc import Sequence as Items
 import msgspec
 
 from backends.api import Sampled, Sampling, Sequence
+from backends.testing.alike import MOST_ALTERNATIVES
 from backends.testing.bench import SteppedBench
 from backends.testing.desk import GREEDY, Line
 from backends.testing.form import Promise, Unproven, require
@@ -68,7 +69,10 @@ def likely(
     """
     judged = bench.judged
     if judged.logprobs is None or judged.logprobs < bench.desk.info.vocabulary:
-        raise Unproven("that takes the log probabilities of a whole vocabulary, so `logprobs`")
+        raise Unproven(
+            "that takes the log probabilities of a whole vocabulary: `logprobs` of up to"
+            f" {MOST_ALTERNATIVES} tokens, on a model that has no more (--tiny-model)"
+        )
     (sampled,) = draw(bench, judged, prompt)
     assert sampled.logprob is not None
     weights = [(token, math.exp(value / temperature)) for token, value in sampled.logprob.top]
