@@ -8,7 +8,6 @@ for _, item in ipairs(wish.over) do
   local ticket = ticket_of(id)
   if ticket and ticket.gateway == me and ticket.visit == visit then
     settle(ticket, generated)
-    if redis.call('ZSCORE', leases, id) then settle_share(ticket, generated) end
     forget(id, ticket)
   end
 end

@@ -107,17 +107,6 @@ local function serve_at_once(ticket)
   keep(past_key(ticket.band))
 end
 
--- Its share was counted by an estimate. What it generated beyond that, or less, its tenant's next one
--- pays or is given back; one that is idle owes nothing.
-local function settle_share(ticket, generated)
-  local owed = (generated - ticket.expected) / ticket.weight
-  for _, key in ipairs({order_key(ticket.band), past_key(ticket.band)}) do
-    if redis.call('ZSCORE', key, ticket.tenant) then
-      redis.call('ZINCRBY', key, owed, ticket.tenant)
-    end
-  end
-end
-
 local function next_band()
   local all = redis.call('ZRANGE', bands, 0, -1)
   if #all > 1 and book.grants % ONE_IN == ONE_IN - 1 then

@@ -22,7 +22,6 @@ class Line:
 
     def __init__(self, redis: Redis, tasks: asyncio.TaskGroup) -> None:
         self.order: list[str] = []
-        self.generates: dict[str, int] = {}
         self._redis = redis
         self._tasks = tasks
         self._count = 0
@@ -37,7 +36,7 @@ class Line:
                     await asyncio.sleep(0)
 
     async def _take(self, admission: Admission, one: Ticket) -> None:
-        async with admission.turn(one, generated=lambda: self.generates.get(one.tenant, 0)):
+        async with admission.turn(one):
             self.order.append(one.id)
 
     async def served(self) -> list[str]:
@@ -98,20 +97,6 @@ async def test_shares_are_counted_in_tokens_and_not_in_requests(redis: Redis) ->
         order = await line.served()
     counts = Counter(name.rstrip("0123456789") for name in order[:30])
     assert counts["brief"] / counts["long"] == pytest.approx(4.0, rel=0.2)
-
-
-async def test_shares_are_counted_in_what_was_generated_in_the_end(redis: Redis) -> None:
-    """Both say that they want as much; one of them gets four times that."""
-    async with workers(redis, decode=COST), gateway(redis, limits=LASTING) as admission:
-        async with lined_up(redis, admission) as line:
-            line.generates = {"long": 4 * COST, "brief": COST}
-            for number in range(12):
-                await line.join(admission, of("long", number, expected_tokens=COST))
-            for number in range(48):
-                await line.join(admission, of("brief", number, expected_tokens=COST))
-        order = await line.served()
-    counts = Counter(name.rstrip("0123456789") for name in order[:30])
-    assert counts["brief"] / counts["long"] == pytest.approx(4.0, rel=0.25)
 
 
 async def test_a_tenant_saves_nothing_up_while_it_is_away(redis: Redis) -> None:
