@@ -250,10 +250,11 @@ def decode(
     pool: Buffer,
     pool_blocks: int,
     blocks: tuple[int, ...],
+    unwanted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Decode a prefix of `tokens` tokens from a coded pool into `blocks` of another.
 
-    Slow; any thread.
+    Slow; any thread. It stops early once it is `unwanted`.
 
     Raises:
         ValueError: pools, blocks and tokens contradict each other.
@@ -274,6 +275,8 @@ def decode(
     if tokens > coded.tokens:
         raise ValueError(f"tokens: {tokens} of {coded.tokens}")
     for start in range(0, tokens, step):
+        if unwanted():
+            return
         count = min(step, tokens - start)
         decode_groups(
             KIND[codec], base, places, start // dim, count, heads, dim, layers,

@@ -165,12 +165,16 @@ class EngineLoop:
             await self._rest(loop.time())
 
     async def close(self) -> None:
-        """Close the engine, which may take as long as an answer."""
+        """Close the engine, which may take as long as an answer.
+
+        Raises:
+            DeviceHangs: it takes longer.
+        """
         try:
             async with asyncio.timeout(self._answer_seconds):
                 await asyncio.to_thread(self._backend.close)
         except TimeoutError:
-            log.critical("engine.abandoned", seconds=self._answer_seconds)
+            raise DeviceHangs(f"it was not closed in {self._answer_seconds} s") from None
 
     async def _rest(self, now: float) -> None:
         """Wait for news, as long as the engine may be silent."""
@@ -318,7 +322,7 @@ class EngineLoop:
         work.logprobs += event.output.prompt_logprobs
         if isinstance(one.job, DecodeJob):
             return  # in place: told with the first tokens
-        wrong = one.objection(event.output)
+        wrong = one.objection(event.output, self._info)
         if wrong:
             self._lose(work, "engine_failed", wrong)
             return

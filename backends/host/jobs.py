@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from backends.api import DecodeJob, Output, PrefillJob, Sampled, Sequence
+from backends.api import BackendInfo, DecodeJob, Output, PrefillJob, Sampled, Sequence
 from backends.errors import PoolExhausted
-from backends.host.loop import Item
+from backends.host.loop import Item, sound
 from backends.host.work import Prefilling, Running
 
 
@@ -67,12 +67,14 @@ class Given:
             self.exported[one] = end
         return ""
 
-    def objection(self, output: Output) -> str:
+    def objection(self, output: Output, info: BackendInfo) -> str:
         """What is wrong with this result of a prefix, or nothing."""
         assert isinstance(self.job, PrefillJob)
         tokens = len(self.job.tokens)
         if len(output.sampled) != len(self.job.sequences):
             return f"{len(output.sampled)} tokens for {len(self.job.sequences)} sequences"
+        if not all(sound(one, info) for one in output.sampled):
+            return f"{output.sampled!r:.80} are no tokens"
         if self.job.blocks and min(self.exported) < tokens:
             return f"{min(self.exported)} of {tokens} tokens were exported"
         return ""

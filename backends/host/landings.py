@@ -209,8 +209,8 @@ class Landings:
 
     def _short(self, wanted: int) -> str:
         """Why there are not so many blocks, even in the place of what nobody owns; or empty."""
-        if self._ledger.free < wanted:
-            self._reclaim()
+        if self._ledger.free < wanted and self._info.kind == "stepped":
+            self._reclaim()  # the sequences of an engine lie elsewhere
         free = self._ledger.free
         return f"{wanted} blocks wanted, {free} free" if free < wanted else ""
 
@@ -335,7 +335,12 @@ class Landings:
         failure: Exception | None = None
         try:
             tokens = len(reserved.spec.prefix)
-            await staged.staging.decode(reserved.landing, tokens, tuple(reserved.blocks))
+            await staged.staging.decode(
+                reserved.landing,
+                tokens,
+                tuple(reserved.blocks),
+                lambda: landing_id not in self._open,
+            )
         except MemoryError as error:
             failure = error
         staged.staging.ledger.release(staged.holder)

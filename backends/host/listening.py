@@ -11,6 +11,9 @@ from pathlib import Path
 
 from backends.protocol import join_address, split_address
 
+TLS_SECONDS = 5.0
+"""How long a handshake may take."""
+
 
 async def listen(
     address: str, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None = None
@@ -27,7 +30,10 @@ async def listen(
     loop = asyncio.get_running_loop()
     kind, where, port = split_address(address)
     if kind == "tcp":
-        server = await loop.create_server(protocol, where, port, ssl=tls)
+        patience = TLS_SECONDS if tls is not None else None
+        server = await loop.create_server(
+            protocol, where, port, ssl=tls, ssl_handshake_timeout=patience
+        )
         return server, join_address(where, server.sockets[0].getsockname()[1])
     path = Path(where)
     await _clear(path)

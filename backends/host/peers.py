@@ -30,6 +30,7 @@ from transfer.tcp import TcpReceiver, TcpSender
 log = structlog.get_logger()
 
 FAR = frozenset({"nixl", "tcp"})
+CODED = frozenset({"shm", "tcp"})  # NIXL would register each buffer of codes for good
 """Transports between machines, which are encrypted where that is asked for."""
 
 ENCODERS = 2
@@ -97,7 +98,7 @@ class Peers:
         for name in self._wanted:
             try:
                 self._receivers += await self._listen(name)
-                for staging in self.stagings.values():
+                for staging in self.stagings.values() if name in CODED else ():
                     self._receivers.append(await self._listen_for_codes(name, staging))
             except (ValueError, OSError) as error:
                 asked = name in self._config.transports

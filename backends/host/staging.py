@@ -6,7 +6,7 @@ Late writes of a withdrawn handoff reach this pool alone, so it is its blocks th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from backends.api import BackendInfo, allocate
@@ -41,10 +41,16 @@ class Staging:
         self._pool = pool
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-decode")
 
-    async def decode(self, landing: Landing, tokens: int, blocks: tuple[int, ...]) -> None:
+    async def decode(
+        self,
+        landing: Landing,
+        tokens: int,
+        blocks: tuple[int, ...],
+        unwanted: Callable[[], bool],
+    ) -> None:
         """Decode the first `tokens` that were verified in `landing` into `blocks` of the pool.
 
-        The thread goes on when this is cancelled.
+        Until they are `unwanted`, which is asked in the thread.
         """
         codes = Source(self.layout, self.memory, self.ledger.blocks, landing.blocks, landing.tokens)
         await asyncio.get_running_loop().run_in_executor(
@@ -57,6 +63,7 @@ class Staging:
             self._pool,
             self._info.pool_blocks,
             blocks,
+            unwanted,
         )
 
     def close(self) -> None:

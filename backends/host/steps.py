@@ -148,13 +148,17 @@ class StepLoop:
             self._closed = True
 
     async def close(self) -> None:
-        """Wait for the step that may still run, then close the backend."""
+        """Wait for the step that may still run, then close the backend.
+
+        Raises:
+            DeviceHangs: that step does not return.
+        """
         self._closed = True
         try:
             async with asyncio.timeout(self._step_timeout):
                 await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
         except TimeoutError:
-            log.critical("step.abandoned", seconds=self._step_timeout)
+            raise DeviceHangs(f"a step took over {self._step_timeout} s") from None
         self._backend.close()
 
     async def _step(self, items: list[Item], rows: list[Row]) -> None:

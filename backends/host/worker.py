@@ -140,7 +140,7 @@ class WorkerHost:
             await self._peers.close()
             self._publisher.close()
             self._requests.reuse.close()
-            await self._requests.steps.close()
+            await self._close()
             log.info("worker.stopped", worker=self.config.id)
 
     def drain(self) -> None:
@@ -189,6 +189,13 @@ class WorkerHost:
         except Unusable as error:
             log.critical("worker.broken", worker=self.config.id, cause=str(error))
             os._exit(os.EX_SOFTWARE)  # a thread that does not return would keep the process alive
+
+    async def _close(self) -> None:
+        try:
+            await self._requests.steps.close()
+        except Unusable as error:
+            log.critical("worker.broken", worker=self.config.id, cause=str(error))
+            os._exit(os.EX_SOFTWARE)
 
     async def _sweep(self) -> None:
         while True:

@@ -78,6 +78,8 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport  # uvloop's class is no asyncio.Transport, it only behaves so
+        if self._ended:  # during the handshake of TLS
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._held:  # a long frame in many pieces is put together once

@@ -10,13 +10,14 @@ local function claim(id, epoch, ticket)
   local known = ticket_of(id)
   book.epoch = math.max(book.epoch, epoch)
   local overtaken = known and known.owner > ticket.owner
-  if overtaken or (known and known.gateway ~= me and known.epoch >= epoch) then
+  local overtakes = known and known.owner < ticket.owner
+  if overtaken or (known and not overtakes and known.gateway ~= me and known.epoch >= epoch) then
     lost[#lost + 1] = id
     return
   end
   if known and redis.call('ZSCORE', leases, id) then
     redis.call('ZADD', leases, now + lease, id)
-    if known.gateway ~= me or known.epoch < epoch then
+    if overtakes or known.gateway ~= me or known.epoch < epoch then
       known.gateway, known.visit, known.epoch = me, ticket.visit, epoch
       known.owner = ticket.owner
       note(id, known)

@@ -137,6 +137,27 @@ async def test_a_former_owner_claims_nothing_that_waits_for_the_new_one(redis: R
         new.leave.set()
 
 
+async def test_the_later_owner_has_a_right_that_the_former_was_given_again(redis: Redis) -> None:
+    """Redis has forgotten that it was taken over, and grants it anew to the one before."""
+    async with (
+        workers(redis, decode=20, lease_seconds=30.0),
+        gateway(redis, "g1", LASTING) as one,
+        gateway(redis, "g2", LASTING) as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        new = Turn(tasks, two, ticket("new", name="mine", owner_epoch=2))
+        await new.inside.wait()
+        assert await redis.hdel("baton:{test}:tickets:tiny", "mine")
+        assert await redis.zrem("baton:{test}:leases:tiny", "mine")
+        old = Turn(tasks, one, ticket("old", name="mine", owner_epoch=1))
+        await asyncio.wait_for(old.inside.wait(), 2)
+        for gate in (two, one):
+            await gate._renew()
+        assert (one.held, two.held, new.error) == (0, 1, None)
+        old.leave.set()
+        new.leave.set()
+
+
 async def test_leaving_late_does_not_cancel_the_one_who_came_again(redis: Redis) -> None:
     """The same gateway, the same name: the first one's going is still on its way."""
     async with (

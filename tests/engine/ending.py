@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 from typing import Any
 
 from backends.host import HostConfig, WorkerHost
@@ -36,7 +37,19 @@ class Dying(SmallEngine):
         self.events.died("the device is gone")
 
 
-WAYS: dict[str, type[SmallEngine]] = {"deaf": Deaf, "silent": Silent, "dying": Dying}
+class Lingering(SmallEngine):
+    """Does all that it should, but cannot be closed."""
+
+    def close(self) -> None:
+        threading.Event().wait()
+
+
+WAYS: dict[str, type[SmallEngine]] = {
+    "deaf": Deaf,
+    "silent": Silent,
+    "dying": Dying,
+    "lingering": Lingering,
+}
 
 
 async def serve(path: str, way: str) -> None:

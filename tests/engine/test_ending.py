@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.protocol import Cancel, Prefill, Tokens
+from backends.protocol import Cancel, Drain, Prefill, Tokens
 from tests.engine.ending import WAYS
 from tests.host.test_control import Peer, spec
 
@@ -27,6 +27,8 @@ async def test_an_engine_that_does_not_answer_ends_its_worker(tmp_path: Path, wa
             await peer.hear(Tokens)
             if way != "silent":
                 peer.send(Cancel(handle=1))
+            if way == "lingering":
+                peer.send(Drain())
             assert await peer.ended()
             assert await worker.wait() == os.EX_SOFTWARE
     finally:

@@ -144,7 +144,10 @@ async def test_a_cancel_while_codes_are_decoded_frees_all_when_that_is_over(
     begun, go_on = threading.Event(), threading.Event()
     decode = staging.decode
 
+    asked: list[tuple[Any, ...]] = []
+
     def slowly(*what: Any) -> None:
+        asked.append(what)
         begun.set()
         assert go_on.wait(10)
         decode(*what)
@@ -158,6 +161,7 @@ async def test_a_cancel_while_codes_are_decoded_frees_all_when_that_is_over(
     await asyncio.wait([carrying])
     await made.until(lambda: not len(host._requests.landings))
     assert host._ledger.held_for("landing"), "it is being written to"
+    assert asked[-1][-1](), "and no longer wanted"
     go_on.set()
     await staged(made)
     monkeypatch.setattr(staging, "decode", decode)
