@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -26,6 +27,7 @@ from backends.api import (
     PrefillJob,
     Sampled,
 )
+from backends.served.http import check_seconds
 
 END_SECONDS = 5.0
 
@@ -64,6 +66,7 @@ class ServedEngine:
     """Speaks for `fleet` on the engine contract, from a thread of its own."""
 
     def __init__(self, fleet: Fleet, open_seconds: float) -> None:
+        check_seconds("open_seconds", open_seconds)
         self._fleet = fleet
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
@@ -121,12 +124,14 @@ class ServedEngine:
         for task in self._tasks.values():
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks.values())
+            await asyncio.wait([*self._tasks.values()])
         await self._fleet.close()
 
     def _begin(self, job: DecodeJob) -> None:
-        # Its parent is this engine: `_close` ends whatever is left.
-        self._tasks[job.name] = self._loop.create_task(self._carry(job))
+        # Its parent is this engine: `_close` ends whatever is left. A callback and no `finally`: a
+        # task that is cancelled before it began runs neither.
+        task = self._tasks[job.name] = self._loop.create_task(self._carry(job))
+        task.add_done_callback(partial(self._end, job.name))
 
     def _cancel(self, job: str) -> None:
         if job in self._tasks:
@@ -135,19 +140,20 @@ class ServedEngine:
     async def _carry(self, job: DecodeJob) -> None:
         events = self._events
         assert events is not None
-        try:
-            async with aclosing(self._fleet.generate(job)) as steps:
-                async for step in steps:
-                    if step.prefilled:
-                        events.prefilled(job.name, Output((), step.prompt_logprobs), step.cached)
-                    self._say(job.name, step.tokens)
-        except BackendError as error:
-            self._flush()
-            events.failed(job.name, error)
-        finally:  # no await in here: this also runs while the task is being cancelled
-            del self._tasks[job.name]
-            self._flush()
-            events.ended(job.name)
+        async with aclosing(self._fleet.generate(job)) as steps:
+            async for step in steps:
+                if step.prefilled:
+                    events.prefilled(job.name, Output((), step.prompt_logprobs), step.cached)
+                self._say(job.name, step.tokens)
+
+    def _end(self, job: str, task: asyncio.Task[None]) -> None:
+        del self._tasks[job]
+        self._flush()
+        assert self._events is not None
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self._events.failed(job, error)
+        self._events.ended(job)
 
     def _say(self, job: str, tokens: tuple[Sampled, ...]) -> None:
         """Tokens of one moment are told together, as if one step had given them."""

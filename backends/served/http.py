@@ -13,12 +13,13 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from backends.errors import BackendError, PoolExhausted
+from backends.errors import BackendError, BackendMisconfigured, PoolExhausted
 
 CONNECT_SECONDS = 5.0
 MOST_LINE_BYTES = 1 << 24
 MOST_ANSWER_BYTES = 1 << 28
 SHOWN_BYTES = 400
+MOST_SECONDS = 3600
 FULL = (429, 503)
 
 _PREFIX, _DONE = b"data:", b"[DONE]"
@@ -28,10 +29,21 @@ class ServerFailed(BackendError):
     """A server of the fleet could not be reached, was silent too long, or refused a request."""
 
 
+def check_seconds(name: str, value: float) -> None:
+    """Refuse what is no deadline.
+
+    Raises:
+        BackendMisconfigured: names the option.
+    """
+    if not 0 < value <= MOST_SECONDS:
+        raise BackendMisconfigured(f"{name} must be above 0 and at most {MOST_SECONDS}, is {value}")
+
+
 class Server:
     """One base address. `silence_seconds` is how long it may say nothing."""
 
     def __init__(self, address: str, silence_seconds: float) -> None:
+        check_seconds("silence_seconds", silence_seconds)
         self.address = address.rstrip("/")
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_SECONDS, sock_read=silence_seconds

@@ -82,7 +82,8 @@ class TensorRTLLMServed(ServedEngine):
     be in work at a time; `context_tokens` is how long their sequences may be (`max_seq_len`), if
     that is less than the model was made for. Servers that keep prompts apart by no salt share
     what they have of them between all tenants: `share_prefixes` says that they may. A server that
-    says nothing for `silence_seconds` fails the request.
+    says nothing for `silence_seconds`, which must be less than the worker's `step_timeout_seconds`,
+    fails the request.
 
     Raises:
         BackendMisconfigured: an option is wrong, or a server does not fit.

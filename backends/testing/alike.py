@@ -152,4 +152,4 @@ def _divergence(measure: dict[int, float], other: dict[int, float]) -> float:
     rest, rest_other = max(0.0, 1 - left), max(1e-12, 1 - left_other)
     if rest > 1e-9:
         total += rest * math.log(rest / rest_other)
-    return max(0.0, total)
+    return 0.0 if total <= 0 else total  # and not-a-number stays what it is

@@ -62,7 +62,7 @@ class VllmServedBackend(ServedEngine):
     they serve, as a folder in Hugging Face form or a GGUF file, for its vocabulary; `served_model`
     what they call it, if not by one name only. `capacity_tokens` may be in work at a time;
     `context_tokens` lowers what the servers allow. A server that says nothing for
-    `silence_seconds` fails the request.
+    `silence_seconds` fails the request; that must be less than the worker's `step_timeout_seconds`.
 
     Raises:
         BackendMisconfigured: an option is wrong, or a server does not fit.

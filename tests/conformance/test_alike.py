@@ -6,7 +6,16 @@ import pytest
 
 from backends.api import KVLayout, Logprob, Sampled
 from backends.testing import Broken
-from backends.testing.alike import EXACT, FLOAT32, HALF, QUANTISED, apart, bounds_of, require_alike
+from backends.testing.alike import (
+    EXACT,
+    FLOAT32,
+    HALF,
+    QUANTISED,
+    apart,
+    bounds_of,
+    require_alike,
+    within,
+)
 
 
 def layout(weights="float32", dtype="float32"):
@@ -38,6 +47,15 @@ def test_the_divergence_is_that_of_the_measure_from_the_other():
     assert found.kl == pytest.approx(expected)
     assert (found.top1, found.first) == (0.0, 0)
     assert apart([measure], [measure]).kl == 0
+
+
+@pytest.mark.parametrize("bounds", [EXACT, FLOAT32, HALF, QUANTISED])
+def test_what_is_no_number_is_not_alike(bounds):
+    right = said(1.0, 0.0)
+    strange = Sampled(right.token, Logprob(right.token, math.nan, ((0, math.nan), (1, math.nan))))
+    assert within([right], [right], bounds)
+    assert not within([strange], [right], bounds)
+    assert not within([right], [strange], bounds)
 
 
 def test_tokens_that_only_one_side_lists_count_too():

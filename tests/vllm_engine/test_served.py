@@ -107,6 +107,28 @@ def job(name: str = "j", *, generated=(), max_tokens: int = 8, **more: Any) -> D
     return DecodeJob(name=name, sequence=sequence, max_tokens=max_tokens, **more)
 
 
+async def test_a_job_that_is_aborted_before_it_began_ends_all_the_same(server) -> None:
+    async with backend(server) as (made, told):
+        names = [f"j{number}" for number in range(50)]
+        for name in names:
+            made.decode(job(name))
+            made.abort(name)
+        for name in names:
+            await told.until(told.end(name))
+        assert not told.errors
+        made.decode(job("after"))
+        await told.until(told.end("after"))
+        assert told.text("after")
+
+
+@pytest.mark.parametrize("option", ["silence_seconds", "open_seconds"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), 1e9])
+async def test_a_deadline_that_is_none_is_refused_by_name(server, option, value) -> None:
+    with pytest.raises(BackendMisconfigured, match=option):
+        async with backend(server, **{option: value}):
+            pass
+
+
 async def test_a_pair_is_asked_as_its_own_router_asks_it(server, other) -> None:
     async with backend(server, other) as (made, told):
         made.decode(job(generated=[5], salt=b"\x0a"))
