@@ -61,6 +61,7 @@ class Carried:
         self.results: list[Any] = []
         self.siblings: list[Carried] = []
         self.aborted = False
+        self.leaving = False
         self.void = ""
         self.blocks = 0
         self.reused = 0
@@ -168,12 +169,41 @@ class Carrier:
         result = self._submit(it, job.tokens, first, self._salt(it))
         tokens = [await self._answer(it, result)]
         tokens += [await self._sibling(it, job.tokens, other) for other in job.sequences[1:]]
-        if job.blocks:
-            await it.until(lambda: it.told >= len(job.tokens))
-        await it.until(lambda: it.finished is not None)
-        it.check()
+        if it.request is None:
+            await self._seat(it)
+        await self._commit(it, job)
         sampled = tuple(Sampled(token) for token in tokens[: len(job.sequences)])
         self._events.prefilled(it.name, Output(sampled), it.reused)
+
+    async def _seat(self, it: Carried) -> None:
+        """Hear of the request of a job that has been answered: a turn later it has been told of.
+
+        Raises:
+            Aborted: nobody wants the job any more.
+            StepFailed: another job with that prompt, which has been cancelled, was taken for it.
+        """
+        await self._turns.one()
+        it.check()
+        if it.request is None:
+            self._unmatch(it)  # at once: the next request with that prompt is another's
+            raise StepFailed("its request was taken for that of a cancelled job, same prompt")
+
+    async def _commit(self, it: Carried, job: PrefillJob) -> None:
+        """Wait until all ranks have exported an answered job, and its request is finished.
+
+        Raises:
+            Aborted: nobody wants the job any more.
+            StepFailed: some of its KV is lost, or its request may be another's.
+        """
+        try:
+            async with asyncio.timeout(self._lease):
+                if job.blocks:
+                    await it.until(lambda: it.told >= len(job.tokens))
+                await it.until(lambda: it.finished is not None)
+        except TimeoutError as error:
+            why = f"{self._lease:g} s after its answer its KV was not exported"
+            raise StepFailed(why) from error
+        it.check()
 
     def _submit(self, it: Carried, tokens: list[int], sequence: Sequence | None, salt: str) -> Any:
         """Give a request to the engine, known to every rank by its id or to us by its prompt."""
@@ -240,7 +270,7 @@ class Carrier:
 
     def _say_open(self, it: Carried) -> None:
         assert it.request is not None
-        if it.job is None:
+        if it.job is None or it.leaving:
             self._desk.say(Close(it.request), *self._ranks)
             return
         for rank in self._ranks:
@@ -251,23 +281,37 @@ class Carrier:
 
     async def _vacate(self, it: Carried) -> None:
         """Return when no rank writes to the arena for it, and its memory is free."""
+        it.leaving = True  # what is taken for its request from now on is not exported
         for result in it.results:
             if not result.finished:
                 result.abort()
                 await self._forget(result)
-        if it.request is not None:
+        await self._close(it)
+        requests = (it, *it.siblings)
+        if any(one.finished is None for one in requests):
+            await self._turns.one()  # whatever is still told of them has been told by then
+        self._unmatch(it)
+        await self._close(it)
+        for one in requests:
+            await self._let_go(one)
+
+    async def _close(self, it: Carried) -> None:
+        """Return when no rank writes to the arena for its request, if that is known."""
+        if it.request is not None and not it.closed.issuperset(self._ranks):
             self._desk.say(Close(it.request))
             await it.until(lambda: it.closed.issuperset(self._ranks), abortable=False)
-        for one in (it, *it.siblings):
-            await self._let_go(one)
-        for waiting in self._unmatched.values():
-            for other in [one for one in waiting if one.name == it.name]:
-                waiting.remove(other)
+
+    def _unmatch(self, it: Carried) -> None:
+        """Take no further request for one of its."""
+        for digest, waiting in list(self._unmatched.items()):
+            others = deque(one for one in waiting if one.name != it.name)
+            if others:
+                self._unmatched[digest] = others
+            else:
+                del self._unmatched[digest]
 
     async def _let_go(self, one: Carried) -> None:
         """Return when the engine's memory for a request is free."""
-        if one.finished is None:
-            await self._turns.one()  # whatever is still told of it has been told by then
         while one.finished is not None and one.finished.pinned and not self._free(one):
             try:
                 async with asyncio.timeout(TURN_SECONDS):

@@ -7,11 +7,21 @@ from typing import Any
 
 import pytest
 
+from backends.api import PrefillJob
 from backends.errors import BackendError, BackendMisconfigured
+from backends.tensorrt_llm.scheduling import TURN_TOKENS, digest_of
 from tests.trtllm.desk import Desk, desk, wrong
 from tests.trtllm.play import FLAVOURS, until
 
 LONG = list(range(5, 205))
+
+
+def submitted(it: Desk, tokens: list[int]) -> PrefillJob:
+    """A job that the engine has been asked for."""
+    job = it.job(tokens)
+    carried = it.engine._carrier._jobs
+    until(lambda: job.name in carried and carried[job.name].results)
+    return job
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -125,6 +135,17 @@ def test_an_aborted_job_has_ended_when_the_engine_has_let_go_of_its_memory(tmp_p
         assert "ended" not in it.heard.kinds(job.name)
         it.gates.open("answered")
         it.ended(job)
+        it.free()
+
+
+def test_a_job_is_not_waited_for_without_end_once_it_is_answered(tmp_path: Path) -> None:
+    with desk(tmp_path, knobs={"respond": "before"}, lease_seconds=0.2) as it:
+        it.gates.shut("answered")
+        job = it.job(LONG)
+        until(lambda: "failed" in it.heard.kinds(job.name))
+        it.gates.open("answered")
+        it.ended(job)
+        assert "0.2 s after its answer" in it.heard.of(job.name)[-2][1]
         it.free()
 
 
@@ -251,6 +272,36 @@ def test_without_ids_of_our_own_requests_are_known_by_their_prompt(tmp_path: Pat
         ours = it.job([0, 0, 0])
         it.ended(ours)
         assert it.heard.kinds(ours.name) == ["failed", "ended"]
+
+
+def test_a_request_that_is_taken_for_a_cancelled_jobs_is_not_exported_to_its_blocks(
+    tmp_path: Path,
+) -> None:
+    """The cancelled job waits for a turn, in which another one with its prompt is begun."""
+    with desk(tmp_path, "1.2", lacks="disagg_request_id") as it:
+        carrier = it.engine._carrier
+        it.engine.pool[:] = 0x5A
+        for gate in ("before_pass", "after_chunk"):
+            it.gates.shut(gate)
+        it.job(LONG[:20])
+        until(lambda: it.gates.reached("before_pass"))
+        gone = submitted(it, LONG)
+        it.engine.abort(gone.name)
+        submitted(it, LONG[9:89])
+        it.gates.open("before_pass")
+        until(lambda: it.gates.reached("after_chunk"))
+        until(lambda: digest_of(TURN_TOKENS) in carrier._unmatched)
+        other = submitted(it, LONG)
+        it.gates.open("after_chunk")
+        it.ended(gone, other)
+        pool = it.engine.pool.reshape(it.engine.info.pool_blocks, -1)
+        assert (pool[list(gone.blocks)] == 0x5A).all()
+        assert it.heard.kinds(gone.name) == ["ended"]
+        [(_, why), _] = it.heard.of(other.name)
+        assert "taken for that of a cancelled job" in why
+        it.done(LONG)
+        it.free()
+        assert not carrier._unmatched
 
 
 def test_a_release_that_does_not_tell_what_it_computes_is_refused(tmp_path: Path) -> None:
