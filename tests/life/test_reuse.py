@@ -103,7 +103,7 @@ def flip(made: Cluster, name: str, place: int) -> None:
     host = made.hosts[name]
     layout = host._info.layout
     kept = reuse(made, name).prefixes.find(chain(layout, b"tenant", PROMPT), 99)
-    pool = np.frombuffer(host._backend.pool, np.uint8)
+    pool = np.frombuffer(reuse(made, name)._pool, np.uint8)
     one = pool.reshape(-1)[: layout.block_bytes * host._info.pool_blocks]
     block = kept[place].block
     if layout.axes.startswith("block"):
