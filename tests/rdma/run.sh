@@ -13,7 +13,7 @@ echo "== NIXL over RDMA verbs (Soft-RoCE) in a virtual machine, its CPU emulated
 tests/rdma/vm/setup.sh
 # The kernels are compiled here, for a CPU that the guest has too: it loads them in seconds.
 export NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
-PYTHONPATH=$PWD "$python" -c 'from transfer.kernels import warm_up; warm_up()'
+PYTHONPATH=$PWD "$python" -c 'from transfer.warming import warm_up; warm_up()'
 RDMA_VM_SMP=${RDMA_VM_SMP:-2} RDMA_VM_NICE=${RDMA_VM_NICE:-0} tests/rdma/vm/run.sh -t "${RDMA_VM_SECONDS:-1200}" \
   -e "PYTHONPATH=$PWD" -e NUMBA_CPU_NAME=generic -e NUMBA_CPU_FEATURES= -- \
   tests/rdma/vm/with_verbs "$python" -m pytest -p no:cacheprovider tests/rdma "$@"
