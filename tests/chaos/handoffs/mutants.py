@@ -63,10 +63,10 @@ class AnyNumberOfWorkers(Landings):
 
 
 class CapsQuarantineAlone(HostLandings):
-    def _full(self, prefill: str, wanted: int, headroom: int) -> str:
+    def _exhausted(self, prefill: str, staging: Any, wanted: int) -> str:
         exposed, self._exposed = self._exposed, self._quarantined
         try:
-            return super()._full(prefill, wanted, headroom)
+            return super()._exhausted(prefill, staging, wanted)
         finally:
             self._exposed = exposed
 
