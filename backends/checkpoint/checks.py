@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import cast, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast, get_args
+
+import msgspec
 
 from backends.checkpoint.spec import ModelSpec
 from backends.errors import BackendMisconfigured
 from transfer.layout import AXES, DType
+
+Kind = TypeVar("Kind")
 
 Progress = Callable[[str, float], None]
 """Called while loading, with a phase and how much of it is done."""
@@ -84,7 +88,19 @@ def as_dtype(name: str) -> DType:
     return cast("DType", name)
 
 
-def readable(message: str) -> str:
+def converted(values: Mapping[str, Any], kind: type[Kind]) -> Kind:
+    """The keyword arguments of a backend as a struct.
+
+    Raises:
+        BackendMisconfigured: names the first option that has another type, and says how.
+    """
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise BackendMisconfigured(_readable(str(error))) from None
+
+
+def _readable(message: str) -> str:
     """Turn "Expected `int`, got `str` - at `$.threads`" into one that begins with the option."""
     problem, _, place = message.partition(" - at `$.")
     return f"{place.rstrip('`')}: {problem}" if place else message

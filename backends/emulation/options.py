@@ -14,7 +14,7 @@ from backends.checkpoint.checks import (
     check_axes,
     check_pool,
     check_whole,
-    readable,
+    converted,
 )
 from backends.errors import BackendMisconfigured
 
@@ -53,10 +53,7 @@ def read_options(values: Mapping[str, Any]) -> Options:
     Raises:
         BackendMisconfigured: names the first option that is wrong, and says how.
     """
-    try:
-        options = msgspec.convert(values, Options)
-    except msgspec.ValidationError as error:
-        raise BackendMisconfigured(readable(str(error))) from None
+    options = converted(values, Options)
     for name, most in MOST.items():
         check_whole(name, getattr(options, name), most)
     check_axes(options.axes)

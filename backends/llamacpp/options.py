@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from backends.checkpoint.checks import MOST, blocks_of, check_pool, check_whole, readable
+from backends.checkpoint.checks import MOST, blocks_of, check_pool, check_whole, converted
 from backends.errors import BackendMisconfigured
 
 SEQUENCES = 256
@@ -56,10 +56,7 @@ def read_options(values: Mapping[str, Any]) -> Options:
     Raises:
         BackendMisconfigured: names the first option that is wrong, and says how.
     """
-    try:
-        options = msgspec.convert(values, Options)
-    except msgspec.ValidationError as error:
-        raise BackendMisconfigured(readable(str(error))) from None
+    options = converted(values, Options)
     for name, most in (MOST | {"max_batch": SEQUENCES - SPARE}).items():
         check_whole(name, getattr(options, name, None), most)
     check_pool(options.pool_tokens, options.pool_blocks)

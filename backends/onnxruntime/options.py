@@ -15,9 +15,8 @@ from backends.checkpoint.checks import (
     check_axes,
     check_pool,
     check_whole,
-    readable,
+    converted,
 )
-from backends.errors import BackendMisconfigured
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,10 +52,7 @@ def read_options(values: Mapping[str, Any]) -> Options:
     Raises:
         BackendMisconfigured: names the first option that is wrong, and says how.
     """
-    try:
-        options = msgspec.convert(values, Options)
-    except msgspec.ValidationError as error:
-        raise BackendMisconfigured(readable(str(error))) from None
+    options = converted(values, Options)
     for name, most in MOST.items():
         if hasattr(options, name):
             check_whole(name, getattr(options, name), most)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from backends.checkpoint.checks import MOST, blocks_of, check_pool, check_whole, readable
+from backends.checkpoint.checks import MOST, blocks_of, check_pool, check_whole, converted
 from backends.errors import BackendMisconfigured
 
 OURS = frozenset(
@@ -56,10 +56,7 @@ def read_options(values: Mapping[str, Any]) -> Options:
     Raises:
         BackendMisconfigured: names the first option that is wrong, and says how.
     """
-    try:
-        options = msgspec.convert(values, Options)
-    except msgspec.ValidationError as error:
-        raise BackendMisconfigured(readable(str(error))) from None
+    options = converted(values, Options)
     for name in ("pool_tokens", "pool_blocks", "block_tokens", "context_tokens", "max_batch"):
         check_whole(name, getattr(options, name), MOST[name])
     check_whole("tensor_parallel", options.tensor_parallel, 256)

@@ -26,7 +26,7 @@ from backends.api import (
     Sampled,
     Sampling,
 )
-from backends.checkpoint.checks import check_whole, readable
+from backends.checkpoint.checks import check_whole, converted
 from backends.checkpoint.opening import check_model_path
 from backends.served import Progressed, ServedEngine, Server
 from backends.served.engine import no_layout
@@ -105,10 +105,7 @@ class TensorRTLLMServed(ServedEngine):
         open_seconds: float = 30.0,
     ) -> None:
         given = {name: it for name, it in locals().items() if name in Options.__struct_fields__}
-        try:
-            read = msgspec.convert(given, Options)
-        except msgspec.ValidationError as error:
-            raise BackendMisconfigured(readable(str(error))) from None
+        read = converted(given, Options)
         check_whole("capacity_tokens", read.capacity_tokens, 1 << 40)
         check_whole("context_tokens", read.context_tokens, 1 << 24)
         super().__init__(TensorRTLLMFleet(read), read.open_seconds)

@@ -11,8 +11,8 @@ from collections.abc import Sequence as Items
 
 import msgspec
 
-from backends.api import Sampled
-from backends.testing.form import Broken
+from backends.api import BackendInfo, Sampled, Sampling
+from backends.testing.form import Broken, Unproven
 from transfer.layout import KVLayout
 
 TIE = 1e-3
@@ -23,6 +23,22 @@ MOST_ALTERNATIVES = 4096
 """Log probabilities asked for at each position, at most; what is beyond counts as one token."""
 
 _FLOATS = frozenset({"float32", "float16", "bfloat16"})
+
+
+def judging(info: BackendInfo) -> Sampling:
+    """Greedy, with log probabilities where the backend gives them.
+
+    Raises:
+        Unproven: it is never greedy.
+    """
+    if "temperature" not in info.sampling:
+        raise Unproven("it does not declare `temperature`, so nobody can ask it to be greedy")
+    wanted = min(info.vocabulary, MOST_ALTERNATIVES)
+    return Sampling(
+        temperature=0.0,
+        ignore_eos="ignore_eos" in info.sampling,
+        logprobs=wanted if "logprobs" in info.sampling else None,
+    )
 
 
 class Bounds(msgspec.Struct, frozen=True):

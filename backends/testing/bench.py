@@ -10,7 +10,7 @@ import numpy as np
 
 from backends.api import Sampling
 from backends.errors import BackendError
-from backends.testing.alike import MOST_ALTERNATIVES
+from backends.testing.alike import judging
 from backends.testing.carrying import carry, convertible
 from backends.testing.desk import PATIENCE_SECONDS, Desk, Line
 from backends.testing.form import Broken, Unproven, described
@@ -133,20 +133,8 @@ class SteppedBench:
 
     @property
     def judged(self) -> Sampling:
-        """Greedy, with log probabilities where the plug-in gives them.
-
-        Raises:
-            Unproven: it is never greedy.
-        """
-        info = self.desk.info
-        if "temperature" not in info.sampling:
-            raise Unproven("it does not declare `temperature`, so nobody can ask it to be greedy")
-        wanted = min(info.vocabulary, MOST_ALTERNATIVES)
-        return Sampling(
-            temperature=0.0,
-            ignore_eos="ignore_eos" in info.sampling,
-            logprobs=wanted if "logprobs" in info.sampling else None,
-        )
+        """As `judging`."""
+        return judging(self.desk.info)
 
     @property
     def greedy(self) -> Sampling:

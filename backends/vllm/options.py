@@ -13,9 +13,8 @@ from backends.checkpoint.checks import (
     blocks_of,
     check_pool,
     check_whole,
-    readable,
+    converted,
 )
-from backends.errors import BackendMisconfigured
 
 MOST_TOKENS = 1 << 32
 
@@ -48,10 +47,7 @@ def read_options(values: Mapping[str, Any]) -> Options:
     Raises:
         BackendMisconfigured: names the first option that is wrong, and says how.
     """
-    try:
-        options = msgspec.convert(values, Options)
-    except msgspec.ValidationError as error:
-        raise BackendMisconfigured(readable(str(error))) from None
+    options = converted(values, Options)
     bounds = MOST | {"cache_tokens": MOST_TOKENS, "step_tokens": 1 << 20, "load_seconds": 1 << 16}
     for name in Options.__struct_fields__:
         if name in bounds:

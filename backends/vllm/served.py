@@ -22,7 +22,7 @@ from backends.api import (
     Logprob,
     Sampled,
 )
-from backends.checkpoint.checks import readable
+from backends.checkpoint.checks import converted
 from backends.checkpoint.opening import check_model_path, open_checkpoint
 from backends.served import Progressed, ServedEngine, Server
 from backends.served.engine import no_layout
@@ -83,10 +83,7 @@ class VllmServedBackend(ServedEngine):
         open_seconds: float = 30.0,
     ) -> None:
         given = {name: it for name, it in locals().items() if name in Options.__struct_fields__}
-        try:
-            read = msgspec.convert(given, Options)
-        except msgspec.ValidationError as error:
-            raise BackendMisconfigured(readable(str(error))) from None
+        read = converted(given, Options)
         super().__init__(VllmFleet(read), read.open_seconds)
 
 

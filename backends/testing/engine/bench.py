@@ -9,7 +9,7 @@ import numpy as np
 
 from backends.api import Sampled, Sampling
 from backends.errors import BackendError
-from backends.testing.alike import EXACT, MOST_ALTERNATIVES, Bounds, bounds_of, require_alike
+from backends.testing.alike import EXACT, Bounds, bounds_of, judging, require_alike
 from backends.testing.bench import LONGEST_TOKENS, STEPS, SteppedBench
 from backends.testing.desk import PATIENCE_SECONDS, Desk
 from backends.testing.engine.desk import EngineDesk
@@ -113,20 +113,8 @@ class EngineBench:
 
     @property
     def judged(self) -> Sampling:
-        """Greedy, with log probabilities where the engine gives them.
-
-        Raises:
-            Unproven: it is never greedy.
-        """
-        info = self.desk.info
-        if "temperature" not in info.sampling:
-            raise Unproven("it does not declare `temperature`, so nobody can ask it to be greedy")
-        wanted = min(info.vocabulary, MOST_ALTERNATIVES)
-        return Sampling(
-            temperature=0.0,
-            ignore_eos="ignore_eos" in info.sampling,
-            logprobs=wanted if "logprobs" in info.sampling else None,
-        )
+        """As `judging`."""
+        return judging(self.desk.info)
 
     @property
     def drawn(self) -> Sampling:
