@@ -1,6 +1,8 @@
 """Engines that each break one promise, and the promise that finds them out.
 
-A mutant is `SmallEngine` with a few lines changed, as somebody might write them by mistake.
+A mutant is `SmallEngine` with a few lines changed, as somebody might write them by mistake. What it
+does wrong it does whether its thread or the kit's is the faster: it takes its time where the kit
+must find it at work, and waits for what the kit does where it must come after that.
 """
 
 from __future__ import annotations
@@ -10,9 +12,20 @@ import time
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from backends.api import DecodeJob, Output, PrefillJob, Row, Sampled
 from tests.engine.small import SmallEngine, Work
+
+PATIENCE_SECONDS = 10.0
+WATCHED_SECONDS = 0.5
+
+
+class Slow(SmallEngine):
+    """So slow that a long text is not at its end before the kit wants no more of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, step_seconds=0.02)
 
 
 class ForgetsTheLastPosition(SmallEngine):
@@ -53,10 +66,16 @@ class WritesToTheNextBlock(SmallEngine):
 
 class ExportsAfterItSaidPrefilled(SmallEngine):
     def _prefilled(self, work: Work, output: Output) -> None:
+        exported = self._arena.copy()
         super()._prefilled(work, output)
-        time.sleep(0.05)
         if isinstance(work.job, PrefillJob) and work.job.blocks:
+            self._until_others_write(exported)
             self._copy(self._memory, work.blocks, self._arena, work.job.blocks, 0, work.done)
+
+    def _until_others_write(self, exported: Any) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while np.array_equal(self._arena, exported) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 class StopsOneTokenShort(SmallEngine):
@@ -81,7 +100,6 @@ class ImportsOnePositionAside(SmallEngine):
 class SaysImportedBeforeItCopies(SmallEngine):
     def _import(self, work: Work, job: DecodeJob) -> None:
         self.events.imported(work.name)
-        time.sleep(0.02)
         work.done = job.imported_tokens
         self._copy(self._arena, job.blocks, self._memory, work.blocks, 0, work.done)
 
@@ -116,7 +134,7 @@ class IgnoresTheSeed(SmallEngine):
         return work
 
 
-class MixesUpItsBatch(SmallEngine):
+class MixesUpItsBatch(Slow):
     def _deliver(self, rows: list[tuple[Work, Row]], outputs: list[Output]) -> None:
         if len(rows) > 1 and all(
             work.decodes and output.sampled for (work, _), output in zip(rows, outputs, strict=True)
@@ -141,8 +159,9 @@ class FindsKVUnderAnySalt(SmallEngine):
         self.events.prefilled(work.name, Output(output.sampled, scores), cached)
 
 
-class NeverEndsWhatWasAborted(SmallEngine):
+class NeverEndsWhatWasAborted(Slow):
     def _on_abort(self, name: str) -> None:
+        self._waiting = [it for it in self._waiting if it.name != name]
         for work in [it for it in self._active if it.name == name]:
             self._active.remove(work)
             self._release(work)
@@ -170,7 +189,7 @@ class TellsATokenAfterTheEnd(SmallEngine):
             self.events.decoded([(work.name, Sampled(1))])
 
 
-class KeepsTheMemoryOfWhatWasAborted(SmallEngine):
+class KeepsTheMemoryOfWhatWasAborted(Slow):
     def _reap(self) -> None:
         now = time.monotonic()
         for work in [it for it in self._active if it.free_at is not None and it.free_at <= now]:
@@ -178,7 +197,7 @@ class KeepsTheMemoryOfWhatWasAborted(SmallEngine):
             self._finish(work)
 
 
-class EndsWhatDoesNotFit(SmallEngine):
+class EndsWhatDoesNotFit(Slow):
     def _admit(self) -> None:
         super()._admit()
         for work in [*self._waiting]:
@@ -186,7 +205,7 @@ class EndsWhatDoesNotFit(SmallEngine):
             self.events.ended(work.name)
 
 
-class FailsForAnotherReasonWhenItIsFull(SmallEngine):
+class FailsForAnotherReasonWhenItIsFull(Slow):
     def _admit(self) -> None:
         super()._admit()
         for work in [*self._waiting]:
@@ -204,16 +223,32 @@ class WaitsForItsScheduler(SmallEngine):
 class WritesAfterItWasClosed(SmallEngine):
     def close(self) -> None:
         super().close()
-        pool = self.pool
-        threading.Timer(0.03, lambda: pool.__setitem__(slice(0, 64), 1)).start()
+        threading.Thread(target=self._write, daemon=True).start()
+
+    def _write(self) -> None:
+        deadline = time.monotonic() + WATCHED_SECONDS
+        while time.monotonic() < deadline:
+            self.pool[:64] = 1
+            time.sleep(0.001)
 
 
-class HangsWhenClosedWithJobs(SmallEngine):
+class HangsWhenClosedWithJobs(Slow):
+    """Waits for all that it was given to come to its end."""
+
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, step_seconds=0.02)
+        super().__init__(**options)
+        self._given = self._over = 0
+
+    def _take(self, job: PrefillJob | DecodeJob, tokens: int) -> None:
+        super()._take(job, tokens)
+        self._given += 1
+
+    def _finish(self, work: Work) -> None:
+        super()._finish(work)
+        self._over += 1
 
     def close(self) -> None:
-        while self.pins():
+        while self._over < self._given:
             time.sleep(0.01)
         super().close()
 

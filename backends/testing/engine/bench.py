@@ -74,11 +74,15 @@ class EngineBench:
         """The reference engine in a line, or why there is none."""
         return self._measure.maker.line if self._measure is not None else self._absent
 
-    def renew(self) -> EngineDesk:
-        """Close the engine and make it again: the new desk."""
+    def stop(self) -> None:
+        """Close the engine; whoever asks for the desk next has it made again."""
         if self._desk is not None:
             desk, self._desk = self._desk, None
             desk.close()
+
+    def renew(self) -> EngineDesk:
+        """Close the engine and make it again: the new desk."""
+        self.stop()
         return self.desk
 
     def tidy(self, *, broken: bool) -> None:

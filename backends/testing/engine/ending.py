@@ -163,7 +163,7 @@ def it_can_be_closed_with_jobs_open(bench: EngineBench) -> None:
             desk.prefill(prompt, bench.judged)
         if "decode" in desk.info.phases:
             desk.decode(prompt, (), bench.judged, tokens=200)
-    bench.renew()
+    bench.stop()
     desk.fill()
     desk.quiet()
     touched = any(bool((array != CANARY).any()) for array in desk.arena())

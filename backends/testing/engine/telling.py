@@ -11,6 +11,9 @@ from backends.testing.engine.bench import EngineBench, require_same_texts
 from backends.testing.engine.desk import Asked, EngineDesk
 from backends.testing.form import Unproven, require
 
+LONG_TOKENS = 200
+"""What is asked for where a text must not end by itself."""
+
 MOST_TOKENS = 1 << 16
 """So many are computed at most to fill an engine's memory."""
 
@@ -40,14 +43,22 @@ def jobs_do_not_change_each_other(bench: EngineBench) -> None:
     """What is computed and generated does not depend on what is beside it."""
     desk = bench.desk
     texts: list[tuple[list[Sampled], list[Sampled]]] = []
-    for begin in _ways(bench, STEPS):
-        prompts = bench.prompts(4)
+    prompts = bench.prompts(4)
+    room = min(desk.info.context_tokens, _capacity(desk) // 4) - max(map(len, prompts))
+    for begin in _ways(bench, max(STEPS, min(room, LONG_TOKENS))):  # none ends while others begin
         alone = [_told(desk, begin(prompt), STEPS) for prompt in prompts]
         jobs = [begin(prompt) for prompt in prompts]
+        for job in jobs:
+            desk.until(job, lambda it: it.outputs or len(it.tokens) >= STEPS, f"token {STEPS}")
         together = [_told(desk, job, STEPS) for job in jobs]
         texts += zip(together, alone, strict=True)
     message = "jobs beside each other have each other's tokens or KV"
     require_same_texts(texts, bench.bounds, message)
+
+
+def _capacity(desk: EngineDesk) -> int:
+    """Tokens that its memory holds."""
+    return desk.info.engine_blocks * desk.layout.block_tokens
 
 
 def _ways(bench: EngineBench, tokens: int) -> Iterator[Callable[[list[int]], Asked]]:

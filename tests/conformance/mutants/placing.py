@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 from backends.emulation.synthetic import SyntheticBackend
 from tests.conformance.mutants.sound import Apart, Sound, breaks
@@ -22,9 +23,14 @@ class WritesBesideItsBlocks(Sound):
 class WritesLate(Sound):
     def step(self, batch, ready):
         outputs = super().step(batch, ready)
-        late = self.bytes_of(batch[0].blocks[0])
-        threading.Timer(0.01, lambda: late.__setitem__(slice(64), late[:64] ^ 1)).start()
+        threading.Thread(target=self._write, args=(batch[0].blocks[0],), daemon=True).start()
         return outputs
+
+    def _write(self, block):
+        late = self.bytes_of(block)
+        for value in range(100):
+            late[:64] = value
+            time.sleep(0.002)
 
 
 @breaks("a_layer_that_is_ready_is_final")
