@@ -32,8 +32,9 @@ dev: $(VENV)/.dev ## Add what tests and linters need
 demo: $(VENV)/.runtime ## Run everything on this machine, with the bundled model
 	@exec $(BIN)/baton serve
 
+# A process per core, four at most: each may hold the model twice.
 test: check ## Run everything that CI runs
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
 	@echo "== ruff"
