@@ -7,13 +7,13 @@ ended when its connection is closed. The arena is a formality: KV is neither imp
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-import msgspec
 import numpy as np
 
 from backends.api import (
@@ -21,53 +21,45 @@ from backends.api import (
     BackendInfo,
     DecodeJob,
     Events,
-    KVLayout,
-    Logprob,
     Output,
     PrefillJob,
     Sampled,
 )
-from backends.served.http import check_seconds
+from backends.checkpoint.checks import converted
+from backends.served.fleet import Fleet, Options
 
 END_SECONDS = 5.0
 
 
-class Progressed(msgspec.Struct, frozen=True):
-    """What a fleet gave for a job: new tokens, or that its prompt is done."""
-
-    tokens: tuple[Sampled, ...] = ()
-    prefilled: bool = False
-    prompt_logprobs: tuple[Logprob, ...] = ()
-    cached: int = 0
-
-
-class Fleet(Protocol):
-    """How one kind of server is asked. All is called on one event loop."""
-
-    async def open(self) -> BackendInfo:
-        """Find out what the servers can do.
-
-        Raises:
-            BackendError: one cannot be reached, or they do not fit together.
-        """
-
-    def generate(self, job: DecodeJob) -> AsyncGenerator[Progressed, None]:
-        """Carry a job out. Closing the generator has the servers stop.
-
-        Raises:
-            BackendError: it cannot go on; says why.
-        """
-
-    async def close(self) -> None:
-        """Close every connection."""
-
-
 class ServedEngine:
-    """Speaks for `fleet` on the engine contract, from a thread of its own."""
+    """Speaks for a fleet on the engine contract, from a thread of its own.
 
-    def __init__(self, fleet: Fleet, open_seconds: float) -> None:
-        check_seconds("open_seconds", open_seconds)
-        self._fleet = fleet
+    A kind of servers is a subclass that names its `options` and its `fleet`. Its constructor takes
+    what `options` declares:
+
+    `decode` is the address of a server, such as `http://127.0.0.1:8000`; `prefill`, where it is
+    given, that of another which computes the prompts for it. `model` is what they serve, for its
+    vocabulary; `served_model` what they call it, if not by one name only. `capacity_tokens` may be
+    in work at a time, `max_batch` sequences; `context_tokens` lowers what the servers allow. A
+    server that says nothing for `silence_seconds` fails the request; that must be less than the
+    worker's `step_timeout_seconds`. All must have said what they are within `open_seconds`.
+
+    Raises:
+        BackendMisconfigured: an option is wrong, or a server does not fit.
+        BackendError: a server cannot be reached.
+    """
+
+    options: ClassVar[type[Options]] = Options
+    fleet: ClassVar[type[Fleet]]
+
+    def __init_subclass__(cls) -> None:
+        # What a worker's options are checked against before it is made.
+        cls.__signature__ = inspect.signature(cls.options)  # type: ignore[attr-defined]
+
+    def __init__(self, **given: Any) -> None:
+        options = converted(given, self.options)
+        options.check()
+        self._fleet = type(self).fleet(options)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -75,7 +67,7 @@ class ServedEngine:
         self._fresh: list[tuple[str, Sampled]] = []
         self._events: Events | None = None
         try:
-            opening = asyncio.run_coroutine_threadsafe(self._open(open_seconds), self._loop)
+            opening = asyncio.run_coroutine_threadsafe(self._open(options.open_seconds), self._loop)
             self.info: BackendInfo = opening.result()
         except BaseException:
             self.close()
@@ -166,17 +158,3 @@ class ServedEngine:
         if fresh:
             assert self._events is not None
             self._events.decoded(fresh)
-
-
-def no_layout(model: str, block_tokens: int = 16) -> KVLayout:
-    """The layout of an arena that nothing is ever written to; it goes with no other."""
-    return KVLayout(
-        model=f"served {model}"[:256],
-        weights="served",
-        layers=1,
-        kv_heads=1,
-        head_dim=2,
-        dtype="float16",
-        block_tokens=block_tokens,
-        rope="half",
-    )

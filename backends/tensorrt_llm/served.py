@@ -26,10 +26,9 @@ from backends.api import (
     Sampled,
     Sampling,
 )
-from backends.checkpoint.checks import check_whole, converted
 from backends.checkpoint.opening import check_model_path
-from backends.served import Progressed, ServedEngine, Server
-from backends.served.engine import no_layout
+from backends.served import Fleet, Options, Progressed, ServedEngine, Server
+from backends.served.fleet import salt_of
 from backends.tensorrt_llm.model import spec_of
 
 PATH = "/v1/completions"
@@ -57,142 +56,47 @@ GENERATES = ("length", "not_finished")
 """How a context server says that there is more to generate."""
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What `[workers.X.options]` may say; see `TensorRTLLMServed`."""
+class ServeOptions(Options, frozen=True, kw_only=True):
+    """With one more; see `TensorRTLLMServed`."""
 
-    model: str
-    decode: str
-    prefill: str = ""
-    served_model: str = ""
-    capacity_tokens: int = 1 << 18
-    context_tokens: int | None = None
-    max_batch: int = 256
     share_prefixes: bool = False
-    silence_seconds: float = 60.0
-    open_seconds: float = 30.0
 
 
-class TensorRTLLMServed(ServedEngine):
-    """Servers started with `trtllm-serve`, for a worker of the role `both`.
+class TensorRTLLMFleet(Fleet):
+    """`trtllm-serve`'s servers."""
 
-    `decode` is the address of a generation server, such as `http://127.0.0.1:8003`; `prefill`,
-    where it is given, that of the context server that prefills for it; both with a
-    `cache_transceiver_config`. `model` is what they serve, as a folder in Hugging Face form, for
-    its vocabulary; `served_model` what they call it, if not by one name only. `capacity_tokens` may
-    be in work at a time; `context_tokens` is how long their sequences may be (`max_seq_len`), if
-    that is less than the model was made for. Servers that keep prompts apart by no salt share
-    what they have of them between all tenants: `share_prefixes` says that they may. A server that
-    says nothing for `silence_seconds`, which must be less than the worker's `step_timeout_seconds`,
-    fails the request.
-
-    Raises:
-        BackendMisconfigured: an option is wrong, or a server does not fit.
-        BackendError: a server cannot be reached.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: str,
-        decode: str,
-        prefill: str = "",
-        served_model: str = "",
-        capacity_tokens: int = 1 << 18,
-        context_tokens: int | None = None,
-        max_batch: int = 256,
-        share_prefixes: bool = False,
-        silence_seconds: float = 60.0,
-        open_seconds: float = 30.0,
-    ) -> None:
-        given = {name: it for name, it in locals().items() if name in Options.__struct_fields__}
-        read = converted(given, Options)
-        check_whole("capacity_tokens", read.capacity_tokens, 1 << 40)
-        check_whole("context_tokens", read.context_tokens, 1 << 24)
-        super().__init__(TensorRTLLMFleet(read), read.open_seconds)
-
-
-class TensorRTLLMFleet:
-    """One server, or two of which one computes the prompts."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._decode = Server(options.decode, options.silence_seconds)
-        self._prefill = (
-            Server(options.prefill, options.silence_seconds) if options.prefill else None
-        )
-        self._ends: tuple[int, ...] = ()
-        self._name = ""
-        self._context = 0
+    def __init__(self, options: ServeOptions) -> None:
+        super().__init__(options)
+        self._share_prefixes = options.share_prefixes
         self._takes: frozenset[str] = frozenset()
         self._numbered = False
         self._ids = itertools.count(secrets.randbelow(1 << 20))
 
-    @property
-    def _servers(self) -> list[Server]:
-        return [self._decode, self._prefill] if self._prefill is not None else [self._decode]
-
     async def open(self) -> BackendInfo:
         """Ask the servers what they serve and what they take."""
-        path = check_model_path(self._options.model)
-        spec = spec_of(path)
-        self._ends = spec.end_tokens
+        spec = spec_of(check_model_path(self._options.model))
         takes = []
         for server in self._servers:
-            await server.open()
-            self._fit(server, await server.get("/v1/models"))
+            await self._join(server)
             schema = await server.get(SCHEMA)
             takes.append(_fields(server, schema, "CompletionRequest"))
         self._takes = frozenset.intersection(*takes)
         self._check_takes()
         if self._prefill is not None:
             self._numbered = "disagg_request_id" in _fields(server, schema, "DisaggregatedParams")
-        self._context = min(
-            self._options.context_tokens or spec.context_tokens, spec.context_tokens
-        )
-        layout = no_layout(self._name)
-        blocks = layout.blocks_for(self._options.capacity_tokens)
-        return BackendInfo(
-            layout=layout,
-            pool_blocks=blocks,
-            kind="engine",
-            engine_blocks=blocks,
-            vocabulary=spec.vocabulary,
-            context_tokens=self._context - 1,
-            end_tokens=self._ends,
-            rng="engine",
-            continuation="equivalent",
-            sampling=frozenset(ours for ours, theirs in WORDS.items() if theirs in self._takes),
-            prompt_logprobs=False,
-            max_batch=self._options.max_batch,
-        )
-
-    def _fit(self, server: Server, answer: Any) -> None:
-        """Settle on the model's name."""
-        try:
-            served = [str(one["id"]) for one in answer["data"]]
-        except (KeyError, TypeError) as error:
-            raise BackendMisconfigured(f"{server.address} is no trtllm-serve: {error!r}") from error
-        wanted = self._options.served_model or self._name or (served[0] if len(served) == 1 else "")
-        if wanted not in served:
-            raise BackendMisconfigured(
-                f"served_model: {server.address} serves {', '.join(sorted(served))}"
-            )
-        self._name = wanted
+        longest = min(self._options.context_tokens or spec.context_tokens, spec.context_tokens)
+        honoured = frozenset(ours for ours, theirs in WORDS.items() if theirs in self._takes)
+        return self._settle(self._name, spec, longest, honoured, prompt_logprobs=False)
 
     def _check_takes(self) -> None:
         wanted = NEEDED | (HANDOFF if self._prefill is not None else frozenset())
         if missing := sorted(wanted - self._takes):
             raise BackendMisconfigured(f"the servers do not take {', '.join(missing)}")
-        if "cache_salt" not in self._takes and not self._options.share_prefixes:
+        if "cache_salt" not in self._takes and not self._share_prefixes:
             raise BackendMisconfigured(
                 "share_prefixes: the servers keep no tenant's prompts apart (they take no"
                 " cache_salt); say true if they may be shared, or if the servers reuse none"
             )
-
-    async def close(self) -> None:
-        """Close every connection."""
-        for server in self._servers:
-            await server.close()
 
     async def generate(self, job: DecodeJob) -> AsyncGenerator[Progressed, None]:
         """Have the prompt computed, hand over, stream."""
@@ -226,7 +130,7 @@ class TensorRTLLMFleet:
 
     def _body(self, job: DecodeJob) -> dict[str, Any]:
         sequence, wish = job.sequence, job.sequence.sampling
-        most = min(job.max_tokens - len(sequence.generated), self._context - len(job.context))
+        most = self._left(job)
         stops = {*wish.stop_token_ids, *(() if wish.ignore_eos else self._ends)}
         bias = {str(token): it for token, it in wish.logit_bias.items()}
         body = {
@@ -245,9 +149,23 @@ class TensorRTLLMFleet:
             "stop_token_ids": sorted(stops),
             "min_tokens": max(0, min(wish.min_tokens - len(sequence.generated), most)),
             "ignore_eos": wish.ignore_eos,
-            "cache_salt": job.salt.hex() or f"only {job.name}",
+            "cache_salt": salt_of(job),
         }
         return {name: value for name, value in body.items() if name in self._takes}
+
+
+class TensorRTLLMServed(ServedEngine):
+    """Servers started with `trtllm-serve`, for a worker of the role `both`.
+
+    See `ServedEngine` for its options. Two of them, a context and a generation server, both have a
+    `cache_transceiver_config`. `model` is a folder in Hugging Face form. The servers do not say how
+    long sequences may be (`max_seq_len`): `context_tokens` does, if that is less than the model
+    was made for. Those that keep prompts apart by no salt share what they have of them between all
+    tenants: `share_prefixes` says that they may.
+    """
+
+    options = ServeOptions
+    fleet = TensorRTLLMFleet
 
 
 def _choice(wish: Sampling) -> dict[str, Any]:

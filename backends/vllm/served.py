@@ -12,8 +12,6 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, closing
 from typing import Any
 
-import msgspec
-
 from backends.api import (
     BackendError,
     BackendInfo,
@@ -22,10 +20,9 @@ from backends.api import (
     Logprob,
     Sampled,
 )
-from backends.checkpoint.checks import converted
 from backends.checkpoint.opening import check_model_path, open_checkpoint
-from backends.served import Progressed, ServedEngine, Server
-from backends.served.engine import no_layout
+from backends.served import Fleet, Progressed, ServedEngine, Server
+from backends.served.fleet import salt_of
 from backends.vllm.sampling import HONOURED, parameters
 
 PATH = "/v1/completions"
@@ -40,113 +37,17 @@ ASK = {
 """What vLLM's connector wants to be asked for a handoff."""
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What `[workers.X.options]` may say; see `VllmServedBackend`."""
-
-    model: str
-    decode: str
-    prefill: str = ""
-    served_model: str = ""
-    capacity_tokens: int = 1 << 18
-    context_tokens: int | None = None
-    max_batch: int = 256
-    silence_seconds: float = 60.0
-    open_seconds: float = 30.0
-
-
-class VllmServedBackend(ServedEngine):
-    """Stock vLLM servers, for a worker of the role `both`.
-
-    `decode` is the address of a server, such as `http://127.0.0.1:8000`; `prefill`, where it is
-    given, that of another which prefills for it, both with vLLM's `NixlConnector`. `model` is what
-    they serve, as a folder in Hugging Face form or a GGUF file, for its vocabulary; `served_model`
-    what they call it, if not by one name only. `capacity_tokens` may be in work at a time;
-    `context_tokens` lowers what the servers allow. A server that says nothing for
-    `silence_seconds` fails the request; that must be less than the worker's `step_timeout_seconds`.
-
-    Raises:
-        BackendMisconfigured: an option is wrong, or a server does not fit.
-        BackendError: a server cannot be reached.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: str,
-        decode: str,
-        prefill: str = "",
-        served_model: str = "",
-        capacity_tokens: int = 1 << 18,
-        context_tokens: int | None = None,
-        max_batch: int = 256,
-        silence_seconds: float = 60.0,
-        open_seconds: float = 30.0,
-    ) -> None:
-        given = {name: it for name, it in locals().items() if name in Options.__struct_fields__}
-        read = converted(given, Options)
-        super().__init__(VllmFleet(read), read.open_seconds)
-
-
-class VllmFleet:
-    """One server, or two of which one prefills."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._decode = Server(options.decode, options.silence_seconds)
-        self._prefill = (
-            Server(options.prefill, options.silence_seconds) if options.prefill else None
-        )
-        self._ends: tuple[int, ...] = ()
-        self._name = ""
-        self._context = 0
-
-    @property
-    def _servers(self) -> list[Server]:
-        return [self._decode, self._prefill] if self._prefill is not None else [self._decode]
+class VllmFleet(Fleet):
+    """vLLM's servers."""
 
     async def open(self) -> BackendInfo:
         """Ask the servers what they serve, and compare it with the checkpoint."""
         with closing(open_checkpoint(check_model_path(self._options.model))) as checkpoint:
             spec, identity = checkpoint.spec, checkpoint.identity
-        self._ends = spec.end_tokens
-        lengths = []
+        longest = self._options.context_tokens or spec.context_tokens
         for server in self._servers:
-            await server.open()
-            lengths.append(self._fit(server, await server.get("/v1/models")))
-        # vLLM counts the token after the last in its length, too.
-        self._context = min(self._options.context_tokens or spec.context_tokens, *lengths) - 1
-        layout = no_layout(identity)
-        blocks = layout.blocks_for(self._options.capacity_tokens)
-        return BackendInfo(
-            layout=layout,
-            pool_blocks=blocks,
-            kind="engine",
-            engine_blocks=blocks,
-            vocabulary=spec.vocabulary,
-            context_tokens=self._context,
-            end_tokens=self._ends,
-            rng="engine",
-            continuation="equivalent",
-            sampling=HONOURED,
-            max_batch=self._options.max_batch,
-        )
-
-    def _fit(self, server: Server, answer: Any) -> int:
-        """Settle on the model's name; how many tokens this server's sequences may have."""
-        served = {one["id"]: one for one in answer["data"]}
-        only = next(iter(served)) if len(served) == 1 else ""
-        wanted = self._options.served_model or self._name or only
-        if wanted not in served:
-            raise BackendMisconfigured(
-                f"served_model: {server.address} serves {', '.join(sorted(served))}"
-            )
-        self._name = wanted
-        return int(served[wanted]["max_model_len"])
-
-    async def close(self) -> None:
-        """Close every connection."""
-        for server in self._servers:
-            await server.close()
+            longest = min(longest, _longest(server, await self._join(server)))
+        return self._settle(identity, spec, longest, HONOURED, prompt_logprobs=True)
 
     async def generate(self, job: DecodeJob) -> AsyncGenerator[Progressed, None]:
         """Prefill, hand over, stream."""
@@ -170,9 +71,7 @@ class VllmFleet:
         return await self._prefill.post(PATH, {**asked, "kv_transfer_params": ASK})
 
     def _body(self, job: DecodeJob) -> dict[str, Any]:
-        sequence = job.sequence
-        most = min(job.max_tokens - len(sequence.generated), self._context + 1 - len(job.context))
-        wishes = parameters(sequence, self._ends, most, None)
+        wishes = parameters(job.sequence, self._ends, self._left(job), None)
         bias = wishes.pop("logit_bias")
         del wishes["detokenize"], wishes["prompt_logprobs"]
         return {
@@ -182,8 +81,26 @@ class VllmFleet:
             "logit_bias": {str(token): it for token, it in bias.items()} if bias else None,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
-            "cache_salt": job.salt.hex() or f"only {job.name}",
+            "cache_salt": salt_of(job),
         }
+
+
+class VllmServedBackend(ServedEngine):
+    """Stock vLLM servers, for a worker of the role `both`; see `ServedEngine` for its options.
+
+    Two servers both have vLLM's `NixlConnector`. `model` is a folder in Hugging Face form or a
+    GGUF file.
+    """
+
+    fleet = VllmFleet
+
+
+def _longest(server: Server, model: Mapping[str, Any]) -> int:
+    """How long a sequence may be there; vLLM counts the token after the last in it, too."""
+    try:
+        return int(model["max_model_len"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackendMisconfigured(f"{server.address} is no vLLM: {error!r}") from error
 
 
 def _handed_over(server: Server, answer: Any) -> Mapping[str, Any]:

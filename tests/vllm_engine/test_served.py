@@ -21,6 +21,7 @@ from backends.api import (
     Sampling,
     Sequence,
 )
+from backends.host.plugins import load_backend
 from backends.vllm.served import ASK, VllmServedBackend
 from gateway.cli.model import find_model
 from tests.vllm_engine.fake_server import KV, TOKENS, FakeServer, serving
@@ -126,6 +127,31 @@ async def test_a_job_that_is_aborted_before_it_began_ends_all_the_same(server) -
 async def test_a_deadline_that_is_none_is_refused_by_name(server, option, value) -> None:
     with pytest.raises(BackendMisconfigured, match=option):
         async with backend(server, **{option: value}):
+            pass
+
+
+@pytest.mark.parametrize("name", ["vllm-served", "tensorrt_llm-served"])
+def test_an_option_that_a_fleet_has_not_or_lacks_is_named_before_it_is_made(name: str) -> None:
+    with pytest.raises(BackendMisconfigured, match=r"no option 'modle'; it has: model, decode"):
+        load_backend(name, {"modle": "x", "decode": "http://127.0.0.1:9"})
+    with pytest.raises(BackendMisconfigured, match="needs the option 'decode'"):
+        load_backend(name, {"model": "x"})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("capacity_tokens", 0), ("max_batch", 0), ("context_tokens", -1)]
+)
+async def test_a_number_that_is_none_is_refused_by_name(server, option, value) -> None:
+    with pytest.raises(BackendMisconfigured, match=option):
+        async with backend(server, **{option: value}):
+            pass
+
+
+@pytest.mark.parametrize("models", [{"of": "another form"}, [{"name": "m"}], [{"id": "m"}]])
+async def test_a_server_of_another_kind_is_named(server, models) -> None:
+    server.models = models
+    with pytest.raises(BackendMisconfigured, match=server.address):
+        async with backend(server):
             pass
 
 
