@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,19 +12,9 @@ import pytest
 
 from gateway.cli.export import export
 from gateway.cli.model import find_model
-from tests.control.conftest import LiveServer, programs
-from tests.vllm_engine.real.kept import Kept, KeptEngine
+from tests.support.kept import Kept, KeptEngine
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
-
-
-@pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
-        server = LiveServer(next(iter(programs().values())), Path(folder))
-        asyncio.run(server.start())
-        yield server.url
-        server.kill()
 
 
 @pytest.fixture(scope="session")
@@ -37,23 +25,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def vllm(folder: Path) -> Iterator[dict[str, KeptEngine]]:
-    """Two engines in float32, one to prefill and one to decode."""
-    from backends.vllm import VllmBackend
+class Engines:
+    """Each made when it is first wanted: `p` and `d` in float32, `h` in bfloat16."""
 
-    options: dict[str, Any] = {
-        "model": str(folder),
-        "dtype": "float32",
-        "threads": 1,
-        "context_tokens": 1000,
-        "cache_tokens": 8192,
-        "pool_tokens": 8192,
-    }
-    made = {name: KeptEngine(VllmBackend(**options)) for name in "pd"}
+    DTYPES: ClassVar[dict[str, str]] = {"p": "float32", "d": "float32", "h": "bfloat16"}
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[str, KeptEngine] = {}
+
+    def __getitem__(self, name: str) -> KeptEngine:
+        from backends.vllm import VllmBackend
+
+        if name not in self._made:
+            options: dict[str, Any] = {
+                "model": str(self._folder),
+                "dtype": self.DTYPES[name],
+                "threads": 1,
+                "context_tokens": 1000,
+                "cache_tokens": 8192,
+                "pool_tokens": 8192,
+            }
+            self._made[name] = KeptEngine(VllmBackend(**options))
+        return self._made[name]
+
+    def close(self) -> None:
+        for each in self._made.values():
+            each.end()
+
+
+@pytest.fixture(scope="session")
+def vllm(folder: Path) -> Iterator[Engines]:
+    made = Engines(folder)
     yield made
-    for each in made.values():
-        each.end()
+    made.close()
 
 
 class Partners:
@@ -64,6 +69,11 @@ class Partners:
 
     KINDS: ClassVar[dict[str, tuple[str, str, dict[str, Any]]]] = {
         "torch": ("torch", "backends.emulation:EmulationBackend", {"dtype": "float32"}),
+        "torch in bfloat16": (
+            "torch",
+            "backends.emulation:EmulationBackend",
+            {"dtype": "bfloat16"},
+        ),
         "onnxruntime": (
             "onnxruntime",
             "backends.onnxruntime:OnnxRuntimeBackend",

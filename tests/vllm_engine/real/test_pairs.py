@@ -52,7 +52,7 @@ PAIRS = [f"{it} vllm" for it in PARTNERS] + [f"vllm {it}" for it in PARTNERS] + 
 
 @pytest.mark.parametrize("pair", PAIRS)
 async def test_the_text_is_that_of_torch_alone(
-    pair: str, truth: list[list[int]], partners: Any, vllm: dict[str, Any], redis_url: str
+    pair: str, truth: list[list[int]], partners: Any, vllm: Any, redis_url: str
 ) -> None:
     prefill, decode = pair.split()
     async with cluster(redis_url) as made:
@@ -66,7 +66,7 @@ async def test_the_text_is_that_of_torch_alone(
 
 
 async def test_vllm_in_place_says_what_torch_does(
-    truth: list[list[int]], vllm: dict[str, Any], redis_url: str
+    truth: list[list[int]], vllm: Any, redis_url: str
 ) -> None:
     async with cluster(redis_url) as made:
         await made.start("b", "both", backend=vllm["d"], host=HOST)
@@ -76,7 +76,7 @@ async def test_vllm_in_place_says_what_torch_does(
 
 
 async def test_what_vllm_drops_for_lack_of_room_is_computed_again(
-    partners: Any, vllm: dict[str, Any], redis_url: str
+    partners: Any, vllm: Any, redis_url: str
 ) -> None:
     """Twelve sequences that are all taken, and then grow to more blocks than there are."""
     prompt, tokens, together = list(max(prompts(), key=len)), 130, 12

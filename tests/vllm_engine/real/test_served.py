@@ -15,9 +15,9 @@ from backends.protocol import Sampling
 from backends.vllm.served import VllmServedBackend
 from loadtest.bench.process import descendants
 from tests.life.cluster import Heard, cluster
+from tests.support.kept import KeptEngine
 from tests.support.prompts import prompts
 from tests.vllm_engine import servers
-from tests.vllm_engine.real.kept import KeptEngine
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 SOME = 8
@@ -49,7 +49,7 @@ async def one_worker(made: Any, backend: Any) -> None:
 
 
 async def test_the_pair_says_what_vllm_says_that_baton_hands_kv_to(
-    fleet: KeptEngine, vllm: dict[str, Any], redis_url: str
+    fleet: KeptEngine, vllm: Any, redis_url: str
 ) -> None:
     texts = []
     for backend in (fleet, vllm["d"]):

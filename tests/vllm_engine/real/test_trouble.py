@@ -105,7 +105,7 @@ def test_an_engine_that_is_killed_or_hangs_costs_no_client_its_answer(
 
 @pytest.mark.parametrize("pair", ["torch vllm", "vllm torch", "vllm vllm", "vllm"])
 async def test_what_is_cancelled_at_any_stage_leaves_nothing_and_harms_no_other(
-    pair: str, partners: Any, vllm: dict[str, Any], redis_url: str
+    pair: str, partners: Any, vllm: Any, redis_url: str
 ) -> None:
     async with cluster(redis_url) as made:
         await start(made, pair, partners, vllm)
@@ -132,7 +132,7 @@ async def test_what_is_cancelled_at_any_stage_leaves_nothing_and_harms_no_other(
         assert not vllm["d"].open
 
 
-async def start(made: Cluster, pair: str, partners: Any, vllm: dict[str, Any]) -> None:
+async def start(made: Cluster, pair: str, partners: Any, vllm: Any) -> None:
     kinds = pair.split()
     if len(kinds) == 1:
         await made.start("b", "both", backend=vllm["d"])
