@@ -11,8 +11,8 @@ import pytest
 
 from tests.e2e.site import DECODE, SYNTHETIC, Site, serve, worker
 from tests.e2e.test_processes_die import Stream
+from tests.trtllm.handing import SYNTHETIC as KNOWN
 from tests.trtllm.play import STANDIN, Gates, until, write_model
-from tests.trtllm.test_pairs import SYNTHETIC as KNOWN
 
 pytestmark = pytest.mark.skipif(
     "BATON_KILL_ENGINES" not in os.environ, reason="`make test-trtllm` does, in a few minutes"

@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,61 +13,15 @@ from backends.emulation.pattern import Pattern
 from backends.onnxruntime import OnnxRuntimeBackend
 from backends.testing.tiny import write_tiny_model
 from gateway.errors import DeadlineExceeded, GatewayError, NoWorkers, WorkerFailed
-from tests.life.cluster import DECODE, Cluster, Heard, cluster
-from tests.trtllm.play import Gates, standin, write_model
+from tests.life.cluster import DECODE, Heard
+from tests.trtllm.handing import empty, prefill, prefill_for
 
 PROMPT = list(range(5, 205))
-SYNTHETIC = {"identity": "synthetic/49152", "weights": "synthetic"}
 AXES = (
     "block layer kv head token dim",
     "layer kv block token head dim",
     "head token layer kv block dim",
 )
-
-
-@asynccontextmanager
-async def prefill(
-    redis_url: str,
-    folder: Path,
-    *,
-    model: dict[str, Any] | None = None,
-    knobs: dict[str, Any] | None = None,
-    processes: bool = False,
-    host: dict[str, Any] | None = None,
-    **options: Any,
-) -> AsyncIterator[Cluster]:
-    """A cluster with a prefill worker `p` on the stand-in, of the synthetic backend's shape."""
-    folder.mkdir(exist_ok=True)
-    path = write_model(folder / "model", **(model or {}))
-    gates = Gates(folder / "gates")
-    settings: dict[str, Any] = {
-        "model": str(path),
-        "block_tokens": 32,
-        "pool_tokens": 4096,
-        "chunk_tokens": 64,
-        "kv_cache": {"max_tokens": 4096},
-        **SYNTHETIC,
-        **options,
-    }
-    with standin("1.3", processes=processes, gates=str(gates), **(knobs or {})):
-        from backends.tensorrt_llm.engine import TensorRTLLM
-
-        async with cluster(redis_url) as made:
-            engine = TensorRTLLM(**settings)
-            await made.start("p", "prefill", backend=engine, host=host)
-            made.gates, made.engine = gates, engine  # type: ignore[attr-defined]
-            try:
-                yield made
-            finally:
-                for gate in (folder / "gates").glob("*"):
-                    gate.unlink(missing_ok=True)
-
-
-async def empty(made: Any, seconds: float = 5.0) -> None:
-    """No block is held on either side, nor in the engine."""
-    await made.balanced(seconds)
-    await made.until(lambda: not made.engine.pins() and not made.engine._carrier._jobs, seconds)
-    await made.until(lambda: made.engine._library._llm.pinned == 0, seconds)
 
 
 class Looking:
@@ -122,12 +74,8 @@ async def test_every_number_reaches_the_decoder(
     """Whose pool has another block size, order and dtype."""
     model = write_tiny_model(tmp_path)
     inner: Any = DECODERS[decoder](str(model))
-    layout = inner.info.layout
     decode = Looking(inner, PROMPT)
-    shape = {"layers": layout.layers, "kv_heads": layout.kv_heads, "head_dim": layout.head_dim}
-    shape["vocab_size"] = inner.info.vocabulary
-    known = {"identity": layout.model, "weights": layout.weights}
-    async with prefill(redis_url, tmp_path / "p", model=shape, **known) as made:
+    async with prefill_for(redis_url, tmp_path / "p", inner.info) as made:
         await made.start("d", "decode", backend=decode)
         await made.paired()
         heard = Heard()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from backends.testing import conformance, summary
+from tests.trtllm.handing import SYNTHETIC
 from tests.trtllm.play import standin, write_model
-from tests.trtllm.test_pairs import SYNTHETIC
 
 
 @pytest.mark.parametrize("cancel", ["hook", "recycle"])
