@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as Items
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import msgspec
 
-from backends.api import Output, Ready, Row, Sampling, SteppedBackend
+from backends.api import Backend, Output, Ready, Row, Sampling, SteppedBackend
 from backends.host import HostConfig, WorkerHost
 from backends.protocol import (
     LENGTH,
@@ -193,14 +193,18 @@ class Site:
         self._folder, self._tasks, self._stack = folder, tasks, stack
         self._handles = 0
 
-    async def start(self, role: Role, backend: SteppedBackend, **config: Any) -> Wire:
-        """A worker of that role around `backend`, which stays the caller's."""
+    async def start(self, role: Role, backend: Backend, **config: Any) -> Wire:
+        """A worker of that role around `backend`, which stays the caller's.
+
+        An engine must be one whose `close` leaves it open.
+        """
         name = f"{role}-{self._handles}"
         path = self._folder / f"{name}.sock"
         settings = HostConfig(id=name, role=role, listen=f"unix:{path}", **config)
         ready = asyncio.Event()
-        lent = backend if isinstance(backend, Lent) else Lent(backend)
-        running = self._tasks.create_task(WorkerHost(settings, lent).run(ready.set))
+        if backend.info.kind == "stepped" and not isinstance(backend, Lent):
+            backend = Lent(cast("SteppedBackend", backend))
+        running = self._tasks.create_task(WorkerHost(settings, backend).run(ready.set))
         self._stack.callback(running.cancel)
         waiting = asyncio.ensure_future(ready.wait())
         await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)

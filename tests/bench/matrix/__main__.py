@@ -7,17 +7,19 @@ import asyncio
 import json
 import platform
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from backends.testing.alike import Bounds, bounds_of
-from backends.testing.desk import Desk
 from backends.testing.making import Maker
+from gateway.cli.export import export
 from gateway.logs import configure
 from tests.bench.engine import bundled_model
-from tests.bench.matrix.pair import Texts, alone, distance, forced, say_all
+from tests.bench.matrix.pair import Texts, alone, distance, forced, measured, say_all
 from tests.bench.matrix.rows import ENGINES, PREFILLING, REFERENCE, Engine, prompts
+from tests.bench.matrix.sides import Side, SteppedSide, side_of
 
 POOL = {"pool_tokens": 4096, "context_tokens": 1024}
 
@@ -58,22 +60,24 @@ class Matrix:
         self._model, self._precision, self._threads = model, precision, options.threads
         self._tokens, self._questions = options.tokens, questions
         self._engines = [it for it in engines if it.options(precision) is not None]
+        self._prefilling = [it for it in self._engines if it.name in named(options.prefill)]
 
     def run(self) -> list[dict[str, Any]]:
         """All pairs, and each engine alone where they are not of one precision."""
         exact = self._precision == "float32"
         print(f"\n{self._precision}: {'equal texts' if exact else 'KL, same likeliest token'}")
         with ExitStack() as stack:
-            desk = self._desk(stack, REFERENCE, "float32", decode=False)
-            texts = alone(desk, self._questions, self._tokens)
-            measure = [] if exact else forced(desk, desk, self._questions, texts)
+            reference = self._side(stack, REFERENCE, "float32", decode=False)
+            assert isinstance(reference, SteppedSide)
+            texts = alone(reference.desk, self._questions, self._tokens)
+            measure = [] if exact else measured(reference.desk, self._questions, texts)
         lines = []
-        for prefill in self._engines:
+        for prefill in self._prefilling:
             with ExitStack() as first:
-                source = self._desk(first, prefill, self._precision, decode=False)
+                source = self._side(first, prefill, self._precision, decode=False)
                 for decode in self._engines:
                     with ExitStack() as second:
-                        target = self._desk(second, decode, self._precision, decode=True)
+                        target = self._side(second, decode, self._precision, decode=True)
                         found = {"prefill": prefill.name, "decode": decode.name}
                         found |= self._handed(source, target, texts)
                         if not exact:
@@ -82,16 +86,25 @@ class Matrix:
                     _print(lines[-1])
         return lines
 
-    def _desk(self, stack: ExitStack, engine: Engine, precision: str, *, decode: bool) -> Desk:
+    def _side(self, stack: ExitStack, engine: Engine, precision: str, *, decode: bool) -> Side:
         maker = Maker.of(engine.backend, engine.options(precision) or {})
-        wanted: dict[str, Any] = {"model": self._model, "threads": self._threads, **POOL}
+        model = self._folder(stack) if engine.reads_folders else self._model
+        wanted: dict[str, Any] = {"model": model, "threads": self._threads, **POOL}
         if not decode:
             wanted |= PREFILLING.get(engine.name, {})
-        desk = Desk(maker.make(**{it: wanted[it] for it in wanted if maker.takes(it)}))
-        stack.callback(desk.close)
-        return desk
+        side = side_of(maker.make(**{it: wanted[it] for it in wanted if maker.takes(it)}))
+        stack.callback(side.close)
+        return side
 
-    def _handed(self, source: Desk, target: Desk, texts: Texts) -> dict[str, Any]:
+    def _folder(self, stack: ExitStack) -> str:
+        """The model in Hugging Face form, for as long as an engine has it open."""
+        if Path(self._model).is_dir():
+            return self._model
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-matrix-")))
+        export(self._model, folder / "model")
+        return str(folder / "model")
+
+    def _handed(self, source: Side, target: Side, texts: Texts) -> dict[str, Any]:
         """Through two workers."""
         handed = asyncio.run(say_all(source.backend, target.backend, self._questions, self._tokens))
         equal = sum(ours == theirs for ours, theirs in zip(handed.texts, texts, strict=True))
@@ -107,10 +120,10 @@ class Matrix:
         }
 
     def _apart(
-        self, source: Desk, target: Desk, texts: Texts, measure: list[Any]
+        self, source: Side, target: Side, texts: Texts, measure: list[Any]
     ) -> dict[str, Any]:
         """Token by token."""
-        bounds: Bounds = bounds_of(source.layout, target.layout)
+        bounds: Bounds = bounds_of(source.info.layout, target.info.layout)
         far = distance(forced(source, target, self._questions, texts), measure)
         return {
             "kl": float(f"{far.kl:.2g}"),
@@ -132,9 +145,13 @@ def _print(line: dict[str, Any]) -> None:
     )
 
 
+def named(names: str) -> list[str]:
+    """Engines by commas; all where none is named."""
+    return names.split(",") if names else [it.name for it in ENGINES]
+
+
 def _present(names: str) -> list[Engine]:
-    wanted = names.split(",") if names else [it.name for it in ENGINES]
-    found = [it for it in ENGINES if it.name in wanted]
+    found = [it for it in ENGINES if it.name in named(names)]
     for engine in found:
         if not engine.installed:
             print(f"without {engine.name}: no module {engine.needs} here", file=sys.stderr)
@@ -146,6 +163,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=None, help="GGUF file or folder")
     parser.add_argument("--precision", choices=("float32", "mixed", "both"), default="both")
     parser.add_argument("--engines", default="", help="names, by commas; all unless given")
+    parser.add_argument("--prefill", default="", help="those that prefill; all unless given")
     parser.add_argument("--prompts", type=int, default=32, help="1 to 32")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)

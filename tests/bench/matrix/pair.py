@@ -9,14 +9,13 @@ from typing import Any
 import msgspec
 
 from backends.api import Sampled, Sampling
-from backends.testing.alike import MOST_ALTERNATIVES, apart
-from backends.testing.carrying import carry
+from backends.testing.alike import apart
 from backends.testing.desk import Desk, Line
 from backends.testing.site import hand_over, meet, site
+from tests.bench.matrix.sides import TELLING, Side
 from transfer.plan import plan
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
-TELLING = Sampling(temperature=0.0, ignore_eos=True, logprobs=MOST_ALTERNATIVES)
 
 Texts = list[list[int]]
 
@@ -66,31 +65,26 @@ def alone(desk: Desk, prompts: Items[list[int]], tokens: int) -> Texts:
     return [[it.token for it in desk.run(prompt, tokens)] for prompt in prompts]
 
 
-def forced(
-    source: Desk, target: Desk, prompts: Items[list[int]], texts: Texts
-) -> list[list[Sampled]]:
-    """What `target` gives for each token of `texts`, after a prefix from `source`.
-
-    The first token is the source's, and is left out.
-    """
+def measured(desk: Desk, prompts: Items[list[int]], texts: Texts) -> list[list[Sampled]]:
+    """What one engine gives by itself after each token of `texts`."""
     found = []
     for prompt, text in zip(prompts, texts, strict=True):
         line = Line(prompt, TELLING)
-        source.prefill(line)
-        goes_on = line
-        if source is not target:
-            goes_on = Line(prompt, TELLING)
-            goes_on.sequence.generated.extend(line.generated)
-            target.cover(goes_on, len(prompt))
-            carry(source.backend, line.blocks, target.backend, goes_on.blocks, len(prompt))
-            target.ingest(goes_on.blocks)
-        before = len(goes_on.sampled)
-        target.force(goes_on, text)
-        found.append(goes_on.sampled[before:])
-        source.release(line)
-        if goes_on is not line:
-            target.release(goes_on)
+        desk.prefill(line)
+        desk.force(line, text)
+        found.append(line.sampled[1:])
+        desk.release(line)
     return found
+
+
+def forced(
+    source: Side, target: Side, prompts: Items[list[int]], texts: Texts
+) -> list[list[Sampled]]:
+    """What `target` gives after each token of `texts`, from KV of `source`."""
+    return [
+        target.along(prompt, text, lambda tokens, blocks: source.give(tokens, target, blocks))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def distance(ours: list[list[Sampled]], measure: list[list[Sampled]]) -> Distance:

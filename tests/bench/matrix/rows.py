@@ -14,7 +14,7 @@ class Engine(msgspec.Struct, frozen=True):
     """One engine: its plug-in (`module:Class` where it has no entry point), and its options.
 
     `exact` are those of the float32 row, `mixed` those of its own precision; None where it has
-    none. Without the module `needs` it is left out.
+    none. Without the module `needs` it is left out. `reads_folders`: and no GGUF files.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Engine(msgspec.Struct, frozen=True):
     needs: str
     exact: dict[str, Any] | None
     mixed: dict[str, Any] | None
+    reads_folders: bool = False
 
     @property
     def installed(self) -> bool:
@@ -43,6 +44,7 @@ ENGINES = (
         {"weights": "float32", "kv_dtype": "float32"},
         {"weights": "stored"},
     ),
+    Engine("vllm", "vllm", "vllm", {"dtype": "float32"}, {}, reads_folders=True),
     Engine("abacus", "tests.third_party.abacus_decode:AbacusBackend", "numpy", {}, None),
 )
 
