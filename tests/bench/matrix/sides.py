@@ -77,7 +77,9 @@ class EngineSide:
     """One that schedules by itself."""
 
     def __init__(self, backend: Any) -> None:
-        self.backend, self.info = KeptEngine(backend), backend.info
+        kept = isinstance(backend, KeptEngine)
+        self.backend: KeptEngine = backend if kept else KeptEngine(backend)
+        self.info = backend.info
         self._desk = EngineDesk(self.backend)
 
     def give(self, tokens: list[int], target: Side, blocks: Items[int]) -> None:
@@ -85,6 +87,7 @@ class EngineSide:
         desk = self._begun()
         asked = desk.done(desk.prefill(tokens, seeds=()))
         carry(self.backend, asked.blocks, target.backend, blocks, len(tokens))
+        desk.free.extend(asked.blocks)
 
     def along(self, prompt: list[int], text: list[int], bring: Bring) -> list[Sampled]:
         """See `Side`."""
@@ -97,10 +100,12 @@ class EngineSide:
             bring(computed, blocks)
             asked = desk.decode(prompt, known, TELLING, blocks=blocks, tokens=left)
             said = desk.told(asked, left)
+            desk.free.extend(blocks)
             wanted = text[len(known) :]
             right = zip(said, wanted, strict=False)
             same = next((at for at, (it, token) in enumerate(right) if it.token != token), left)
             found += said[: same + 1]
+            desk.ear.forget()
         return found
 
     def close(self) -> None:
@@ -108,8 +113,7 @@ class EngineSide:
         self.backend.end()
 
     def _begun(self) -> EngineDesk:
-        """The desk, which the engine answers to from now on, with every block free."""
-        self._desk.clear()
+        """The desk, which the engine answers to from now on."""
         self.backend.start(self._desk.ear)
         return self._desk
 

@@ -30,12 +30,13 @@ def truth(partners: Any) -> tuple[Texts, list[list[Sampled]]]:
 def test_a_pair_is_as_near_as_sixteen_bits_can_be(
     pair: str, truth: tuple[Texts, list[list[Sampled]]], partners: Any, vllm: Any
 ) -> None:
-    made = {
-        "torch": lambda: SteppedSide(partners["torch in bfloat16"]),
-        "vllm": lambda: EngineSide(vllm["h"]),
+    sides = {
+        "torch": SteppedSide(partners["torch in bfloat16"]),
+        "vllm": EngineSide(vllm["h"]),
     }
-    source, target = (made[name]() for name in pair.split())
+    source, target = (sides[name] for name in pair.split())
     texts, measure = truth
     far = distance(forced(source, target, ASKED, texts), measure)
     assert 1e-6 < far.kl <= HALF.kl, far
     assert far.top1 >= HALF.top1, far
+    sides["torch"].close()
