@@ -97,9 +97,9 @@ class WorkerSection(Section, frozen=True):
     unlike_weights: Annotated[
         bool,
         about(
-            "Whether it may hand KV to workers whose weights have another precision (set it on both"
-            " ends). The text of such a pair is that of neither engine alone; `/admin/workers`"
-            " shows it, and `reuse` is not on by itself."
+            "Whether it may hand KV to workers whose weights have another precision, and take it"
+            " from them (both ends must allow it). The text of such a pair is that of neither"
+            " engine alone; `/admin/workers` shows it, and `reuse` is not on by itself."
         ),
     ] = False
     quarantine_share: Annotated[

@@ -95,6 +95,7 @@ class MemoryReceiver:
         self._delay_seconds = delay_seconds
         self._writers: set[MemoryWriter] = set()  # that have not acknowledged their end
         self.senders: set[MemorySender] = set()
+        self.allow_unlike_weights = False
         network.receivers[name] = self
 
     async def __aenter__(self) -> Self:
@@ -209,6 +210,8 @@ class MemorySender:
         receiver = self._network.find(endpoint)
         if receiver.layout != target:
             raise PeerLost(f"{endpoint.address} refused us: it has another layout")
+        if not receiver.allow_unlike_weights and source.weights != target.weights:
+            raise PeerLost(f"{endpoint.address} refused us: weights: it allows no unlike ones")
         receiver.senders.add(self)
         self._met.add(receiver)
         return agreed.line

@@ -165,11 +165,8 @@ def plan(
         ours, theirs = getattr(source, name), getattr(target, name)
         if ours != theirs:
             raise LayoutMismatch(f"{name}: the source has {ours!r}, the target {theirs!r}")
-    if source.weights != target.weights and not allow_unlike_weights:
-        raise LayoutMismatch(
-            f"weights: the source has {source.weights!r}, the target {target.weights!r}, "
-            "and unlike weights are not allowed"
-        )
+    if not allow_unlike_weights:
+        check_weights(source.weights, target.weights)
     _check_size(target)
     moved = _shared(source, target, heads or Shard(0, target.kv_heads))
     _check_windows(source, target)
@@ -177,6 +174,19 @@ def plan(
     recode = _recode(source, target, moved)
     inner = _inner(source, target, moved, alike_k_and_v=pairing is None)
     return Plan(source, target, moved, ("dim",) if recode else inner, pairing, recode)
+
+
+def check_weights(source: str, target: str) -> None:
+    """Refuse KV that other weights computed than those that read it.
+
+    Raises:
+        LayoutMismatch: they are unlike.
+    """
+    if source != target:
+        raise LayoutMismatch(
+            f"weights: the source has {source!r}, the target {target!r}, "
+            "and unlike weights are not allowed"
+        )
 
 
 def _check_size(layout: KVLayout) -> None:

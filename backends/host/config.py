@@ -28,8 +28,8 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     used, `auto` standing for all that are there; `socket_dir` is a folder of this user alone for
     their sockets (empty: one is made). In the codes of `wire`, which are lossy, KV may travel to
     and from workers that have them too, where that is faster (see `transfer.coding`). With
-    `unlike_weights` KV may go to workers whose weights have another precision, and none is kept
-    unless `reuse` is on. `faults` damages handoffs on purpose, for drills (see
+    `unlike_weights` KV may go to and come from workers whose weights have another precision, and
+    none is kept unless `reuse` is on. `faults` damages handoffs on purpose, for drills (see
     `transfer.faults`). `reuse` says whether KV is kept for later prefixes: `auto`, where that
     changes no text (see `reuse.py`). Requests
     that are kept for nobody go on for `orphan_run_seconds`; beyond `max_orphans` of them, or

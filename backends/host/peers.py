@@ -192,6 +192,7 @@ class Peers:
             for number, pool in enumerate(self._pools):
                 receiver = self._receiver(name, number, pool, self._info.pool_blocks)
                 receiver.shard = number
+                receiver.allow_unlike_weights = self._config.unlike_weights
                 await receiver.start()
                 receivers.append(receiver)
         except BaseException:
@@ -203,6 +204,7 @@ class Peers:
         pool = KVPool(staging.layout, staging.memory)
         receiver = self._receiver(name, 0, pool, staging.ledger.blocks, f".{staging.codec}")
         receiver.codes = named(name, staging.codec), staging.decodes_per_second
+        receiver.allow_unlike_weights = self._config.unlike_weights
         await receiver.start()
         return receiver
 

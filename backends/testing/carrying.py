@@ -74,6 +74,7 @@ async def _carry(
         receivers = [await stack.enter_async_context(TcpReceiver(it.layout)) for it in theirs]
         for number, receiver in enumerate(receivers):
             receiver.shard = number
+            receiver.allow_unlike_weights = True
         sender = await stack.enter_async_context(TcpSender(allow_unlike_weights=True))
         landing = Landing(
             id="kit",

@@ -48,6 +48,16 @@ async def test_a_transport_with_nothing_but_acknowledgements_keeps_the_promises(
     await promise(direct)
 
 
+async def test_a_receiver_refuses_kv_of_other_weights_unless_it_allows_them(pair):
+    rough = msgspec.structs.replace(SOURCE, weights="q4")
+    async with DirectSender(secret="s", allow_unlike_weights=True) as sender:
+        with pytest.raises(PeerLost, match="refused us: weights: the source has 'q4'"):
+            await sender.connect(pair.receiver.endpoint, rough, TARGET)
+        await sender.connect(pair.receiver.endpoint, SOURCE, TARGET)
+        pair.receiver.allow_unlike_weights = True
+        await sender.connect(pair.receiver.endpoint, rough, TARGET)
+
+
 async def stalled(pair, gate):
     """A handoff whose sender is held up within a write."""
     stage = Stage(pair)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from transfer.errors import PeerMisbehaved
+from transfer.plan import Plan
 from transfer.session import wire
 
 NONCE_BYTES = 32
@@ -112,9 +113,11 @@ class Talk:
 
 
 def greet(
-    talk: Talk, secret: bytes, fingerprint: str, blob: bytes, patience_seconds: float
+    talk: Talk, secret: bytes, agreed: Plan, blob: bytes, patience_seconds: float
 ) -> tuple[wire.Welcome, float]:
-    """The sender's part. Returns what it was welcomed with, and how long the receiver is patient.
+    """The sender's part, who is to move what was `agreed`.
+
+    Returns what it was welcomed with, and how long the receiver is patient.
 
     Raises:
         Denial: the receiver will not have us, or does not know the secret.
@@ -122,7 +125,8 @@ def greet(
         OSError: the connection broke, or the time is over.
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
-    talk.say(wire.Hello(wire.VERSION, fingerprint, nonce, patience_seconds))
+    target, weights = agreed.target.fingerprint, agreed.source.weights
+    talk.say(wire.Hello(wire.VERSION, target, nonce, patience_seconds, weights))
     theirs = talk.hear(wire.Challenge).patience_seconds
     talk.say(wire.Proof(_mac(secret, b"sender", talk.said(), blob), blob))
     said = talk.said()

@@ -17,6 +17,7 @@ import msgspec
 
 from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.layout import Endpoint
+from transfer.plan import Plan
 from transfer.session import wire
 from transfer.session.greeting import Denial, Talk, greet
 from transfer.session.mover import Carrier, Met, Mover
@@ -49,8 +50,8 @@ class Caller(msgspec.Struct, frozen=True):
     seconds: float
     patience_seconds: float
 
-    async def meet(self, endpoint: Endpoint, fingerprint: str) -> Acquaintance:
-        """Meet the receiver at `endpoint` with a layout of `fingerprint`.
+    async def meet(self, endpoint: Endpoint, agreed: Plan) -> Acquaintance:
+        """Meet the receiver at `endpoint`, to move there what was `agreed`.
 
         Raises:
             PeerLost: nobody answers in time, or it refused us.
@@ -59,7 +60,7 @@ class Caller(msgspec.Struct, frozen=True):
         result: asyncio.Future[Acquaintance] = loop.create_future()
         thread = threading.Thread(
             target=self._attempt,
-            args=(loop, result, endpoint, fingerprint),
+            args=(loop, result, endpoint, agreed),
             name=f"kv-meet-{endpoint.address}",
             daemon=True,
         )
@@ -80,11 +81,11 @@ class Caller(msgspec.Struct, frozen=True):
         loop: asyncio.AbstractEventLoop,
         result: asyncio.Future[Acquaintance],
         endpoint: Endpoint,
-        fingerprint: str,
+        agreed: Plan,
     ) -> None:
         outcome: Acquaintance | Exception
         try:
-            outcome = self._meet(endpoint, fingerprint)
+            outcome = self._meet(endpoint, agreed)
         except Exception as error:
             outcome = error
         try:
@@ -92,7 +93,7 @@ class Caller(msgspec.Struct, frozen=True):
         except RuntimeError:  # the loop has ended
             _drop(outcome)
 
-    def _meet(self, endpoint: Endpoint, fingerprint: str) -> Acquaintance:
+    def _meet(self, endpoint: Endpoint, agreed: Plan) -> Acquaintance:
         where = endpoint.address
         try:
             connection = self._reach(endpoint)
@@ -103,19 +104,17 @@ class Caller(msgspec.Struct, frozen=True):
         except ValueError as error:
             raise PeerLost(str(error)) from error
         try:
-            return self._greet(endpoint, connection, fingerprint)
+            return self._greet(endpoint, connection, agreed)
         except BaseException:
             connection.close()
             raise
 
-    def _greet(
-        self, endpoint: Endpoint, connection: socket.socket, fingerprint: str
-    ) -> Acquaintance:
+    def _greet(self, endpoint: Endpoint, connection: socket.socket, agreed: Plan) -> Acquaintance:
         talk = Talk(connection, self.seconds)
         fds: list[int] = talk.fds
         try:
             hello = self.carrier.hello(endpoint)
-            welcome, theirs = greet(talk, self.secret, fingerprint, hello, self.patience_seconds)
+            welcome, theirs = greet(talk, self.secret, agreed, hello, self.patience_seconds)
             join = partial(self._join, endpoint, welcome.token)
             met = Met(endpoint, connection, welcome.blob, tuple(fds), join)
             fds = []  # the carrier's from here on

@@ -26,12 +26,14 @@ from transfer.contract import Arrival, Buffer, Proof, nobody_minds
 from transfer.errors import (
     DigestMismatch,
     LandingGone,
+    LayoutMismatch,
     PeerLost,
     PeerMisbehaved,
     TransferError,
 )
 from transfer.landings import Expected, Landings, total
 from transfer.layout import Endpoint, KVLayout, Landing
+from transfer.plan import check_weights
 from transfer.session import greeting, wire
 from transfer.session.greeting import Denial, Talk
 from transfer.session.handoff import Handoff
@@ -58,7 +60,8 @@ class SessionReceiver:
     `stall_seconds` is how long a peer may be silent before it counts as lost, and how long it
     may take to greet. `tls` is a server's context. Without `digest`, commits are not verified:
     for measurements only. `shard` is set by whoever has receivers for several pools, `codes` by who
-    has one for codes: how its endpoint calls the transport, and how fast they are decoded.
+    has one for codes: how its endpoint calls the transport, and how fast they are decoded,
+    `allow_unlike_weights` by whose operator takes KV that other weights computed.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class SessionReceiver:
         self.landings = Landings(layout)
         self.shard = 0
         self.codes: tuple[str, float] | None = None
+        self.allow_unlike_weights = False
         self._secret = secret.encode()
         self._tls = tls
         self._max_connections = max_connections
@@ -255,9 +259,19 @@ class SessionReceiver:
         self._join(session, connection)
         return False
 
+    def _judge(self, weights: str) -> None:
+        """Refuse who would send KV of other weights; a worker that names none was its own judge."""
+        if self.allow_unlike_weights or not weights:
+            return
+        try:
+            check_weights(weights, self.layout.weights)
+        except LayoutMismatch as error:
+            raise Denial(str(error)) from error
+
     def _welcome(self, talk: Talk, hello: wire.Hello, connection: socket.socket) -> bool:
         ours = self.stall_seconds
         blob = greeting.challenge(talk, hello, self._secret, self.layout.fingerprint, ours)
+        self._judge(hello.weights)
         token = secrets.token_bytes(TOKEN_BYTES)
         theirs = hello.patience_seconds or ours
         incoming = Incoming(self, connection, self._loop, token, theirs)

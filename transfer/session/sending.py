@@ -18,7 +18,7 @@ from transfer.session.mover import Carrier
 from transfer.session.outgoing import Session
 from transfer.session.writing import SessionWriter
 
-Key = tuple[str, str]
+Key = tuple[str, str, str]
 
 
 class SessionSender:
@@ -70,12 +70,12 @@ class SessionSender:
     async def connect(self, endpoint: Endpoint, source: KVLayout, target: KVLayout) -> str:
         """As `Sender.connect`."""
         agreed = self._plan(source, target)
-        await self._session(endpoint, agreed.target)
+        await self._session(endpoint, agreed)
         return agreed.line
 
     async def probe(self, endpoint: Endpoint) -> Probe:
         """As `Sender.probe`."""
-        for (address, _), session in self._sessions.items():
+        for (address, *_), session in self._sessions.items():
             if address == endpoint.address:
                 seconds = await session.round_trip()
                 return Probe(await session.bytes_per_second(), seconds)
@@ -88,7 +88,7 @@ class SessionSender:
         endpoint = next((it for it in landing.endpoints if it.transport == transport), None)
         if endpoint is None:
             raise PeerLost(f"worker {landing.worker} offers no {transport} endpoint")
-        session = await self._session(endpoint, agreed.target)
+        session = await self._session(endpoint, agreed)
         return SessionWriter(session, agreed, landing, source, self.tamper, self.tamper_note)
 
     async def close(self) -> None:
@@ -105,13 +105,13 @@ class SessionSender:
     def _plan(self, source: KVLayout, target: KVLayout, heads: Shard | None = None) -> Plan:
         return plan(source, target, allow_unlike_weights=self._allow_unlike_weights, heads=heads)
 
-    async def _session(self, endpoint: Endpoint, target: KVLayout) -> Session:
+    async def _session(self, endpoint: Endpoint, agreed: Plan) -> Session:
         """The session with `endpoint`, made anew where there is none."""
-        key = (endpoint.address, target.fingerprint)
+        key = (endpoint.address, agreed.target.fingerprint, agreed.source.weights)
         async with self._meeting.setdefault(key, asyncio.Lock()):
             session = self._sessions.get(key)
             if session is None or session.lost is not None:
-                session = await self._meet(endpoint, target)
+                session = await self._meet(endpoint, agreed)
                 self._drop_lost()
                 self._sessions[key] = session
         return session
@@ -122,13 +122,13 @@ class SessionSender:
         busy = {key: it for key, it in self._meeting.items() if key in kept or it.locked()}
         self._sessions, self._meeting = kept, busy
 
-    async def _meet(self, endpoint: Endpoint, target: KVLayout) -> Session:
+    async def _meet(self, endpoint: Endpoint, agreed: Plan) -> Session:
         """Connect and be welcomed."""
         if endpoint.transport != self._carrier.transport:
             raise PeerLost(f"{endpoint.address} is an endpoint of {endpoint.transport}")
         times = self._connect_seconds, self._stall_seconds
         caller = Caller(self._carrier, self._secret, self._tls, *times)
-        acquaintance = await caller.meet(endpoint, target.fingerprint)
+        acquaintance = await caller.meet(endpoint, agreed)
         if self._closed:
             acquaintance.drop()
             raise PeerLost("this sender was closed")

@@ -54,16 +54,18 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Hello(Message, frozen=True):
-    """First from the sender: which protocol, the layout it expects, a random number.
+    """First from the sender: which protocol, the layout it expects, a random number, its weights.
 
     A receiver of which nothing is heard for `patience_seconds` is lost to it; None: as long as the
-    receiver bears it.
+    receiver bears it. `weights` are those that the KV was computed with; empty from a worker that
+    does not say.
     """
 
     version: int
     fingerprint: Annotated[str, msgspec.Meta(max_length=64)]
     nonce: Short
     patience_seconds: Patience | None = None
+    weights: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class Challenge(Message, frozen=True):
