@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -13,6 +14,9 @@ from backends.protocol import Role
 from transfer.pool import Pool
 
 GROUP = "baton.backends"
+PROGRESS = "progress"
+"""The argument by which a plug-in is given whom to tell how far it has loaded; no option."""
+
 MEMBERS = {
     "stepped": ("info", "pool", "step", "ingest", "copy_blocks", "close"),
     "engine": ("info", "pool", "start", "prefill", "decode", "abort", "pins", "close"),
@@ -61,19 +65,16 @@ def construct(
     progress: Callable[[str, float], None] | None = None,
 ) -> Backend:
     """Call the factory of the plug-in `name`; as `load_backend`, whose second half this is."""
+    refuse_unknown(name, factory, options)
     arguments = dict(options)
     parameters = inspect.signature(factory).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [] if takes_any else sorted(set(arguments) - set(parameters))
-    if unknown:
-        raise BackendMisconfigured(
-            f"backend {name!r} has no option {unknown[0]!r}; it has: {', '.join(parameters)}"
-        )
+    if progress is not None and (_takes_any(parameters) or PROGRESS in parameters):
+        arguments[PROGRESS] = progress
+    elif PROGRESS in parameters and _is_required(parameters[PROGRESS]):
+        arguments[PROGRESS] = _nobody_waits
     lacking = [it for it in parameters if _is_required(parameters[it]) and it not in arguments]
     if lacking:
         raise BackendMisconfigured(f"backend {name!r} needs the option {lacking[0]!r}")
-    if progress is not None and (takes_any or "progress" in parameters):
-        arguments["progress"] = progress
     backend: Backend = factory(**arguments)
     kind = getattr(getattr(backend, "info", None), "kind", "stepped")
     missing = [member for member in MEMBERS[kind] if not hasattr(backend, member)]
@@ -81,6 +82,32 @@ def construct(
         raise BackendMisconfigured(f"backend {name!r} lacks {', '.join(missing)}")
     assert_pool_fits(name, backend)
     return backend
+
+
+def refuse_unknown(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Look at the names of an operator's options alone.
+
+    Raises:
+        BackendMisconfigured: the plug-in `name` has none of that name; says which is meant.
+    """
+    parameters = inspect.signature(factory).parameters
+    known = [it for it in parameters if it != PROGRESS]
+    unknown = [it for it in options if it == PROGRESS or it not in known]
+    if not unknown or (_takes_any(parameters) and PROGRESS not in unknown):
+        return
+    close = difflib.get_close_matches(unknown[0], known, 1)
+    meant = f" (did you mean {close[0]!r}?)" if close else ""
+    raise BackendMisconfigured(
+        f"backend {name!r} has no option {unknown[0]!r}{meant}; it has: {', '.join(known)}"
+    )
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(it.kind is it.VAR_KEYWORD for it in parameters.values())
+
+
+def _nobody_waits(_phase: str, _fraction: float) -> None:
+    """For whom no progress is shown."""
 
 
 def requires(name: str, option: str) -> bool:

@@ -119,10 +119,10 @@ def _serve(config: Config) -> int:
 
 
 def _check(config: Config) -> int:
-    from gateway.cli.check import problems, summary
+    from gateway.cli.check import options, problems, summary
     from gateway.cli.pairing import alone, pairs
 
-    found = problems(config)
+    found = problems(config) or list(options(config))
     met = [] if found else pairs(config)
     found += alone(config, met)
     if found:

@@ -1,6 +1,6 @@
 """What can be found wrong before anything is started: files, ports, plug-ins, Redis.
 
-Nothing here loads a model or imports a plug-in. Start with `problems`.
+Nothing here loads a model, and `options` alone imports plug-ins. Start with `problems`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,22 @@ def problems(config: Config) -> list[Problem]:
     """Everything that would keep `baton serve` from working with this configuration."""
     checks = (_model, _backends, _transports, _tls, _data_dir, _port, _redis)
     return [problem for check in checks for problem in check(config)]
+
+
+def options(config: Config) -> Iterator[Problem]:
+    """Options that no plug-in has. One that cannot be imported here is asked nothing."""
+    from backends.errors import BackendMisconfigured
+    from backends.host.plugins import find_backend, refuse_unknown
+
+    for name, worker in config.workers.items():
+        if worker.options:
+            try:
+                factory = find_backend(worker.backend).load()
+                refuse_unknown(worker.backend, factory, worker.options)
+            except ImportError:  # the worker itself, perhaps on another machine, will say why
+                continue
+            except BackendMisconfigured as error:
+                yield Problem(f"workers.{name}.options", "", str(error))
 
 
 def summary(config: Config) -> str:

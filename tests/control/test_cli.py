@@ -58,6 +58,24 @@ def test_check_marks_workers_whose_timing_is_made_up(tmp_path: Path, gguf: str) 
     }
 
 
+def test_check_refuses_an_option_that_no_plug_in_has_and_says_which_is_meant(
+    tmp_path: Path, gguf: str
+) -> None:
+    (tmp_path / "baton.toml").write_text(
+        '[workers.p]\nrole = "both"\nbackend = "synthetic"\noptions = { pool_token = 512 }\n'
+        '[workers.q]\nrole = "both"\nbackend = "synthetic"\noptions = { progress = 1 }\n'
+    )
+    result = baton("check", "--config", "baton.toml", "--model", gguf, cwd=tmp_path)
+    assert result.returncode == 2
+    meant, none = result.stderr.strip().splitlines()[-2:]
+    assert (
+        "workers.p.options: backend 'synthetic' has no option 'pool_token' "
+        "(did you mean 'pool_tokens'?); it has: " in meant
+    )
+    assert "workers.q.options: backend 'synthetic' has no option 'progress'" in none
+    assert "progress" not in none.partition("it has:")[2]
+
+
 def test_check_finds_what_only_the_machine_knows(tmp_path: Path, gguf: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = baton(
