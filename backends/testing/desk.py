@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,16 @@ PATIENCE_SECONDS = 120.0
 """What one call may take before it counts as hung, as a worker's `step_timeout_seconds`."""
 
 Bytes = NDArray[np.uint8]
+
+
+class Caller(Protocol):
+    """Whoever calls a backend for a desk."""
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns or raises."""
+
+    def close(self) -> None:
+        """Nothing more is to be called."""
 
 
 class StepThread:
@@ -105,12 +115,16 @@ class Desk:
     """One backend, and the free blocks of its pool in a shuffled order."""
 
     def __init__(
-        self, backend: SteppedBackend, seed: int = 0, patience: float = PATIENCE_SECONDS
+        self,
+        backend: SteppedBackend,
+        seed: int = 0,
+        patience: float = PATIENCE_SECONDS,
+        thread: Caller | None = None,
     ) -> None:
-        """All blocks are free."""
+        """All blocks are free. The backend is called in a thread of its own, or by `thread`."""
         self.backend, self.info = backend, backend.info
         self.layout: KVLayout = backend.info.layout
-        self.thread = StepThread(patience)
+        self.thread: Caller = thread or StepThread(patience)
         order = np.random.default_rng(seed).permutation(self.info.pool_blocks)
         self.free: list[int] = order.tolist()
 

@@ -1,4 +1,4 @@
-"""A host in a few lines: gives out blocks, cuts prompts into chunks, and keeps stepping."""
+"""The kit's desk in the thread of a test, the bundled model, and a handoff number by number."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.api import Row, Sampled, Sampling, Sequence, SteppedBackend
+from backends.api import Sampling, SteppedBackend
 from backends.emulation import EmulationBackend
+from backends.testing import desk as kit
+from backends.testing.desk import Line
+from backends.testing.desk import nobody as nothing
 
-GREEDY = Sampling(temperature=0.0)
+__all__ = ["Desk", "Line", "nothing"]
+
 DEVICE = os.environ.get("BATON_TEST_DEVICE", "cpu")
 """Where the engine computes: `make test-gpu` runs the same tests on `cuda`."""
 
@@ -30,82 +34,25 @@ def bundled_model() -> str:
     return str(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf")))
 
 
-def nothing(_row: int, _layer: int) -> None:
-    pass
+class Here:
+    """Calls a backend in the thread of the test."""
+
+    def call(self, function, *arguments):
+        return function(*arguments)
+
+    def close(self) -> None:
+        pass
 
 
-class Line:
-    """One sequence and the blocks that hold its KV."""
-
-    def __init__(self, prompt, sampling=GREEDY, seed=0):
-        self.sequence = Sequence(prompt=list(prompt), generated=[], sampling=sampling, seed=seed)
-        self.blocks: list[int] = []
-        self.sampled: list[Sampled] = []
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.sequence.prompt, *self.sequence.generated]
-
-    @property
-    def generated(self) -> list[int]:
-        return self.sequence.generated
-
-    def take(self, sampled: Sampled) -> None:
-        self.sampled.append(sampled)
-        self.sequence.generated.append(sampled.token)
-
-
-class Desk:
-    """One backend, and the free blocks of its pool in a shuffled order."""
+class Desk(kit.Desk):
+    """The kit's, for tests that look at tokens and at all of the logits."""
 
     def __init__(self, backend: SteppedBackend, seed: int = 0):
-        self.backend = backend
-        order = np.random.default_rng(seed).permutation(backend.info.pool_blocks)
-        self.free: list[int] = order.tolist()
+        super().__init__(backend, seed, thread=Here())
 
-    def cover(self, line: Line, tokens: int) -> None:
-        """Give the line blocks for this many tokens."""
-        for _ in range(self.backend.info.layout.blocks_for(tokens) - len(line.blocks)):
-            line.blocks.append(self.free.pop())
-
-    def release(self, *lines: Line) -> None:
-        for line in lines:
-            self.free.extend(line.blocks)
-            line.blocks = []
-
-    def row(self, line: Line, start: int, end: int) -> Row:
-        """Positions `start` to `end`, sampling if they are the line's last."""
-        self.cover(line, end)
-        last = end == len(line.tokens)
-        return Row(
-            tokens=line.tokens[start:end],
-            start=start,
-            blocks=list(line.blocks),
-            sequences=(line.sequence,) if last else (),
-        )
-
-    def prefill(self, line: Line, chunk: int = 1 << 20) -> None:
-        """Compute the whole line in chunks, and take its next token."""
-        total = len(line.tokens)
-        for start in range(0, total, chunk):
-            row = self.row(line, start, min(start + chunk, total))
-            (output,) = self.backend.step([row], nothing)
-        line.take(output.sampled[0])
-
-    def decode(self, lines: list[Line], steps: int) -> None:
-        """Take `steps` more tokens on every line, all lines in one batch."""
-        for _ in range(steps):
-            rows = [self.row(line, len(line.tokens) - 1, len(line.tokens)) for line in lines]
-            for line, output in zip(lines, self.backend.step(rows, nothing), strict=True):
-                line.take(output.sampled[0])
-
-    def run(self, prompt, steps, *, chunk=1 << 20, sampling=GREEDY, seed=0) -> list[int]:
-        """Continue one prompt alone, whole; returns the generated tokens."""
-        line = Line(prompt, sampling, seed)
-        self.prefill(line, chunk)
-        self.decode([line], steps - 1)
-        self.release(line)
-        return line.generated
+    def text(self, prompt, steps, **how) -> list[int]:
+        """As `run`: the tokens alone."""
+        return [it.token for it in self.run(prompt, steps, **how)]
 
     def logprobs_after(self, tokens) -> np.ndarray:
         """Log probabilities of every token as the next one, by id."""

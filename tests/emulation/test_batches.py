@@ -36,14 +36,14 @@ def same(desk: Desk, prompt, left, right, sampling=None, seed=0) -> None:
 def test_every_layout_gives_the_same_tokens(tiny, options):
     plain, other = tiny(), tiny(**options)
     for prompt in prompts(6, 211, 150):
-        same(plain, prompt, plain.run(prompt, 20), other.run(prompt, 20, chunk=33))
+        same(plain, prompt, plain.text(prompt, 20), other.text(prompt, 20, chunk=33))
 
 
 @pytest.mark.parametrize("chunk", [2, 16, 17, 64])
 def test_every_chunking_gives_the_same_tokens(tiny, chunk):
     desk = tiny()
     for prompt in prompts(6, 211, 150):
-        same(desk, prompt, desk.run(prompt, 10), desk.run(prompt, 10, chunk=chunk))
+        same(desk, prompt, desk.text(prompt, 10), desk.text(prompt, 10, chunk=chunk))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), WARM], ids=["greedy", "seeded"])
@@ -55,7 +55,7 @@ def test_a_sequence_alone_and_in_a_batch_gives_the_same_tokens(tiny, sampling):
         desk.prefill(line)
     desk.decode(lines, 24)
     for number, (prompt, line) in enumerate(zip(texts, lines, strict=True)):
-        alone = desk.run(prompt, 25, sampling=sampling, seed=100 + number)
+        alone = desk.text(prompt, 25, sampling=sampling, seed=100 + number)
         same(desk, prompt, alone, line.generated, sampling, seed=100 + number)
 
 
@@ -77,7 +77,7 @@ def test_prefill_and_decode_rows_share_a_step(tiny):
     second.take(outputs[0].sampled[0])
     first.take(outputs[1].sampled[0])
     for line in (first, second):
-        alone = desk.run(line.sequence.prompt, len(line.generated))
+        alone = desk.text(line.sequence.prompt, len(line.generated))
         same(desk, line.sequence.prompt, alone, line.generated)
 
 
@@ -106,7 +106,7 @@ def test_several_sequences_draw_from_one_prefix(tiny):
     tokens = [sampled.token for sampled in output.sampled]
     assert len(set(tokens)) > 1
     for line, token in zip(lines, tokens, strict=True):
-        alone = desk.run(prompt, 1, sampling=WARM, seed=line.sequence.seed)
+        alone = desk.text(prompt, 1, sampling=WARM, seed=line.sequence.seed)
         same(desk, prompt, alone, [token], WARM, seed=line.sequence.seed)
 
 
@@ -148,7 +148,7 @@ def test_garbage_in_blocks_before_use_never_reaches_a_token(tiny):
         dirty.prefill(line, chunk=23)
     dirty.decode(lines, 20)
     for prompt, line in zip(texts, lines, strict=True):
-        same(clean, prompt, clean.run(prompt, 21), line.generated)
+        same(clean, prompt, clean.text(prompt, 21), line.generated)
 
 
 def test_garbage_beyond_an_arrived_prefix_never_reaches_a_token(tiny):

@@ -161,7 +161,7 @@ def test_a_gguf_file_of_several_types_loads_and_runs(tmp_path):
     info = desk.backend.info
     assert (info.end_tokens, info.vocabulary, info.context_tokens) == ((4, 9), 100, 64)
     assert info.layout.rope == "interleaved"
-    assert len(desk.run([1, 2, 3], 5)) == 5
+    assert len(desk.text([1, 2, 3], 5)) == 5
     assert desk.logprobs_after([3, 1]) == pytest.approx(
         Desk(load(tmp_path / "m.gguf")).logprobs_after([3, 1])
     )

@@ -118,7 +118,7 @@ def test_a_seeded_sequence_is_the_same_alone_and_in_a_batch_of_sixteen(real, rea
         real.prefill(line)
     real.decode(lines, 8)
     for number in (0, 7, 15):
-        alone = real_elsewhere.run(texts[number], 9, sampling=warm, seed=number)
+        alone = real_elsewhere.text(texts[number], 9, sampling=warm, seed=number)
         assert_same_or_near_tie(
             alone,
             lines[number].generated,
@@ -157,7 +157,7 @@ def test_a_lower_precision_changes_the_distribution_by_less_than_its_bound(real,
     other = Desk(engine(model=bundled_model(), pool_tokens=256, **precision))
     divergences: list[float] = []
     for prompt in prompts(2, VOCABULARY, 8):
-        text = [*prompt, *real.run(prompt, 8)]
+        text = [*prompt, *real.text(prompt, 8)]
         exact, rounded = (distributions(desk, text) for desk in (real, other))
         divergences.extend((np.exp(exact) * (exact - rounded)).sum(-1))
     assert np.mean(divergences) < bound

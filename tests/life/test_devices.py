@@ -60,7 +60,7 @@ async def test_the_text_is_that_of_the_cpu_alone(
     heard = (await say(pair, prompt, sampling=sampling, max_tokens=16))[0]
     assert_same_or_near_tie(
         heard,
-        alone.run(prompt, 16, sampling=sampling, seed=7),
+        alone.text(prompt, 16, sampling=sampling, seed=7),
         prompt=prompt,
         logits_after=alone.logprobs_after,
         temperature=float(temperature),

@@ -49,7 +49,7 @@ def test_a_prefix_goes_from_either_engine_to_the_other(family, onnx, torch_engin
     ours = onnx(folder, block_tokens=8, axes="head block layer kv token dim")
     for source, target in ((torch, ours), (ours, torch)):
         for text in TEXTS:
-            alone = source.run(text, 16)
+            alone = source.text(text, 16)
             line = Line(text)
             source.prefill(line)
             arrived = hand_over(source, line, target)
@@ -117,5 +117,5 @@ def test_a_file_of_one_kind_runs(tmp_path, onnx, kind):
     path = write_four_bits(tmp_path / "m.gguf", **dict.fromkeys(KINDS, kind))
     desk = onnx(path, weights="auto" if kind == "Q8_0" else "q4")
     assert desk.backend.info.layout.weights == ("float32" if kind == "Q8_0" else "q4")
-    assert len(desk.run([1, 2, 3], 5)) == 5
+    assert len(desk.text([1, 2, 3], 5)) == 5
     assert gguf.GGMLQuantizationType[kind]
