@@ -13,7 +13,6 @@ Start with `form.py` (what a promise is), then `bench.py` (what it is given).
 
 from __future__ import annotations
 
-from backends.testing.bench import SteppedBench
 from backends.testing.engine import ENGINE
 from backends.testing.engine.bench import EngineBench
 from backends.testing.form import (
@@ -31,6 +30,7 @@ from backends.testing.kit import conformance
 from backends.testing.making import Maker
 from backends.testing.report import Report, line, summary
 from backends.testing.stepped import STEPPED
+from backends.testing.stepped.bench import SteppedBench
 
 __all__ = [
     "ENGINE",

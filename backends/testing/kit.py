@@ -9,13 +9,14 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from backends.errors import BackendMisconfigured, BackendNotFound
-from backends.testing.bench import MODEST, SteppedBench
-from backends.testing.engine import ENGINE
+from backends.testing.bench import MODEST
+from backends.testing.engine import ENGINE, engine_core
 from backends.testing.engine.bench import EngineBench
 from backends.testing.form import Bench, Promise, Verdict, described, examine
 from backends.testing.making import Maker
 from backends.testing.report import Report
-from backends.testing.stepped import STEPPED
+from backends.testing.stepped import STEPPED, STEPPED_CORE
+from backends.testing.stepped.bench import SteppedBench
 from transfer.warming import warm_up
 
 REFERENCE = "emulation"
@@ -34,7 +35,8 @@ def conformance(
 ) -> Report:
     """Look at every promise of the backend `name` (an entry point, or `module:Class`).
 
-    `reference` is another backend for the same model with its options; without it, the one that
+    `reference` is another backend for the same model (by its option `model`, if it has one and is
+    given none, that of the plug-in) with its options; without it, the one that
     comes along in float32, where the plug-in has an option `model`. Of the promises, those
     whose names contain `only`. `tell` hears each verdict.
 
@@ -49,9 +51,11 @@ def conformance(
     made = maker.make()
     states = msgspec.to_builtins(made.info)
     if made.info.kind == "engine":
+        core = engine_core(made.info)
         engine = EngineBench(maker, measure, absent, made=made)
         verdicts, beside = _gone_through(ENGINE, engine, only, tell)
     else:
+        core = STEPPED_CORE
         stepped = SteppedBench(maker, measure, absent, made=made)
         verdicts, beside = _gone_through(STEPPED, stepped, only, tell)
     return Report(
@@ -61,6 +65,7 @@ def conformance(
         states=states,
         reference=beside,
         verdicts=verdicts,
+        core=core,
     )
 
 
@@ -111,6 +116,9 @@ def _reference(
         same = {key: maker.options[key] for key in ("context_tokens",) if key in maker.options}
         asked = REFERENCE, {**EXACTLY, **MODEST, **same, "model": model}
     try:
-        return Maker.of(*asked), ""
+        measure = Maker.of(*asked)
+        if isinstance(model, str) and measure.takes("model"):
+            measure.options.setdefault("model", model)
+        return measure, ""
     except (BackendNotFound, ImportError) as error:
         return None, described(error)

@@ -15,7 +15,10 @@ _MARK: dict[Outcome, str] = {"kept": "ok", "broken": "BROKEN", "unproven": "unpr
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """One examination. `reference` says beside which engine, or why beside none."""
+    """One examination. `reference` says beside which engine, or why beside none.
+
+    `core` names the promises without which nobody should hand it KV, or take KV from it.
+    """
 
     backend: str
     contract: str
@@ -23,6 +26,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     states: dict[str, Any]
     reference: str
     verdicts: tuple[Verdict, ...]
+    core: tuple[str, ...] = ()
 
     @property
     def broken(self) -> tuple[Verdict, ...]:
@@ -39,11 +43,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         """Whether nothing is broken."""
         return not self.broken
 
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """The promises at its core that could not be proven."""
+        return tuple(it.promise for it in self.unproven if it.promise in self.core)
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing is broken, and all that is at its core is kept."""
+        return self.ok and not self.lacking
+
     def json(self) -> bytes:
-        """For machines: the fields, and `ok`."""
-        return msgspec.json.format(
-            msgspec.json.encode({"ok": self.ok, **msgspec.to_builtins(self)})
-        )
+        """For machines: the fields, `ok`, `proven` and what is `lacking` for that."""
+        found = {"ok": self.ok, "proven": self.proven, "lacking": self.lacking}
+        return msgspec.json.format(msgspec.json.encode({**found, **msgspec.to_builtins(self)}))
 
 
 def line(verdict: Verdict) -> str:
@@ -59,20 +72,31 @@ def summary(report: Report) -> str:
 def _summary(report: Report) -> Iterator[str]:
     if report.broken:
         yield "\nbroken:"
-    for verdict in report.broken:
-        yield f"  {verdict.promise}"
-        yield _paragraph(verdict.says)
-        yield _paragraph("-> " + verdict.detail)
+    for verdicts in _alike(report.broken):
+        for verdict in verdicts:
+            yield f"  {verdict.promise}"
+            yield _paragraph(verdict.says)
+        yield _paragraph("-> " + verdicts[0].detail)
     if report.unproven:
         yield "\ncould not be proven:"
-    for detail in dict.fromkeys(it.detail for it in report.unproven):
-        yield from (f"  {it.promise}" for it in report.unproven if it.detail == detail)
-        yield _paragraph("-> " + detail)
+    for verdicts in _alike(report.unproven):
+        yield from (f"  {it.promise}" for it in verdicts)
+        yield _paragraph("-> " + verdicts[0].detail)
     kept = sum(1 for it in report.verdicts if it.outcome == "kept")
     yield (
         f"\n{report.backend}: {kept} promises kept, {len(report.broken)} broken, "
         f"{len(report.unproven)} not proven; reference: {report.reference}"
     )
+    if report.lacking:
+        yield f"NOT PROVEN AT ITS CORE: {', '.join(report.lacking)}"
+
+
+def _alike(verdicts: Iterable[Verdict]) -> list[list[Verdict]]:
+    """Those of which the same is to be said, together."""
+    found: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        found.setdefault(verdict.detail, []).append(verdict)
+    return list(found.values())
 
 
 def _paragraph(text: str) -> str:

@@ -67,7 +67,12 @@ def test_nothing_more_is_asked_of_a_plug_in_that_is_of_no_more_use(last):
     assert last[-1].__name__ in found[-1][1]
 
 
-def report(*promises):
+def so_is_this(bench):
+    """It should, too."""
+    raise Broken("mend the thing")
+
+
+def report(*promises, core=()):
     return Report(
         backend="acme",
         contract="stepped",
@@ -75,6 +80,7 @@ def report(*promises):
         states={},
         reference="none",
         verdicts=examine(promises, Bench()),
+        core=core,
     )
 
 
@@ -92,3 +98,20 @@ def test_a_person_reads_what_to_fix_and_a_machine_reads_all():
     assert parsed["ok"] is False
     assert [it["outcome"] for it in parsed["verdicts"]] == ["kept", "broken", "unproven"]
     assert report(it_holds, nobody_knows).ok
+
+
+def test_what_is_broken_for_one_reason_is_said_once():
+    text = summary(report(it_is_broken, it_raises, so_is_this))
+    alike = "  it_is_broken\n      It should.\n  so_is_this\n      It should, too.\n"
+    assert f"{alike}      -> mend the thing\n  it_raises\n" in text
+
+
+def test_whoever_keeps_all_that_could_be_looked_at_has_not_proven_the_rest():
+    found = report(it_holds, nobody_knows, core=("it_holds", "nobody_knows"))
+    assert (found.ok, found.proven, found.lacking) == (True, False, ("nobody_knows",))
+    assert summary(found).splitlines()[-1] == "NOT PROVEN AT ITS CORE: nobody_knows"
+    parsed = msgspec.json.decode(found.json())
+    assert (parsed["ok"], parsed["proven"], parsed["lacking"]) == (True, False, ["nobody_knows"])
+    kept = report(it_holds, nobody_knows, core=("it_holds",))
+    assert kept.proven
+    assert "CORE" not in summary(kept)

@@ -4,9 +4,10 @@ import pytest
 
 from backends.emulation.synthetic import SyntheticBackend
 from backends.testing import STEPPED, Maker, SteppedBench, examine
+from backends.testing.alike import NOT_EXACT
 from tests.conformance.mutants import MUTANTS, Apart, Sound
 from tests.conformance.mutants.ending import Hangs
-from tests.conformance.mutants.stating import OtherAxes, OtherPairing
+from tests.conformance.mutants.stating import NotQuiteExact, OtherAxes, OtherPairing
 from tests.conformance.pieces import Pieces
 
 PROMISES = {promise.__name__: promise for promise in STEPPED}
@@ -71,6 +72,13 @@ def test_of_made_up_tokens_all_is_kept_that_can_be_said(tiny, reference):
 def test_every_promise_of_the_plug_in_itself_is_broken_by_some_mutant():
     hosts = {"a_worker_refuses_what_it_cannot_do"}  # from what was stated, whatever the plug-in
     assert set(PROMISES) - set(MUTANTS.values()) == hosts
+
+
+def test_whoever_only_rounds_otherwise_than_stated_is_told_so_wherever_it_shows(tiny, reference):
+    words = ("chunks", "agrees_with_prefill", "logprobs_agree", "batch")
+    some = [it for name, it in PROMISES.items() if any(word in name for word in words)]
+    details = {it.detail for it in look(NotQuiteExact, tiny, reference, some) if it.detail}
+    assert details == {NOT_EXACT}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import structlog
 
 from gateway.cli import BAD_CONFIG, main
-from gateway.cli.conformance import FAILED
+from gateway.cli.conformance import FAILED, UNPROVEN
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,8 @@ class Unmade:
     ("words", "complaint"),
     [
         (["nobody"], "no backend is called 'nobody'; installed: "),
-        (["synthetic", "--options", "layerz=2"], "no option 'layerz'"),
+        (["synthetic", "--options", "layerz=2"], "no option 'layerz' (did you mean 'layers'?)"),
+        (["emulation", "--options", "progress=1"], "no option 'progress'"),
         (["synthetic", "--options", "layers=none"], "layers"),
         (["emulation"], "needs the option 'model'"),
         (["synthetic", "--options", "nowhere.toml"], "nowhere.toml"),
@@ -59,6 +60,25 @@ def test_options_come_from_files_and_words(tmp_path, capsys):
     assert (
         "reference: 'made up' is no checkpoint; name one for the same model with --reference" in out
     )
+
+
+def test_whoever_cannot_be_shown_to_hand_over_ends_otherwise_than_whoever_can(tmp_path, capsys):
+    answer = tmp_path / "answer.json"
+    words = ["--only", "the_reference_continues", "--json", str(answer)]
+    assert main(["conformance", "synthetic", "--options", *SMALL, *words]) == UNPROVEN
+    assert capsys.readouterr().out.endswith(
+        "NOT PROVEN AT ITS CORE: the_reference_continues_what_it_computed\n"
+    )
+    assert msgspec.json.decode(answer.read_bytes())["proven"] is False
+    beside = ["--reference", "synthetic", *SMALL, "block_tokens=8"]
+    assert main(["conformance", "synthetic", "--options", *SMALL, *words, *beside]) == 0
+
+
+def test_a_reference_with_a_model_gets_that_of_the_plug_in(capsys):
+    name = "tests.conformance.mutants.sound:Sound"
+    only = ["--only", "it_states_what", "--reference", "emulation", "dtype=float32", "threads=1"]
+    assert main(["conformance", name, "--tiny-model", *only]) == 0
+    assert "ok       it_states_what_its_reference_does" in capsys.readouterr().out
 
 
 def test_a_broken_plug_in_ends_it_with_what_to_fix(capsys):

@@ -68,7 +68,7 @@ class Work:
 
 
 class SmallEngine:
-    """Options beyond those of the synthetic backend, which it computes with:
+    """Options beyond those of the synthetic backend, which it computes with if not with `kernel`:
 
     `arena_tokens` and `arena_axes` say how the arena is cut; `chunk_tokens` is computed of a prompt
     in one step; of an imported prefix the last `recomputed` tokens are computed again; what was
@@ -86,12 +86,15 @@ class SmallEngine:
         prompt_logprobs: bool = False,
         phases: tuple[str, ...] = ("prefill", "decode"),
         pool_tokens: int = 4096,
+        kernel: Any = None,
         progress: object = None,  # it loads nothing
         **options: Any,
     ) -> None:
         if chunk_tokens < 2:
             raise BackendMisconfigured(f"chunk_tokens must be at least 2; got {chunk_tokens}")
-        self._kernel = SyntheticBackend(pool_tokens=pool_tokens, verify_kv=True, **options)
+        self._kernel = kernel or SyntheticBackend(
+            pool_tokens=pool_tokens, verify_kv=True, **options
+        )
         inner = self._kernel.info
         layout = msgspec.structs.replace(inner.layout, axes=arena_axes)
         self._chunk_tokens = chunk_tokens
@@ -330,11 +333,11 @@ class SmallEngine:
         target[np.array(tos)[block], offset] = source[np.array(froms)[block], offset]
 
 
-def canonical(layout: KVLayout, pool: NDArray[np.uint8], blocks: int) -> NDArray[Any]:
+def canonical(layout: KVLayout, pool: Any, blocks: int) -> NDArray[Any]:
     """The pool as [block, token, layer, kv, head, dim]."""
     words = layout.axes.split()
     bits: Any = np.uint32 if layout.dtype == "float32" else np.uint16
-    shaped = pool.view(bits).reshape(tuple(layout.sizes(blocks).values()))
+    shaped = np.frombuffer(pool, bits).reshape(tuple(layout.sizes(blocks).values()))
     return shaped.transpose([words.index(axis) for axis in CANONICAL])
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from backends.emulation import EmulationBackend
 from backends.emulation.synthetic import SyntheticBackend
 from backends.testing import ENGINE, EngineBench, Maker, conformance, examine
+from tests.engine.choosers import CHOOSERS
 from tests.engine.mutants import MUTANTS
+from tests.engine.real import RealEngine
 from tests.engine.small import SmallEngine
 from tests.life.cluster import SHAPE
 from transfer.warming import warm_up
@@ -18,6 +21,25 @@ SIZES = {"arena_tokens": 1024, "context_tokens": 512, "pool_tokens": 1024}
 OPTIONS: dict[str, Any] = {**SHAPES, **SIZES, "prompt_logprobs": True}
 REFERENCE: dict[str, Any] = {**SHAPE, "pool_tokens": 1024, "context_tokens": 512}
 PROMISES = {promise.__name__: promise for promise in ENGINE}
+
+
+REAL = {"arena_tokens": 1024, "prompt_logprobs": True}
+OF_NUMBERS = set(CHOOSERS.values())
+"""What is asked only of an engine whose tokens follow from logits."""
+
+
+@contextmanager
+def real_bench(kind: type[RealEngine], tiny: str) -> Iterator[EngineBench]:
+    shared = {"model": tiny, "pool_tokens": 1024, "context_tokens": 512}
+    exact = {"dtype": "float32", "kv_dtype": "float32", "threads": 1}
+    made = EngineBench(
+        Maker(kind.__name__, kind, {**shared, **REAL}),
+        Maker("emulation", EmulationBackend, {**shared, **exact}),
+    )
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 @contextmanager
@@ -35,7 +57,24 @@ def bench(kind: type[SmallEngine], patience: float = 20.0, **more: Any) -> Itera
 def test_an_engine_keeps_every_promise() -> None:
     with bench(SmallEngine, linger_seconds=0.005, chunk_tokens=20) as desk:
         verdicts = examine(ENGINE, desk)
+    assert {it.promise: it.detail for it in verdicts if it.outcome == "broken"} == {}
+    assert {it.promise for it in verdicts if it.outcome == "unproven"} <= OF_NUMBERS
+
+
+def test_an_engine_with_a_model_keeps_every_promise_about_numbers(tiny: str) -> None:
+    with real_bench(RealEngine, tiny) as desk:
+        verdicts = examine(ENGINE, desk)
     assert {it.promise: it.detail for it in verdicts if it.outcome != "kept"} == {}
+
+
+@pytest.mark.parametrize("mutant", CHOOSERS, ids=lambda it: it.__name__)
+def test_who_chooses_or_tells_otherwise_breaks_its_promise(
+    mutant: type[RealEngine], tiny: str
+) -> None:
+    with real_bench(mutant, tiny) as desk:
+        (verdict,) = examine([PROMISES[CHOOSERS[mutant]]], desk)
+    assert verdict.outcome == "broken", verdict
+    assert len(verdict.detail) > 20, "it says what to fix"
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -57,7 +96,7 @@ def test_a_mutant_breaks_its_promise(mutant: type[SmallEngine]) -> None:
 
 
 def test_every_promise_has_a_mutant() -> None:
-    assert set(MUTANTS.values()) == PROMISES.keys()
+    assert {*MUTANTS.values(), *CHOOSERS.values()} == PROMISES.keys()
 
 
 def test_the_kit_knows_an_engine_by_what_it_states() -> None:

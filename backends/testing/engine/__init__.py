@@ -6,7 +6,14 @@ writes one goes through it from the top.
 
 from __future__ import annotations
 
+from backends.api import BackendInfo
 from backends.testing.engine.bench import EngineBench
+from backends.testing.engine.choosing import (
+    CHOOSING,
+    logprobs_agree_with_the_reference,
+    prompt_logprobs_agree_with_the_reference,
+    prompt_logprobs_are_given_as_declared,
+)
 from backends.testing.engine.ending import (
     an_abort_of_what_is_over_has_no_effect,
     an_aborted_job_ends_once_and_holds_nothing,
@@ -39,11 +46,22 @@ from backends.testing.engine.telling import (
     jobs_do_not_change_each_other,
     more_than_fits_waits_or_is_refused,
     nothing_is_found_under_another_salt,
-    prompt_logprobs_are_given_as_declared,
 )
 from backends.testing.form import Promise
 
-__all__ = ["ENGINE"]
+__all__ = ["ENGINE", "engine_core"]
+
+
+def engine_core(info: BackendInfo) -> tuple[str, ...]:
+    """That KV means what is stated, and that an abort leaves nothing behind: for its phases."""
+    core = {
+        "the_reference_continues_what_it_exports": {"prefill"},
+        "what_the_reference_exports_is_continued": {"decode"},
+        "decoding_after_a_handoff_equals_decoding_in_place": {"prefill", "decode"},
+        "an_aborted_job_ends_once_and_holds_nothing": set(),
+    }
+    return tuple(name for name, phases in core.items() if phases <= info.phases)
+
 
 ENGINE: tuple[Promise[EngineBench], ...] = (
     its_statements_make_sense,
@@ -60,8 +78,11 @@ ENGINE: tuple[Promise[EngineBench], ...] = (
     the_reference_continues_what_it_exports,
     what_the_reference_exports_is_continued,
     jobs_do_not_change_each_other,
+    *CHOOSING,
+    logprobs_agree_with_the_reference,
     a_seed_gives_its_text_again,
     prompt_logprobs_are_given_as_declared,
+    prompt_logprobs_agree_with_the_reference,
     nothing_is_found_under_another_salt,
     an_aborted_job_ends_once_and_holds_nothing,
     an_abort_of_what_is_over_has_no_effect,

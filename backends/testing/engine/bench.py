@@ -1,110 +1,48 @@
-"""The bench for engines: the plug-in, a stepped reference for its model, and prompts."""
+"""The bench for engines: jobs, and how alike their texts are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from typing import Any, Literal
 
-import numpy as np
-
 from backends.api import Sampled, Sampling
-from backends.errors import BackendError
-from backends.testing.alike import EXACT, Bounds, bounds_of, judging, require_alike
-from backends.testing.bench import LONGEST_TOKENS, STEPS, SteppedBench
-from backends.testing.desk import PATIENCE_SECONDS, Desk
+from backends.testing.alike import Bounds, own_bounds, require_alike
+from backends.testing.bench import DeskBench
+from backends.testing.desk import PATIENCE_SECONDS
 from backends.testing.engine.desk import EngineDesk
-from backends.testing.form import Broken, Unproven, described
+from backends.testing.form import Broken, Unproven
 from backends.testing.making import Maker
 
+Phase = Literal["prefill", "decode"]
 
-class EngineBench:
-    """Makes the engine and the reference as often as it takes, and closes them.
+WAVE = 16
+"""So many jobs are given at once where there are many to give."""
 
-    `made` is an engine that was made already; `absent` says why there is no reference.
-    """
+
+class EngineBench(DeskBench[EngineDesk]):
+    """What the engine does not say within `patience` seconds counts as never said."""
 
     def __init__(
         self,
         maker: Maker,
         reference: Maker | None = None,
-        absent: str = "none",
+        absent: str = "none was named",
         *,
         made: Any = None,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         """Nothing is started yet."""
-        self.maker = maker
-        self._absent = absent
+        super().__init__(maker, reference, absent, made=made)
         self._patience = patience
-        self._measure = SteppedBench(reference) if reference is not None else None
-        self._made = made
-        self._desk: EngineDesk | None = None
+        self.chooses_in: Phase = "decode"
 
-    @property
-    def desk(self) -> EngineDesk:
-        """The engine with its options: the same one from promise to promise."""
-        if self._desk is None:
-            backend, self._made = self._made or self.maker.make(), None
-            self._desk = EngineDesk(backend, patience=self._patience)
-        return self._desk
-
-    @property
-    def reference(self) -> Desk:
-        """A stepped backend for the same model.
-
-        Raises:
-            Unproven: there is none.
-        """
-        if self._measure is None:
-            raise Unproven(f"there is no reference engine: {self._absent}")
-        try:
-            theirs, ours = self._measure.desk, self.desk.layout
-        except (BackendError, ImportError) as error:
-            self._measure, self._absent = None, described(error)
-            raise Unproven(f"the reference engine cannot be used: {self._absent}") from error
-        if ours.model != theirs.layout.model:
-            raise Unproven(
-                f"layout.model is {ours.model!r}, that of the reference {theirs.layout.model!r}: "
-                "name the checkpoint as backends.checkpoint does, or give the same one to both"
-            )
-        return theirs
-
-    @property
-    def measure(self) -> str:
-        """The reference engine in a line, or why there is none."""
-        return self._measure.maker.line if self._measure is not None else self._absent
-
-    def stop(self) -> None:
-        """Close the engine; whoever asks for the desk next has it made again."""
-        if self._desk is not None:
-            desk, self._desk = self._desk, None
-            desk.close()
-
-    def renew(self) -> EngineDesk:
-        """Close the engine and make it again: the new desk."""
-        self.stop()
-        return self.desk
-
-    def tidy(self, *, broken: bool) -> None:
-        """As `Bench.tidy`."""
-        if broken:
-            self.renew()
-        if self._desk is not None:
-            self._desk.clear()
-        if self._measure is not None:
-            self._measure.tidy(broken=False)
-
-    def close(self) -> None:
-        """Give everything back."""
-        if self._desk is not None:
-            self._desk.close()
-        if self._measure is not None:
-            self._measure.close()
-        self._desk = None
+    def place(self, backend: Any) -> EngineDesk:
+        """As `DeskBench.place`."""
+        return EngineDesk(backend, patience=self._patience)
 
     # ---- what is asked
 
-    def needs(self, *phases: Literal["prefill", "decode"]) -> EngineDesk:
+    def needs(self, *phases: Phase) -> EngineDesk:
         """The desk of an engine that does all of these.
 
         Raises:
@@ -116,11 +54,6 @@ class EngineBench:
         return self.desk
 
     @property
-    def judged(self) -> Sampling:
-        """As `judging`."""
-        return judging(self.desk.info)
-
-    @property
     def drawn(self) -> Sampling:
         """Drawn at random, as far as it can be asked for."""
         return Sampling(ignore_eos="ignore_eos" in self.desk.info.sampling)
@@ -128,19 +61,35 @@ class EngineBench:
     @property
     def bounds(self) -> Bounds:
         """How alike the engine must be to itself."""
-        info = self.desk.info
-        return EXACT if info.continuation == "exact" else bounds_of(info.layout)
+        return own_bounds(self.info)
 
-    def prompts(self, count: int = 6, longest: int = LONGEST_TOKENS) -> list[list[int]]:
-        """Seeded prompts of lengths around the edges of blocks."""
-        info = self.desk.info
-        size = info.layout.block_tokens
-        capacity = min(info.pool_blocks, info.engine_blocks) * size
-        most = max(1, min(longest, info.context_tokens, capacity // (2 * count)) - 2 * STEPS)
-        wanted = [2 * size + 3, size, 1, size + 1, most, size - 1, 3 * size, 2, 5]
-        dice = np.random.default_rng(count)
-        lengths = [max(1, min(most, wanted[it % len(wanted)])) for it in range(count)]
-        return [dice.integers(0, info.vocabulary, length).tolist() for length in lengths]
+    @property
+    def goes_on(self) -> bool:
+        """As `Chooser.goes_on`."""
+        return self.chooses_in == "decode"
+
+    def choose(
+        self,
+        sampling: Sampling,
+        prompt: Items[int],
+        generated: Items[int] = (),
+        seeds: Items[int] = (0,),
+    ) -> list[Sampled]:
+        """As `Chooser.choose`, by jobs of the phase `chooses_in`."""
+        if generated and not self.goes_on:
+            raise Unproven("a prefix has no generated tokens, and it does not decode")
+        each = self.info.layout.blocks_for(len(prompt) + len(generated) + 1)
+        wave = max(1, min(WAVE, self.info.engine_blocks // (2 * each)))
+        found: list[Sampled] = []
+        for start in range(0, len(seeds), wave):
+            asked = [
+                self.desk.decode(prompt, generated, sampling, seed=seed)
+                if self.goes_on
+                else self.desk.prefill(prompt, sampling, seeds=(seed,), export=False)
+                for seed in seeds[start : start + wave]
+            ]
+            found += [self.desk.tokens(it, 1)[0] for it in asked]
+        return found
 
 
 def require_same_texts(

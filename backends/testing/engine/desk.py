@@ -230,6 +230,12 @@ class EngineDesk:
         """What it generates in place."""
         return self.told(self.decode(prompt, (), sampling, seed=seed, tokens=count), count)
 
+    def tokens(self, asked: Asked, count: int) -> list[Sampled]:
+        """So many tokens of a sequence, or the one of a prefix."""
+        if isinstance(asked.job, DecodeJob):
+            return self.told(asked, count)
+        return [self.output(self.done(asked)).sampled[0]]
+
     def output(self, asked: Asked) -> Output:
         """What a prefix gave, in the right shape.
 

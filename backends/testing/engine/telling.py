@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from backends.api import DecodeJob, Sampled
+from backends.api import Sampled
 from backends.errors import PoolExhausted
 from backends.testing.bench import STEPS
 from backends.testing.engine.bench import EngineBench, require_same_texts
@@ -46,11 +46,11 @@ def jobs_do_not_change_each_other(bench: EngineBench) -> None:
     prompts = bench.prompts(4)
     room = min(desk.info.context_tokens, _capacity(desk) // 4) - max(map(len, prompts))
     for begin in _ways(bench, max(STEPS, min(room, LONG_TOKENS))):  # none ends while others begin
-        alone = [_told(desk, begin(prompt), STEPS) for prompt in prompts]
+        alone = [desk.tokens(begin(prompt), STEPS) for prompt in prompts]
         jobs = [begin(prompt) for prompt in prompts]
         for job in jobs:
             desk.until(job, lambda it: it.outputs or len(it.tokens) >= STEPS, f"token {STEPS}")
-        together = [_told(desk, job, STEPS) for job in jobs]
+        together = [desk.tokens(job, STEPS) for job in jobs]
         texts += zip(together, alone, strict=True)
     message = "jobs beside each other have each other's tokens or KV"
     require_same_texts(texts, bench.bounds, message)
@@ -70,13 +70,6 @@ def _ways(bench: EngineBench, tokens: int) -> Iterator[Callable[[list[int]], Ask
         yield lambda prompt: desk.prefill(prompt, bench.judged, export=False)
 
 
-def _told(desk: EngineDesk, asked: Asked, count: int) -> list[Sampled]:
-    """All tokens of a sequence, or the one of a prefix."""
-    if isinstance(asked.job, DecodeJob):
-        return desk.told(asked, count)
-    return [desk.output(desk.done(asked)).sampled[0]]
-
-
 def a_seed_gives_its_text_again(bench: EngineBench) -> None:
     """With `rng` "positional" the same seed gives the same text, and another one another."""
     desk = bench.needs("decode")
@@ -88,30 +81,6 @@ def a_seed_gives_its_text_again(bench: EngineBench) -> None:
     tokens = [[it.token for it in text] for text in (one, again, other)]
     require(tokens[0] == tokens[1], 'decode: a seed gave two texts; state rng "engine"')
     require(tokens[0] != tokens[2], "decode: two seeds gave one text; take `sequence.seed`")
-
-
-def prompt_logprobs_are_given_as_declared(bench: EngineBench) -> None:
-    """Where `info.prompt_logprobs` says so, every token of a prompt but the first has its own."""
-    desk = bench.desk
-    if not desk.info.prompt_logprobs:
-        raise Unproven("info.prompt_logprobs: it says that it gives none")
-    for prompt in bench.prompts(3):
-        jobs = []
-        if "prefill" in desk.info.phases:
-            jobs.append(desk.prefill(prompt, bench.judged, scores=2))
-        if "decode" in desk.info.phases:
-            jobs.append(desk.decode(prompt, (), bench.judged, scores=2))
-        for asked in jobs:
-            desk.until(asked, lambda it: it.outputs, "prefilled")
-            found = [it.token for it in asked.story.outputs[0].prompt_logprobs]
-            require(
-                found == prompt[1:],
-                f"prefilled: prompt_logprobs are of {len(found)} tokens, and not of those of the "
-                f"prompt after its first, which are {len(prompt) - 1}",
-            )
-            desk.abort(asked)
-            desk.end(asked)
-        desk.clear()
 
 
 def nothing_is_found_under_another_salt(bench: EngineBench) -> None:

@@ -6,9 +6,9 @@ one goes through it from the top.
 
 from __future__ import annotations
 
-from backends.testing.bench import SteppedBench
+from backends.testing.choosing import SAMPLING
 from backends.testing.form import Promise
-from backends.testing.stepped.choosing import SAMPLING
+from backends.testing.stepped.bench import SteppedBench
 from backends.testing.stepped.computing import (
     a_batch_does_not_change_its_rows,
     a_prompt_in_chunks_is_the_same_prompt,
@@ -65,7 +65,16 @@ from backends.testing.stepped.stating import (
     its_statements_make_sense,
 )
 
-__all__ = ["STEPPED"]
+__all__ = ["STEPPED", "STEPPED_CORE"]
+
+STEPPED_CORE = (
+    "decode_after_handoff_equals_decode_in_place",
+    "it_continues_what_the_reference_computed",
+    "the_reference_continues_what_it_computed",
+    "a_cancel_at_any_point_disturbs_nobody",
+    "a_cancel_frees_every_block",
+)
+"""That KV means what is stated, and that a cancel leaves nothing behind."""
 
 STEPPED: tuple[Promise[SteppedBench], ...] = (
     its_statements_make_sense,

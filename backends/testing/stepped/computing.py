@@ -8,23 +8,13 @@ import msgspec
 import numpy as np
 
 from backends.api import Logprob, Row, Sampled
-from backends.testing.alike import EXACT, Bounds, bounds_of, require_alike
-from backends.testing.bench import STEPS, SteppedBench
+from backends.testing.alike import NOT_EXACT, Bounds, own_bounds, require_alike
+from backends.testing.bench import STEPS
 from backends.testing.desk import Desk, Line
-from backends.testing.form import Unproven, require
+from backends.testing.form import Broken, Unproven, require
+from backends.testing.stepped.bench import SteppedBench
 
 CHUNKS = (2, 7, 16)
-
-
-def own_bounds(desk: Desk) -> Bounds:
-    """How alike the plug-in must be to itself."""
-    return EXACT if desk.info.continuation == "exact" else bounds_of(desk.layout)
-
-
-def _hint(desk: Desk) -> str:
-    if desk.info.continuation == "exact":
-        return '; if it only rounds otherwise, state continuation "equivalent"'
-    return ""
 
 
 def forced(desk: Desk, line: Line, tokens: Items[int], chunk: int = 1 << 20) -> list[Sampled]:
@@ -55,7 +45,7 @@ def every_row_is_answered(bench: SteppedBench) -> None:
         _look_at_logprob(bench, sampled)
     together = [output.sampled[0] for output in outputs]
     message = "step: rows of one batch have each other's answers; keep their order"
-    require_alike(together, alone, own_bounds(desk), message)
+    require_alike(together, alone, own_bounds(desk.info), message)
 
 
 def _look_at_logprob(bench: SteppedBench, sampled: Sampled) -> None:
@@ -86,10 +76,10 @@ def a_prompt_in_chunks_is_the_same_prompt(bench: SteppedBench) -> None:
                 require_alike(
                     cut,
                     whole,
-                    own_bounds(desk),
+                    own_bounds(desk.info),
                     f"step: a prompt of {len(prompt)} tokens in chunks of {chunk} becomes another; "
                     "attend to what lies in the row's blocks before `start`, and to no later "
-                    f"position{_hint(desk)}",
+                    "position",
                 )
 
 
@@ -106,15 +96,14 @@ def decoding_agrees_with_prefill(bench: SteppedBench) -> None:
         require_alike(
             again.sampled,
             decoded.sampled[-1:],
-            own_bounds(desk),
+            own_bounds(desk.info),
             f"step: after a prompt of {len(prompt)} tokens, prefill of {STEPS} generated tokens is "
-            f"not what decoding them is{_hint(desk)}",
+            "not what decoding them is",
         )
         if desk.info.continuation == "exact":
             require(
                 _same_kv(desk, decoded, again, len(decoded.tokens) - 1),
-                'info.continuation is "exact", but the KV of decoded tokens is not to the bit that '
-                'of prefilled ones; state "equivalent"',
+                NOT_EXACT,
             )
         desk.release(decoded, again)
 
@@ -146,9 +135,9 @@ def a_batch_does_not_change_its_rows(bench: SteppedBench) -> None:
         require_alike(
             ours,
             theirs,
-            own_bounds(desk),
+            own_bounds(desk.info),
             f"step: a prompt of {len(prompt)} tokens continues otherwise beside others; keep the "
-            f"rows of a batch apart{_hint(desk)}",
+            "rows of a batch apart",
         )
     desk.release(*lines)
 
@@ -180,7 +169,7 @@ def sequences_share_a_prefix(bench: SteppedBench) -> None:
         require_alike(
             it.sampled,
             expected,
-            own_bounds(desk),
+            own_bounds(desk.info),
             "step: sequences that share the blocks of a prefix do not go on like one alone; "
             "blocks before a row's `start` are read only, and may be in several rows of a batch",
         )
@@ -210,21 +199,24 @@ def prompt_logprobs_agree_with_decoding(bench: SteppedBench) -> None:
         len(found) == len(prompt) - 1,
         f"step: {len(found)} prompt logprobs for {len(prompt) - 1} tokens of `following`",
     )
-    most = own_bounds(desk).logit
+    bounds = own_bounds(desk.info)
     for position, (one, sampled) in enumerate(zip(found, along, strict=True)):
-        _look_at_prompt_logprob(one, sampled, prompt[position + 1], position, most)
+        _look_at_prompt_logprob(one, sampled, prompt[position + 1], position, bounds)
 
 
 def _look_at_prompt_logprob(
-    one: Logprob, sampled: Sampled, token: int, position: int, most: float
+    one: Logprob, sampled: Sampled, token: int, position: int, bounds: Bounds
 ) -> None:
     assert sampled.logprob is not None
     known = dict(sampled.logprob.top)
     require(one.token == token, f"step: prompt logprob {position} is not of `following`")
     require(len(one.top) == 2, f"step: {len(one.top)} alternatives where 2 were asked for")
-    if token in known:
-        require(
-            abs(one.logprob - known[token]) <= most,
-            f"step: prompt logprob {position} is {one.logprob:.4f}, decoding says "
-            f"{known[token]:.4f}",
+    off = abs(one.logprob - known.get(token, one.logprob))
+    if off > bounds.logit:
+        rounded = bounds.roughly is not None and off <= bounds.roughly.logit
+        raise Broken(
+            NOT_EXACT
+            if rounded
+            else f"step: prompt logprob {position} is {one.logprob:.4f}, decoding says "
+            f"{known[token]:.4f}"
         )

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import msgspec
 
 from backends.api import Row
-from backends.testing.alike import require_alike
-from backends.testing.bench import STEPS, SteppedBench
+from backends.testing.alike import own_bounds, require_alike
+from backends.testing.bench import STEPS
 from backends.testing.desk import Desk, Line
 from backends.testing.form import Broken, Hangs, require
-from backends.testing.stepped.computing import own_bounds
+from backends.testing.stepped.bench import SteppedBench
 
 POINTS = 8
 
@@ -31,7 +31,7 @@ def blocks_may_be_used_again(bench: SteppedBench) -> None:
             require_alike(
                 found,
                 line.sampled,
-                own_bounds(desk),
+                own_bounds(desk.info),
                 "step: in blocks that were used before, a prompt becomes another; keep nothing "
                 "about a block, a sequence or a table that the next step does not name",
             )
@@ -65,7 +65,7 @@ def a_cancel_at_any_point_disturbs_nobody(bench: SteppedBench) -> None:
             require_alike(
                 line,
                 right,
-                own_bounds(desk),
+                own_bounds(desk.info),
                 f"step: a sequence that vanished after {point} of its steps changed another; a "
                 "cancel is not told: forget what no row names",
             )
@@ -105,7 +105,7 @@ def a_step_that_fails_loses_no_more_than_itself(bench: SteppedBench) -> None:
         require_alike(
             line.sampled,
             right,
-            own_bounds(desk),
+            own_bounds(desk.info),
             "step: after a step that raised, the next one computes something else; put back what "
             "a failed step has changed",
         )
@@ -135,6 +135,6 @@ def made_again_it_computes_the_same(bench: SteppedBench) -> None:
         require_alike(
             desk.run(prompt, STEPS, sampling=bench.judged),
             right,
-            own_bounds(desk),
+            own_bounds(desk.info),
             "close: constructed again it computes something else",
         )

@@ -10,12 +10,13 @@ import msgspec
 
 from backends.api import Sampled
 from backends.errors import BackendMisconfigured
-from backends.testing.alike import Bounds, bounds_of, require_alike, within
-from backends.testing.bench import STEPS, SteppedBench
+from backends.testing.alike import Bounds, bounds_of, own_bounds, require_alike, within
+from backends.testing.bench import STEPS
 from backends.testing.carrying import Stated, carry, convertible
 from backends.testing.desk import Desk, Line
 from backends.testing.form import Unproven, require
-from backends.testing.stepped.computing import forced, own_bounds
+from backends.testing.stepped.bench import SteppedBench
+from backends.testing.stepped.computing import forced
 from transfer.layout import KVLayout
 
 PROMPTS = 4
@@ -48,7 +49,7 @@ def decode_after_handoff_equals_decode_in_place(bench: SteppedBench) -> None:
             desk,
             arrived,
             line,
-            own_bounds(desk),
+            own_bounds(desk.info),
             f"handoff: a prompt of {len(prompt)} tokens continues otherwise once its KV came "
             "through another worker; compute from what lies in the pool, and have `ingest` bring "
             "it to the device",
@@ -74,7 +75,7 @@ def kv_survives_every_layout(bench: SteppedBench) -> None:
             desk,
             back,
             line,
-            own_bounds(desk),
+            own_bounds(desk.info),
             f"handoff: KV that went through a pool {layout.axes!r} of {layout.block_tokens} tokens "
             "a block, and back, is not what it was",
         )

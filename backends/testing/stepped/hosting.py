@@ -11,14 +11,14 @@ import msgspec
 from backends.api import Sampled, Sampling
 from backends.errors import BackendMisconfigured
 from backends.protocol import FirstToken, Prefill, Refused
-from backends.testing.alike import Bounds, bounds_of, require_alike
-from backends.testing.bench import STEPS, SteppedBench
+from backends.testing.alike import Bounds, bounds_of, own_bounds, require_alike
+from backends.testing.bench import STEPS
 from backends.testing.child import left_alone, run_again, run_hanging
+from backends.testing.choosing.asking import STRONGEST, context
 from backends.testing.desk import Desk
 from backends.testing.form import Unproven, require
 from backends.testing.site import Site, Turnstile, cancel, hand_over, meet, reserve, say, site
-from backends.testing.stepped.choosing import STRONG, context
-from backends.testing.stepped.computing import own_bounds
+from backends.testing.stepped.bench import SteppedBench
 
 T = TypeVar("T")
 
@@ -117,13 +117,13 @@ def a_cancel_frees_every_block(bench: SteppedBench) -> None:
 
     found = _in_site(play, bench.desk)
     alone = bench.desk.run(prompt, STEPS, sampling=bench.judged)
-    _require_words(found, alone, own_bounds(bench.desk), "worker: after cancels a text is another")
+    _require_words(found, alone, own_bounds(bench.info), "worker: after cancels a text is another")
 
 
 def sequences_end_where_they_are_told(bench: SteppedBench) -> None:
     """End tokens, stop ids, `min_tokens` and `max_tokens` end a sequence where they say."""
     info = bench.desk.info
-    prompt = context(bench)
+    prompt = context(bench.info)
     text = [it.token for it in bench.desk.run(prompt, STEPS, sampling=bench.judged)]
     cases = [(bench.greedy, STOP_AT, STOP_AT, "length")]
     if "stop_token_ids" in info.sampling:
@@ -131,7 +131,7 @@ def sequences_end_where_they_are_told(bench: SteppedBench) -> None:
         stops = Sampling(temperature=0.0, stop_token_ids=(text[at],), ignore_eos=_ignores(bench))
         cases.append((stops, STEPS, at + 1, "stop"))
     if info.end_tokens and "logit_bias" in info.sampling and not info.emulated:
-        bias = {info.end_tokens[0]: STRONG}
+        bias = {info.end_tokens[0]: STRONGEST}
         cases.append((Sampling(temperature=0.0, logit_bias=bias), STEPS, 1, "stop"))
         if _ignores(bench):
             deaf = Sampling(temperature=0.0, logit_bias=bias, ignore_eos=True)
@@ -193,13 +193,13 @@ def in_a_new_process_it_computes_the_same(bench: SteppedBench) -> None:
     found = run_again(bench.maker, prompts, STEPS, bench.judged)
     for ours, right in zip(found, expected, strict=True):
         require_alike(
-            ours, right, own_bounds(bench.desk), "a new process: it computes something else there"
+            ours, right, own_bounds(bench.info), "a new process: it computes something else there"
         )
 
 
 def a_worker_whose_step_hangs_ends(bench: SteppedBench) -> None:
     """A worker whose step does not return ends its process, and all that the plug-in started."""
-    code, group = run_hanging(bench.maker, context(bench))
+    code, group = run_hanging(bench.maker, context(bench.info))
     require(
         code == STUCK_EXIT,
         f"a hanging step: the worker ended with {code}, not {STUCK_EXIT}; release the lock of the "
@@ -234,7 +234,7 @@ def _in_site(play: Callable[[Site, Desk], Awaitable[T]], desk: Desk) -> T:
 def _require_text(bench: SteppedBench, found: list[list[Sampled]], otherwise: str) -> None:
     for prompt, ours in zip(bench.prompts(), found, strict=True):
         alone = bench.desk.run(prompt, STEPS, sampling=bench.judged)
-        _require_words(ours, alone, own_bounds(bench.desk), otherwise)
+        _require_words(ours, alone, own_bounds(bench.info), otherwise)
 
 
 def _require_words(

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from backends.api import Row
-from backends.testing.alike import require_alike
-from backends.testing.bench import SteppedBench
+from backends.testing.alike import own_bounds, require_alike
 from backends.testing.desk import GREEDY, Desk, Line
 from backends.testing.form import Broken, Hangs, Unproven, require
-from backends.testing.stepped.computing import own_bounds
+from backends.testing.stepped.bench import SteppedBench
 
 MOST_TOKENS = 8192
 """What the kit is ready to compute for one promise."""
@@ -42,7 +41,7 @@ def it_holds_what_it_states(bench: SteppedBench) -> None:
         require_alike(
             line.sampled,
             alone,
-            own_bounds(desk),
+            own_bounds(desk.info),
             f"info.pool_blocks: with all {blocks} blocks in use a sequence becomes another; state "
             "what there is, and keep no block for yourself",
         )
@@ -65,7 +64,7 @@ def it_reads_to_the_end_of_its_context(bench: SteppedBench) -> None:
     require_alike(
         line.sampled[-1:],
         whole.sampled,
-        own_bounds(desk),
+        own_bounds(desk.info),
         f"info.context_tokens: at position {context - 1} decoding is not what prefill is; state "
         "how far it reads",
     )
@@ -90,7 +89,7 @@ def a_full_batch_is_computed(bench: SteppedBench) -> None:
         alone = desk.run(line.sequence.prompt, len(line.sampled), sampling=bench.judged)
         same = sum(one.token == other.token for one, other in zip(line.sampled, alone, strict=True))
         require(
-            same >= own_bounds(desk).top1 * len(alone) - 1,
+            same >= own_bounds(desk.info).top1 * len(alone) - 1,
             f"info.max_batch: in a step of {rows} rows, a row is not what it is alone; state the "
             "largest step that it computes",
         )

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.testing.alike import require_alike
-from backends.testing.bench import STEPS, SteppedBench
+from backends.testing.alike import own_bounds, require_alike
+from backends.testing.bench import STEPS
 from backends.testing.desk import Bytes, Desk, Line
 from backends.testing.form import require
-from backends.testing.stepped.computing import own_bounds
+from backends.testing.stepped.bench import SteppedBench
 
 WATCH_SECONDS = 0.05
 """How long the pool is watched after a step for what still comes."""
@@ -108,7 +108,7 @@ def garbage_in_the_pool_does_no_harm(bench: SteppedBench) -> None:
         require_alike(
             desk.run(prompt, STEPS, sampling=bench.judged),
             right,
-            own_bounds(desk),
+            own_bounds(desk.info),
             "step: what was left in the pool changes a text; a weight of zero times NaN is NaN: "
             "clear the rest of a block when a sequence begins to write there, or read less",
         )
@@ -205,7 +205,7 @@ def copied_blocks_are_equal(bench: SteppedBench) -> None:
     require_alike(
         copy.sampled,
         expected[1:],
-        own_bounds(desk),
+        own_bounds(desk.info),
         "copy_blocks: a sequence goes on otherwise from copied blocks; copy every layer, K and V, "
         "in the device's memory too",
     )

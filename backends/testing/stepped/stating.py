@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from backends.api import Sampling
-from backends.testing.bench import SteppedBench
 from backends.testing.form import require
+from backends.testing.stepped.bench import SteppedBench
 
 LARGEST_VOCABULARY = 1 << 24
 
