@@ -7,7 +7,7 @@ import math
 import msgspec
 
 from backends.api import Logprob, Sampled, Sampling
-from backends.testing.alike import FLOAT32
+from backends.testing.alike import bounds_of
 from backends.testing.choosing.asking import (
     GREEDY,
     HOT,
@@ -83,12 +83,13 @@ def _require_raw(bench: Chooser, prompt: list[int], told: dict[int, float]) -> N
         changes["temperature"] = HOT
     if "logit_bias" in names:
         changes["logit_bias"] = {list(told)[-1]: STRONGEST}
+    most = bounds_of(bench.info.layout).logit
     wanted = msgspec.convert({"logprobs": len(told), **changes}, Sampling)
     for sampled in bench.choose(wanted, prompt, seeds=range(4)):
         for token, value in _shaped(sampled, len(told)).top:
             before = told.get(token, value)
             require(
-                abs(value - before) <= FLOAT32.logit + SLACK * abs(before),
+                abs(value - before) <= most,
                 f"logprobs: {value:.3f} of token {token}, {before:.3f} without "
                 f"{' and '.join(changes)}; they are those of the raw logits",
             )
