@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from backends.emulation import EmulationBackend
-from backends.emulation.pattern import Pattern
 from backends.onnxruntime import OnnxRuntimeBackend
 from backends.testing.tiny import write_tiny_model
 from gateway.errors import DeadlineExceeded, GatewayError, NoWorkers, WorkerFailed
 from tests.life.cluster import DECODE, Heard
-from tests.trtllm.handing import empty, prefill, prefill_for
+from tests.third_party.abacus_decode import AbacusBackend
+from tests.trtllm.handing import empty, numbers, prefill, prefill_for, written
 
 PROMPT = list(range(5, 205))
 AXES = (
@@ -31,14 +31,12 @@ class Looking:
         self._inner, self._prefix = inner, prefix
         self.info, self.pool = inner.info, inner.pool
         self.step, self.copy_blocks, self.close = inner.step, inner.copy_blocks, inner.close
-        self._pattern = Pattern(
-            inner.info.layout, np.frombuffer(inner.pool, np.uint8), inner.info.pool_blocks
-        )
-        self.wrong: list[Any] = []
+        self.right: list[bool] = []
 
     def ingest(self, blocks: Any) -> None:
-        count = self.info.layout.blocks_for(len(self._prefix))
-        self.wrong.append(self._pattern.first_difference(self._prefix, list(blocks)[:count]))
+        layout, count = self.info.layout, len(self._prefix)
+        found = numbers(layout, self.pool, list(blocks)[: layout.blocks_for(count)], count)
+        self.right.append(np.array_equal(found, written(layout, self._prefix)))
         self._inner.ingest(blocks)
 
 
@@ -61,17 +59,18 @@ async def test_every_number_reaches_the_synthetic_decoder(
 
 
 DECODERS = {
-    "torch": lambda model: EmulationBackend(model=model, dtype="float32", **CUT),
-    "onnxruntime": lambda model: OnnxRuntimeBackend(model=model, **CUT),
+    "torch": lambda model: EmulationBackend(model=model, dtype="float32", rope="half", **CUT),
+    "onnxruntime": lambda model: OnnxRuntimeBackend(model=model, rope="interleaved", **CUT),
+    "abacus": lambda model: AbacusBackend(model=model, pool_tokens=1024),
 }
-CUT = {"pool_tokens": 1024, "rope": "half", "axes": "layer kv block token head dim"}
+CUT = {"pool_tokens": 1024, "axes": "layer kv block token head dim"}
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 async def test_every_number_reaches_the_decoder(
     redis_url: str, tmp_path: Path, decoder: str
 ) -> None:
-    """Whose pool has another block size, order and dtype."""
+    """Whose pool has another block size, order, dtype and RoPE pairing."""
     model = write_tiny_model(tmp_path)
     inner: Any = DECODERS[decoder](str(model))
     decode = Looking(inner, PROMPT)
@@ -81,7 +80,7 @@ async def test_every_number_reaches_the_decoder(
         heard = Heard()
         timeline = await made.carry(made.job(PROMPT, max_tokens=2), heard)
         assert timeline.retries == 0
-        assert decode.wrong == [None]
+        assert decode.right == [True]
         await empty(made)
 
 
