@@ -6,7 +6,7 @@
 The answer says nothing of the KV: a job is prefilled when every rank has exported all of it *and*
 the scheduler was told that the request is finished. A request that was cancelled may never be told
 of, and an executor without work asks no rank what it has released; a request that nobody wants then
-has it make a turn (`Turns`).
+has it make a turn (`turns.py`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import asyncio
 import hashlib
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable
 from typing import Any
 
 import structlog
 
 from backends.api import Events, Output, PrefillJob, Sampled, Sequence
 from backends.errors import BackendError, StepFailed
+from backends.tensorrt_llm.carried import Aborted, Carried, EngineDied
 from backends.tensorrt_llm.desk import Desk
 from backends.tensorrt_llm.library import Library
 from backends.tensorrt_llm.messages import (
@@ -36,6 +36,7 @@ from backends.tensorrt_llm.messages import (
     Voided,
 )
 from backends.tensorrt_llm.scheduling import GLOBAL_ID, TURN_ID, TURN_TOKENS, digest_of
+from backends.tensorrt_llm.turns import Turns
 
 log = structlog.get_logger()
 
@@ -43,65 +44,8 @@ TURN = "turn"
 TURN_SECONDS = 0.02
 """How long the engine is left to make a turn by itself."""
 
-
-class Aborted(Exception):
-    """The host wants no more of a job."""
-
-
-class EngineDied(Exception):
-    """The library as a whole cannot go on."""
-
-
-class Carried:
-    """One request of the executor's, and the job that it computes, if any."""
-
-    def __init__(self, name: str, job: PrefillJob | None) -> None:
-        self.name, self.job = name, job
-        self.request: int | None = None
-        self.results: list[Any] = []
-        self.siblings: list[Carried] = []
-        self.aborted = False
-        self.leaving = False
-        self.void = ""
-        self.blocks = 0
-        self.reused = 0
-        self.told = 0
-        self.exported: dict[int, int] = {}
-        self.finished: Finished | None = None
-        self.closed: set[int] = set()
-        self.released: set[int] = set()
-        self._changed = asyncio.Event()
-
-    def change(self) -> None:
-        """Something of it is another than before."""
-        self._changed.set()
-
-    def abort(self) -> None:
-        """Have the engine give it up."""
-        self.aborted = True
-        for result in self.results:
-            result.abort()
-        self.change()
-
-    async def until(self, true: Callable[[], bool], *, abortable: bool = True) -> None:
-        """Wait for it.
-
-        Raises:
-            Aborted: nobody wants the job any more.
-            StepFailed: some of its KV is lost.
-        """
-        while not true():
-            if abortable:
-                self.check()
-            self._changed.clear()
-            await self._changed.wait()
-
-    def check(self) -> None:
-        """Raises as `until`."""
-        if self.aborted:
-            raise Aborted
-        if self.void:
-            raise StepFailed(self.void)
+MOST_FREED = 4096
+"""So many requests are remembered that a rank has released before the scheduler spoke of them."""
 
 
 class Carrier:
@@ -124,6 +68,7 @@ class Carrier:
         self._jobs: dict[str, Carried] = {}
         self._requests: dict[int, Carried] = {}
         self._unmatched: dict[bytes, deque[Carried]] = defaultdict(deque)
+        self._freed: dict[int, set[int]] = {}  # ranks that released what is not yet known
         self._turns = Turns(self._turn)
         self.pins: dict[str, int] = {}
 
@@ -133,7 +78,10 @@ class Carrier:
         """Do no more for a job; nothing happens to one that there is not."""
         it = self._jobs.get(name)
         if it is not None:
-            it.abort()
+            it.aborted = True
+            for result in it.results:
+                self._cancel(result)
+            it.change()
 
     def take(self, job: PrefillJob) -> Carried:
         """Enter a job, so that it can be aborted; `carry` does it."""
@@ -284,7 +232,7 @@ class Carrier:
         it.leaving = True  # what is taken for its request from now on is not exported
         for result in it.results:
             if not result.finished:
-                result.abort()
+                self._cancel(result)
                 await self._forget(result)
         await self._close(it)
         requests = (it, *it.siblings)
@@ -321,6 +269,11 @@ class Carrier:
         if one.request is not None:
             del self._requests[one.request]
 
+    def _cancel(self, result: Any) -> None:
+        """Have the engine give a request up, or leave it to its end where that is safer."""
+        if self._library.can.cancels:
+            result.abort()
+
     async def _forget(self, result: Any) -> None:
         try:
             await self._over(result)
@@ -346,6 +299,8 @@ class Carrier:
             self._match(message)
         it = self._requests.get(getattr(message, "request", -1))
         if it is None:
+            if isinstance(message, Released) and not self._library.can.own_ids:
+                self._note_freed(rank, message.request)
             return
         match message:
             case Seated():
@@ -366,16 +321,29 @@ class Carrier:
         it.change()
 
     def _match(self, seated: Seated) -> None:
-        """Where the engine counts its requests by itself: the oldest with that prompt it is."""
+        """Where the engine counts its requests by itself: the oldest with that prompt it is.
+
+        One that nobody waits for, such as a cancelled job's, is exported nowhere.
+        """
+        if self._library.can.own_ids or seated.request in self._requests:
+            return
         waiting = self._unmatched.get(seated.digest)
         if not waiting:
+            self._desk.say(Close(seated.request), *self._ranks)
             return
         it = waiting.popleft()
         if not waiting:
             del self._unmatched[seated.digest]
         it.request = seated.request
+        it.released |= self._freed.pop(seated.request, set())
         self._requests[seated.request] = it
         self._say_open(it)
+
+    def _note_freed(self, rank: int, request: int) -> None:
+        """Ranks and the scheduler have lines of their own: one may be ahead of the other."""
+        self._freed.setdefault(request, set()).add(rank)
+        if len(self._freed) > MOST_FREED:
+            del self._freed[next(iter(self._freed))]
 
     def _pin(self, it: Carried, blocks: int) -> None:
         if it.job is not None and it.name in self._jobs:
@@ -388,22 +356,3 @@ class Carrier:
         if end > it.told and not it.aborted and not it.void:
             start, it.told = it.told, end
             self._events.ready(it.name, start, end)
-
-
-class Turns:
-    """Makes turns one after another; who asks while one is made gets the next."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._lock = asyncio.Lock()
-        self._begun = self._over = 0
-
-    async def one(self) -> None:
-        """Return when a whole turn was made that began after this call."""
-        wanted = self._begun + 1
-        async with self._lock:
-            if self._over >= wanted:
-                return
-            self._begun += 1
-            await self._make()
-            self._over = self._begun

@@ -14,8 +14,8 @@ import torch
 from backends.tensorrt_llm.exporting import Exporter
 from backends.tensorrt_llm.geometry import measured
 from backends.tensorrt_llm.leash import end_without
-from backends.tensorrt_llm.messages import Close, Line, Scheduling, ToRank, decode_pass
-from backends.tensorrt_llm.probe import BY_DIGEST, connector_api
+from backends.tensorrt_llm.messages import Close, Line, Pass, Scheduling, ToRank, decode_pass
+from backends.tensorrt_llm.probe import BY_DIGEST, connector_api, takes_many_back
 from backends.tensorrt_llm.scheduling import Schedule
 
 api = connector_api()
@@ -53,9 +53,9 @@ class ExportScheduler(api.KvCacheConnectorScheduler):  # type: ignore[misc,name-
     def build_connector_meta(self, scheduler_output: Any) -> bytes:
         """What goes to all ranks before a pass."""
         if scheduler_output is None:
-            return self._schedule.next_pass(())
+            return self._schedule.next_pass()
         return self._schedule.next_pass(
-            [*scheduler_output.new_requests, *scheduler_output.cached_requests]
+            scheduler_output.new_requests, scheduler_output.cached_requests
         )
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
@@ -63,10 +63,10 @@ class ExportScheduler(api.KvCacheConnectorScheduler):  # type: ignore[misc,name-
         return self._schedule.finished(request.request_id, len(cache_block_ids))
 
     def request_finished_by_layer_group(
-        self, request: Any, block_ids_by_layer_group: list[list[int]]
+        self, request: Any, cache_block_ids_by_layer_group: list[list[int]]
     ) -> bool:
         """The same for releases with several groups of layers."""
-        return self._schedule.finished(request.request_id, len(block_ids_by_layer_group[0]))
+        return self._schedule.finished(request.request_id, len(cache_block_ids_by_layer_group[0]))
 
     def _heard(self, message: ToRank | None, _files: list[int]) -> None:
         if isinstance(message, Close):
@@ -80,7 +80,8 @@ class ExportWorker(api.KvCacheConnectorWorker):  # type: ignore[misc,name-define
         super().__init__(llm_args)
         self._cuda = False
         self._line: Line | None = None
-        self._exporter = Exporter(self._say)
+        self._told: Pass | None = None
+        self._exporter = Exporter(self._say, one_at_a_time=not takes_many_back())
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         """Take the pool, [block, layer, plane, row].
@@ -94,7 +95,11 @@ class ExportWorker(api.KvCacheConnectorWorker):  # type: ignore[misc,name-define
         self._line = Line(geometry, self._heard)
 
     def start_load_kv(self, stream: Any) -> None:
-        """Nothing is loaded."""
+        """Nothing is loaded; but from now on the pass writes to the blocks it was given."""
+        metadata = self.get_connector_meta()
+        self._told = decode_pass(metadata) if metadata else None
+        if self._told is not None:
+            self._exporter.before_pass(self._told)
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         """Nothing is loaded."""
@@ -104,14 +109,13 @@ class ExportWorker(api.KvCacheConnectorWorker):  # type: ignore[misc,name-define
 
     def wait_for_save(self, stream: Any) -> None:
         """The pass is queued on the device: have it copied once the device is through with it."""
-        metadata = self.get_connector_meta()
-        if not metadata:
+        if self._told is None:
             return
         event = None
         if self._cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-        self._exporter.after_pass(event, decode_pass(metadata))
+        self._exporter.after_pass(event, self._told)
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]

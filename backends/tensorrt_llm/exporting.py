@@ -1,8 +1,9 @@
 """Copy what is final from the engine's blocks to the arena: a rank's half, beside its executor.
 
 The executor's thread only puts passes into a queue and asks which blocks are still read; copying,
-and waiting for the device, is for a thread of this module's. Leases run out here, for the executor
-waits for every rank without end.
+and waiting for the device, is for a thread of this module's. It is kept waiting only where it would
+write over what was not copied yet. Leases run out here, for the executor waits for every rank
+without end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,9 @@ from backends.tensorrt_llm.messages import (
     Voided,
 )
 from transfer.shared_memory import Segment, attach
+
+PATIENCE_SECONDS = 1.0
+"""How long the executor is kept waiting for copies at most; these take milliseconds."""
 
 UNOPENED_SECONDS = 10.0
 """How long blocks of a finished request are kept that the worker has not spoken of."""
@@ -56,17 +61,35 @@ class Export(msgspec.Struct):
     void: bool = False
 
     @property
+    def wanted(self) -> bool:
+        """Whether what becomes final is still to be copied."""
+        return bool(self.blocks) and not self.void and not self.closed
+
+    @property
     def over(self) -> bool:
         """Whether the engine's blocks will not be read again."""
         return not self.busy and (self.void or self.closed or self.done >= self.tokens)
 
 
 class Exporter:
-    """One rank's exports. `say` reaches the worker and returns at once."""
+    """One rank's exports. `say` reaches the worker and returns at once.
 
-    def __init__(self, say: Callable[[Message], None]) -> None:
+    With `one_at_a_time` the executor takes back one request's blocks in a turn and loses those of
+    others; all ranks then name their requests in one order.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[Message], None],
+        *,
+        one_at_a_time: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
         self._say = say
+        self._one_at_a_time = one_at_a_time
+        self._patience = patience_seconds
         self._lock = threading.Lock()
+        self._moved = threading.Condition(self._lock)  # something was copied, or is not wanted
         self._open: dict[int, Export] = {}
         self._early: dict[int, list[Work]] = {}  # what is final of requests not yet opened
         self._gone: dict[int, None] = {}  # requests that are over here, the oldest first
@@ -74,6 +97,7 @@ class Exporter:
         self._lost = False
         self._last = 0
         self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self._uncopied: deque[Step] = deque()  # what is in `_work` or being copied
         self._pool: torch.Tensor | None = None
         self._arena: torch.Tensor | None = None
         self._block_tokens = 1
@@ -85,6 +109,33 @@ class Exporter:
 
     # ---- the executor's thread
 
+    def before_pass(self, told: Pass) -> None:
+        """The executor writes to `told.taken` from now on: what is to leave them has to first.
+
+        Blocks that we hold are among them where the executor pins those of an older request with
+        the same tokens in their stead. What takes too long to copy, or to be asked for, is lost.
+        """
+        taken = set(told.taken)
+        if told.number <= self._last or not taken:
+            return
+        with self._lock:
+            self._moved.wait_for(lambda: not self._read(taken), self._patience)
+            for request in sorted(self._read(taken)):
+                export = self._open.get(request)
+                if export is None:
+                    self._forget(request)
+                else:
+                    self._void(request, export, "its blocks were another's before they were copied")
+
+    def _read(self, taken: set[int]) -> set[int]:
+        """The requests of which something is still to be copied from these blocks."""
+        steps = [step for works in self._early.values() for _, step in works]
+        for step in self._uncopied:
+            export = self._open.get(step.request)
+            if export is not None and export.wanted:
+                steps.append(step)
+        return {step.request for step in steps if not taken.isdisjoint(step.blocks)}
+
     def after_pass(self, event: Any, told: Pass) -> None:
         """`told` is final once the device has reached `event` (None: it is). Said twice: once."""
         if told.number <= self._last:
@@ -93,7 +144,7 @@ class Exporter:
         with self._lock:
             for step in told.steps:
                 if step.request in self._open:
-                    self._work.put((event, step))
+                    self._put((event, step))
                 elif step.request not in self._gone and not self._lost:
                     self._early.setdefault(step.request, []).append((event, step))
 
@@ -101,14 +152,23 @@ class Exporter:
         """These have finished too. Which of all that have are not read any more: each once."""
         now = time.monotonic()
         with self._lock:
-            self._pinned.update(dict.fromkeys(requests, now))
-            free = [it for it, since in self._pinned.items() if self._free(it, now - since)]
+            self._pinned.update(dict.fromkeys(sorted(requests), now))
+            free = self._freed(now)
             for request in free:
                 del self._pinned[request]
                 self._forget(request)
         for request in free:
             self._say(Released(request))
         return free
+
+    def _freed(self, now: float) -> list[int]:
+        pinned = list(self._pinned.items())[: 1 if self._one_at_a_time else None]
+        return [it for it, since in pinned if self._free(it, now - since)]
+
+    def _put(self, work: Work) -> None:
+        """Have it copied. The lock is held."""
+        self._uncopied.append(work[1])
+        self._work.put(work)
 
     def _free(self, request: int, seconds: float) -> bool:
         export = self._open.get(request)
@@ -124,6 +184,7 @@ class Exporter:
     def _forget(self, request: int) -> None:
         """Its blocks may hold anything from now on. The lock is held."""
         self._early.pop(request, None)
+        self._moved.notify_all()
         self._gone[request] = None
         if len(self._gone) > MOST_GONE:
             del self._gone[next(iter(self._gone))]
@@ -143,6 +204,7 @@ class Exporter:
                 with self._lock:
                     self._lost = True
                     self._early.clear()
+                    self._moved.notify_all()
                     for request, export in self._open.items():
                         self._void(request, export, "the worker is gone")
 
@@ -155,7 +217,7 @@ class Exporter:
             if request in self._gone:
                 self._void(request, export, "its blocks were given back before it was known")
             for work in self._early.pop(request, ()):
-                self._work.put(work)
+                self._put(work)
 
     def _close(self, request: int) -> None:
         with self._lock:
@@ -194,7 +256,8 @@ class Exporter:
             event, step = self._work.get()
             with self._lock:
                 export = self._open.get(step.request)
-                if export is None or export.void or export.closed or not export.blocks:
+                if export is None or not export.wanted:
+                    self._uncopied.popleft()
                     continue
                 export.busy = True
             self._end(step, export, self._export(event, step, export, stream))
@@ -214,6 +277,8 @@ class Exporter:
 
     def _end(self, step: Step, export: Export, failure: str) -> None:
         with self._lock:
+            self._uncopied.popleft()
+            self._moved.notify_all()
             export.busy = False
             if failure:
                 self._void(step.request, export, failure)

@@ -154,10 +154,14 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Pass(msgspec.Struct, frozen=True, array_like=True):
-    """What the scheduler tells all ranks before a pass; `number` grows by one each time."""
+    """What the scheduler tells all ranks before a pass; `number` grows by one each time.
+
+    `taken` are the engine's blocks that were given to any request for this pass to write to.
+    """
 
     number: int
     steps: tuple[Step, ...]
+    taken: Blocks = ()
 
 
 decode_pass = msgspec.msgpack.Decoder(Pass).decode

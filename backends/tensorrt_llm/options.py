@@ -24,6 +24,18 @@ OURS_OF_CACHE = frozenset(
     {"tokens_per_block", "enable_block_reuse", "enable_partial_reuse", "dtype"}
 )
 
+ALONE: Mapping[str, Mapping[str, Any]] = {
+    "llm": {
+        "pipeline_parallel_size": 1,
+        "context_parallel_size": 1,
+        "enable_attention_dp": False,
+        "speculative_config": None,
+    },
+    "kv_cache": {"host_cache_size": 0, "max_attention_window": None},
+}
+"""With other values the blocks that a connector is told of are not all of a prompt's KV. Some
+releases start with them all the same."""
+
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What `[workers.X.options]` may say; see `TensorRTLLM`."""
@@ -68,4 +80,10 @@ def read_options(values: Mapping[str, Any]) -> Options:
         both = sorted(taken & getattr(options, name).keys())
         if both:
             raise BackendMisconfigured(f"{name}.{both[0]} is set by this backend")
+        for key, only in ALONE[name].items():
+            if getattr(options, name).get(key) not in (None, only):
+                raise BackendMisconfigured(
+                    f"{name}.{key}: KV is exported from one pool in GPU memory, with all of a"
+                    " rank's heads in all layers"
+                )
     return options

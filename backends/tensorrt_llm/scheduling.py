@@ -11,7 +11,7 @@ import hashlib
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -76,18 +76,30 @@ class Schedule:
         if known is not None:
             self._say(Seated(number, known[0], blocks, known[1]))
 
-    def next_pass(self, data: Iterable[Any]) -> bytes:
-        """What all ranks must know of the pass that these requests take part in."""
-        steps = [step for one in data if (step := self._step(one)) is not None]
+    def next_pass(self, new: Iterable[Any] = (), known: Iterable[Any] = ()) -> bytes:
+        """What all ranks must know of the pass that these requests take part in.
+
+        A request that is `new` a second time was begun anew, in other blocks than before.
+        """
+        new, known = list(new), list(known)
+        taken = [*_taken(new, self._block_tokens), *_taken(known, None)]
+        with self._lock:
+            for one in new:
+                if (watched := self._watched.get(one.request_id)) is not None:
+                    watched.blocks.clear()
+        steps = [step for one in (*new, *known) if (step := self._step(one)) is not None]
         self._passes += 1
-        return encode(Pass(self._passes, tuple(steps)))
+        return encode(Pass(self._passes, tuple(steps), tuple(taken)))
 
     def finished(self, number: int, blocks: int) -> bool:
-        """A request is over. Whether its blocks must stay until all ranks release them."""
+        """A request is over. Whether its blocks must stay until all ranks release them.
+
+        One without any was given up before, and nothing of it can stay.
+        """
         with self._lock:
             watched = self._watched.pop(number, None)
         ours = number >= self._least
-        pinned = ours and watched is not None and watched.told > 0
+        pinned = ours and watched is not None and watched.told > 0 and blocks > 0
         if ours:
             self._say(Finished(number, blocks, pinned))
         return pinned
@@ -125,6 +137,13 @@ class Schedule:
                 return
             del self._watched[number]
             self._say(Voided(number, "it was watched for too long"))
+
+
+def _taken(data: Iterable[Any], block_tokens: int | None) -> Iterator[int]:
+    """The blocks that requests got and did not share: a new one begins with those it reuses."""
+    for one in data:
+        reused = one.computed_position // block_tokens if block_tokens else 0
+        yield from (block for block in _new_blocks(one)[reused:] if block >= 0)
 
 
 def _new_blocks(data: Any) -> list[int]:

@@ -38,6 +38,15 @@ def modules(release: str) -> Iterator[tuple[str, list[str], bool]]:
         yield entry["name"], entry["has"], first <= place <= last
 
 
+def found_in(module: str, names: list[str]) -> list[str]:
+    """Those that are there, of what a module should have."""
+    try:
+        there = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return []
+    return [name for name in names if hasattr(there, name)]
+
+
 def entries(kind: str, release: str) -> Iterator[tuple[str, list[str] | None]]:
     """The functions, records or objects, and their names in that release."""
     for entry in CONTRACT[kind]:

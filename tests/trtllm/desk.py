@@ -118,7 +118,9 @@ class Desk:
         assert not self.engine.pins()
         assert not self.engine._carrier._requests
         assert not self.engine._carrier._jobs
-        until(lambda: self.llm.pinned == 0)
+        args = self.llm.args.kv_cache_config
+        whole = args.max_tokens // args.tokens_per_block
+        until(lambda: self.llm.pinned == 0 and self.llm.free_blocks in (whole, None))
 
 
 def wrong(engine: Any, tokens: list[int], blocks: Any) -> tuple[int, int] | None:
@@ -147,6 +149,7 @@ def desk(
     **options: Any,
 ) -> Iterator[Desk]:
     """An engine on a stand-in of that release."""
+    folder.mkdir(exist_ok=True)
     gates = Gates(folder / "gates")
     path = write_model(folder / "model", **(model or {}))
     settings = {

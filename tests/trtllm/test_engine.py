@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from tests.trtllm.desk import Desk, desk, wrong
 from tests.trtllm.play import FLAVOURS, until
 
 LONG = list(range(5, 205))
+
+
+def params(it: Desk) -> Any:
+    """As they are asked for by somebody else who has the engine."""
+    return it.engine._library._module.SamplingParams(max_tokens=1, end_id=-1)
 
 
 def submitted(it: Desk, tokens: list[int]) -> PrefillJob:
@@ -83,8 +89,9 @@ def test_nothing_is_shared_between_salts_or_without_one(
         assert (found != [0]) is shared
 
 
-def test_many_at_once_are_all_right(tmp_path: Path) -> None:
-    with desk(tmp_path, max_batch=4) as it:
+@pytest.mark.parametrize("flavour", ["1.2", "1.3"])
+def test_many_at_once_are_all_right(tmp_path: Path, flavour: str) -> None:
+    with desk(tmp_path, flavour, max_batch=4) as it:
         prompts = [[*range(start, start + 30 + 7 * start)] for start in range(1, 20)]
         jobs = [it.job(prompt, n=1 + start % 3) for start, prompt in enumerate(prompts)]
         it.ended(*jobs)
@@ -209,7 +216,45 @@ def test_an_abort_right_behind_a_job_is_not_lost(tmp_path: Path) -> None:
         it.free()
 
 
+def test_what_an_aborted_job_left_uncomputed_is_not_reused(tmp_path: Path) -> None:
+    """The oldest release keeps all blocks of a cancelled prompt, which is then not cancelled."""
+    for flavour in FLAVOURS:
+        with desk(tmp_path / flavour, flavour) as it:
+            it.gates.shut("after_chunk")
+            job = submitted(it, LONG)
+            until(lambda: it.gates.reached("after_chunk"))
+            it.engine.abort(job.name)
+            it.gates.open("after_chunk")
+            it.ended(job)
+            assert "prefilled" not in it.heard.kinds(job.name)
+            it.done(LONG)
+            it.free()
+
+
 # ---- what goes wrong
+
+
+def test_a_job_whose_blocks_were_another_prompts_before_they_were_copied_fails(
+    tmp_path: Path,
+) -> None:
+    """The oldest release pins the blocks of an older request with the same tokens instead."""
+    with desk(tmp_path, "1.2", lacks="disagg_request_id", max_batch=1) as it:
+        it.done(LONG[:40])
+        it.gates.shut("before_pass")
+        ahead = it.job(LONG[100:110])
+        until(lambda: it.gates.reached("before_pass"))
+        job = submitted(it, LONG[:40])
+        deaf = threading.Event()
+        it.engine._background.post(deaf.wait, 10)  # nobody says where its KV is to go
+        it.gates.open("before_pass")
+        it.llm.generate(LONG[50:], params(it))
+        deaf.set()
+        it.ended(ahead, job)
+        assert it.heard.kinds(ahead.name)[-2:] == ["prefilled", "ended"]
+        [(_, why), _] = it.heard.of(job.name)
+        assert "before it was known" in why
+        it.done(LONG[:40])
+        it.free()
 
 
 def test_a_job_whose_blocks_the_engine_has_given_away_fails_alone(tmp_path: Path) -> None:
@@ -278,7 +323,7 @@ def test_a_request_that_is_taken_for_a_cancelled_jobs_is_not_exported_to_its_blo
     tmp_path: Path,
 ) -> None:
     """The cancelled job waits for a turn, in which another one with its prompt is begun."""
-    with desk(tmp_path, "1.2", lacks="disagg_request_id") as it:
+    with desk(tmp_path, lacks="disagg_request_id") as it:
         carrier = it.engine._carrier
         it.engine.pool[:] = 0x5A
         for gate in ("before_pass", "after_chunk"):
@@ -329,8 +374,10 @@ def test_every_rank_exports_its_own_heads_and_of_replicas_one(tmp_path: Path) ->
         it.free()
 
 
-def test_a_rank_that_is_killed_is_the_engines_death(tmp_path: Path) -> None:
-    with desk(tmp_path, processes=True, tensor_parallel=2) as it:
+@pytest.mark.parametrize("flavour", ["1.2", "1.3"])
+def test_a_rank_that_is_killed_is_the_engines_death(tmp_path: Path, flavour: str) -> None:
+    """Of which the oldest release says nothing: its answers never come."""
+    with desk(tmp_path, flavour, processes=True, tensor_parallel=2) as it:
         it.done(LONG[:20])
         it.gates.shut("pinned")
         it.job(LONG)
@@ -362,10 +409,11 @@ def test_what_is_foreseen_of_it_is_what_it_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"llm": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
+        ({"llm": {"pipeline_parallel_size": 2}}, "llm.pipeline_parallel_size: KV is exported"),
+        ({"llm": {"enable_attention_dp": True}}, "llm.enable_attention_dp: KV is exported"),
         ({"llm": {"no_such": 1}}, "no_such"),
         ({"llm": {"attn_backend": "FLASHINFER"}}, "llm.attn_backend is set by this backend"),
-        ({"kv_cache": {"host_cache_size": 1 << 30}}, "host offloading"),
+        ({"kv_cache": {"host_cache_size": 1 << 30}}, "kv_cache.host_cache_size: KV is exported"),
         ({"kv_cache": {"dtype": "fp8"}}, "kv_cache.dtype is set by this backend"),
         ({"identity": ""}, "identity: say how other workers call this model"),
         ({"block_tokens": 0}, "block_tokens"),

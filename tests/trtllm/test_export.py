@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,9 +40,9 @@ ROW = HEADS * SIZE * DIM
 class Rank:
     """An exporter, the engine's pool and the arena, both seen as [block, layer, kv, head, ...]."""
 
-    def __init__(self) -> None:
+    def __init__(self, **more: Any) -> None:
         self.said: list[Message] = []
-        self.exporter = Exporter(self.said.append)
+        self.exporter = Exporter(self.said.append, **more)
         numbers = torch.arange(BLOCKS * LAYERS * 2 * ROW, dtype=torch.int16, device=DEVICE)
         self.pool = numbers.view(torch.float16).view(BLOCKS, LAYERS, 2, ROW)
         self.exporter.register(self.pool.view(torch.uint8), SIZE)
@@ -141,6 +142,64 @@ def test_a_lease_runs_out_by_itself(rank: Rank) -> None:
     rank.heard(Exported(8, 8))
     assert Exported(7, 16) not in rank.said
     assert not rank.seen(1).any()
+
+
+class Held:
+    """A point that the device has not reached."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.waited_for = threading.Event()
+
+    def synchronize(self) -> None:
+        self.waited_for.set()
+        assert self.reached.wait(10)
+
+
+def test_what_another_request_writes_to_before_it_was_copied_is_lost() -> None:
+    """Being copied, waiting for that, or not yet asked for; others are left alone."""
+    rank = Rank(patience_seconds=0.05)
+    for request, arena in ((7, 0), (8, 1), (9, 2)):
+        rank.exporter.heard(Open(request, 8, (arena,), 60.0), [])
+    device = Held()
+    steps = tuple(Step(request, 0, 8, (request,)) for request in (7, 8, 9, 10))
+    rank.exporter.after_pass(device, Pass(1, steps))
+    assert device.waited_for.wait(10)
+    rank.exporter.before_pass(Pass(2, (), (1, 7, 8, 10)))
+    device.reached.set()
+    rank.heard(Exported(9, 8))
+    rank.exporter.heard(Open(10, 8, (3,), 60.0), [])
+    lost = [it.request for it in rank.said if isinstance(it, Voided)]
+    assert lost == [7, 8, 10]
+    assert [it for it in rank.said if isinstance(it, Exported)] == [Exported(9, 8)]
+    assert rank.exporter.finished([7, 8, 9, 10]) == [7, 8, 9, 10]
+
+
+def test_the_executor_waits_for_what_it_would_write_over_and_for_nothing_else(rank: Rank) -> None:
+    rank.exporter.heard(Open(7, 8, (0,), 60.0), [])
+    device = Held()
+    rank.exporter.after_pass(device, Pass(1, (Step(7, 0, 8, (3,)),)))
+    rank.exporter.before_pass(Pass(2, (), (4,)))
+    assert rank.said == []
+    threading.Timer(0.01, device.reached.set).start()
+    rank.exporter.before_pass(Pass(2, (), (3,)))
+    assert (rank.seen(0) == rank.held(3)).all()
+    rank.heard(Exported(7, 8))
+    assert rank.said == [Exported(7, 8)]
+
+
+def test_one_request_is_released_in_a_turn_where_the_library_loses_others() -> None:
+    rank = Rank(one_at_a_time=True)
+    for request in (7, 8, 9):
+        rank.exporter.heard(Open(request, 8, (request,), 60.0), [])
+    rank.step(0, 8, 1, request=8)
+    rank.step(0, 8, 2, request=9)
+    rank.heard(Exported(9, 8))
+    assert rank.exporter.finished([9, 7]) == []
+    assert rank.exporter.finished([8]) == []
+    rank.step(0, 8, 3, request=7)
+    rank.heard(Exported(7, 8))
+    assert [rank.exporter.finished([]) for _ in range(4)] == [[7], [9], [8], []]
 
 
 def test_after_close_nothing_is_written_any_more(rank: Rank) -> None:

@@ -1,6 +1,11 @@
+from tensorrt_llm.standin.flavour import since
+
+
 class RequestError(RuntimeError):
     """One request went wrong."""
 
 
-class EngineDeadError(RuntimeError):
-    """The executor is gone."""
+if since("1.3"):
+
+    class EngineDeadError(RuntimeError):
+        """The executor is gone."""

@@ -3,12 +3,12 @@
 import itertools
 import pickle
 import threading
+from inspect import Parameter, Signature
 from multiprocessing.connection import wait
 
-from tensorrt_llm.disaggregated_params import DisaggregatedParams
-from tensorrt_llm.executor.request import DEFAULT_REQUEST_PRIORITY
+from tensorrt_llm.executor import utils
 from tensorrt_llm.executor.result import RequestOutput
-from tensorrt_llm.executor.utils import EngineDeadError, RequestError
+from tensorrt_llm.executor.utils import RequestError
 from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 from tensorrt_llm.sampling_params import SamplingParams
 from tensorrt_llm.standin.flavour import since
@@ -31,7 +31,7 @@ class _LLM:
         )
         kind, failure = self._first_word()
         if kind != "up" or failure is not None:
-            raise failure or EngineDeadError("a rank died as it started")
+            raise failure or RuntimeError("a rank died as it started")
         threading.Thread(target=self._listen, daemon=True, name="answers").start()
 
     def _first_word(self):
@@ -68,14 +68,15 @@ class _LLM:
         with self._lock:
             self._dead = why
             results, self._results = self._results, {}
-        for result in results.values():
-            result.put(EngineDeadError(why))
+        if since("1.3"):  # with 1.2 whoever waits for an answer waits for ever
+            for result in results.values():
+                result.put(utils.EngineDeadError(why))
 
     def _submit(self, inputs, sampling_params, streaming, salt, disagg):
         if self._down:
             raise RuntimeError("LLM is shutting down")
-        if self._dead:
-            raise EngineDeadError(self._dead)
+        if self._dead and since("1.3"):
+            raise utils.EngineDeadError(self._dead)
         tokens = inputs["prompt_token_ids"] if isinstance(inputs, dict) else list(inputs)
         params = sampling_params or SamplingParams()
         limit = self._check(tokens, params, disagg)
@@ -88,7 +89,8 @@ class _LLM:
         self._results[number] = result
         chosen = {"max_tokens": limit, "end_id": -1 if params.ignore_eos else params.end_id}
         with self._lock:
-            self._connection.send(("request", number, tokens, chosen, disagg, salt))
+            if not self._dead:
+                self._connection.send(("request", number, tokens, chosen, disagg, salt))
         return result
 
     def _check(self, tokens, params, disagg):
@@ -131,45 +133,30 @@ class _LLM:
             rank.join(5)
 
 
-if since("1.3"):
+ASKED = [
+    "inputs",
+    *("sampling_params", "lora_request", "prompt_adapter_request", "streaming"),
+    *("kv_cache_retention_config", "disaggregated_params", "trace_headers", "_postproc_params"),
+    "scheduling_params",
+    *(["conversation_params"] if since("main") else []),
+    "cache_salt",
+    *(["priority"] if since("1.3") else []),
+]
+"""The parameters of `generate_async`; all but the first have defaults."""
 
-    class LLM(_LLM):
-        def generate_async(
-            self,
-            inputs,
-            sampling_params: SamplingParams | None = None,
-            lora_request=None,
-            prompt_adapter_request=None,
-            streaming: bool = False,
-            kv_cache_retention_config=None,
-            disaggregated_params: DisaggregatedParams | None = None,
-            trace_headers=None,
-            _postproc_params=None,
-            scheduling_params=None,
-            cache_salt: str | None = None,
-            priority: float = DEFAULT_REQUEST_PRIORITY,
-        ):
-            return self._submit(
-                inputs, sampling_params, streaming, cache_salt, disaggregated_params
-            )
+SIGNATURE = Signature(
+    Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default)
+    for name, default in [
+        ("self", Parameter.empty),
+        *((name, None if place else Parameter.empty) for place, name in enumerate(ASKED)),
+    ]
+)
 
-else:
 
-    class LLM(_LLM):
-        def generate_async(
-            self,
-            inputs,
-            sampling_params: SamplingParams | None = None,
-            lora_request=None,
-            prompt_adapter_request=None,
-            streaming: bool = False,
-            kv_cache_retention_config=None,
-            disaggregated_params: DisaggregatedParams | None = None,
-            trace_headers=None,
-            _postproc_params=None,
-            scheduling_params=None,
-            cache_salt: str | None = None,
-        ):
-            return self._submit(
-                inputs, sampling_params, streaming, cache_salt, disaggregated_params
-            )
+class LLM(_LLM):
+    def generate_async(self, *positional, **named):
+        given = SIGNATURE.bind(self, *positional, **named).arguments
+        wanted = ("inputs", "sampling_params", "streaming", "cache_salt", "disaggregated_params")
+        return self._submit(*(given.get(name) for name in wanted))
+
+    generate_async.__signature__ = SIGNATURE

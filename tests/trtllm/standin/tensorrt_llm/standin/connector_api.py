@@ -1,16 +1,17 @@
 """The connector's contract: two abstract classes and what they are called with."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import field, make_dataclass
 
 from tensorrt_llm.standin.flavour import LACKING, since
 
 _later = []
+if since("main"):
+    _later.append(("block_hashes", list, field(default_factory=list)))
 if since("1.3"):
     _later.append(("priorities", object, field(default=None)))
 if since("main"):
     _later += [
-        ("block_hashes", list, field(default_factory=list)),
         ("cache_salt", object, field(default=None)),
         ("new_block_ids_by_layer_group", list, field(default_factory=list)),
     ]
@@ -31,10 +32,15 @@ RequestData = make_dataclass(
 )
 
 
-@dataclass
-class SchedulerOutput:
-    new_requests: list = field(default_factory=list)
-    cached_requests: list = field(default_factory=list)
+SchedulerOutput = make_dataclass(
+    "SchedulerOutput",
+    [
+        ("new_requests", list, field(default_factory=list)),
+        ("cached_requests", list, field(default_factory=list)),
+        *([("attention_dp_rank", object, field(default=None))] if since("main") else []),
+    ],
+    namespace={"__module__": __name__},
+)
 
 
 class _Worker(ABC):
@@ -95,6 +101,8 @@ class _Scheduler(ABC):
 if since("main"):
 
     class KvCacheConnectorWorker(_Worker):
+        supports_attention_dp = False
+
         def register_kv_cache_layout(self, layout):
             tensor = layout.as_single_pool_tensor()
             if tensor is None:
@@ -116,8 +124,10 @@ else:
 if since("main"):
 
     class KvCacheConnectorScheduler(KvCacheConnectorScheduler):
-        def request_finished_by_layer_group(self, request, block_ids_by_layer_group):
-            [ids] = block_ids_by_layer_group
+        supports_attention_dp = False
+
+        def request_finished_by_layer_group(self, request, cache_block_ids_by_layer_group):
+            [ids] = cache_block_ids_by_layer_group
             return self.request_finished(request, ids)
 
         def update_state_after_alloc_by_layer_group(self, request, block_ids_by_layer_group):

@@ -182,7 +182,7 @@ class Executor:
         batch = []
         for request in self._active:
             if request.is_context_finished:
-                wanted = 1
+                wanted = 0 if self._ends_by_itself(request) else 1
             else:
                 wanted = min(request.context_remaining_length, budget)
                 request.context_chunk_size = wanted
@@ -190,6 +190,11 @@ class Executor:
                 batch.append(request)
                 budget -= wanted
         return batch
+
+    def _ends_by_itself(self, request):
+        """Whether its last token is on its way; 1.2 has one more computed meanwhile (overlap)."""
+        ahead = sum(1 for it in self._last if it is request)
+        return since("1.3") and len(request.generated) + ahead >= request.max_new_tokens
 
     def _seat(self, request):
         tokens = request.get_tokens(0)
@@ -258,7 +263,7 @@ class Executor:
         data = RequestData(request.request_id, new_tokens, new_blocks, position, count)
         if since("main"):
             data.cache_salt = request.salt
-            data.new_block_ids_by_layer_group = [new_blocks]
+            data.new_block_ids_by_layer_group = [new_blocks] if self._v2 else []
         elif since("1.3"):
             data.cache_salt_id = request.cache_salt_id
         return data
@@ -269,6 +274,7 @@ class Executor:
             time.sleep(0.05)
         if self._knobs.pass_seconds:
             time.sleep(self._knobs.pass_seconds)
+        self.pool.begin_pass()
         for request in batch:
             if request.is_context_finished:
                 tokens = self._known_to_the_device(request)
@@ -332,13 +338,26 @@ class Executor:
             else:
                 name, blocks = "request_finished", list(request.blocks)
             saving = self._leader(name, request, blocks)
-        computed = request.get_tokens(0)[: request.context_current_position]
-        self.pool.keep(request.blocks, computed, request.salt)
         if saving:
             request.state = State.DISAGG_CONTEXT_TRANS_IN_PROGRESS
             self._new_saving[request.request_id] = request
-        else:
+        self._leave(request, saving)
+
+    def _leave(self, request, saving):
+        """Keep its tokens' blocks for others; those that are still read stay besides.
+
+        Until 1.2 the blocks that are kept were pinned, not the request's own, and a prompt was
+        taken to be computed when it was not.
+        """
+        tokens = request.get_tokens(0)
+        until = request.context_current_position if since("1.3") else len(tokens) - 1
+        kept = self.pool.keep(request.blocks, tokens[:until], request.salt)
+        if not saving:
             self.pool.drop(request.blocks)
+        elif kept and not since("1.3"):
+            self.pool.hold(kept)
+            self.pool.drop(request.blocks)
+            request.blocks = kept
 
     def _handle_cancelled(self):
         for request in [it for it in self._active if it.cancelled]:
@@ -346,7 +365,7 @@ class Executor:
             if self._knobs.cancel == "hook":
                 self._part_with(request, "cancelled")
             else:
-                self.pool.drop(request.blocks, forget=True)
+                self._leave(request, False)
                 self._respond(request, "cancelled")
 
     def _poll(self):
@@ -363,8 +382,9 @@ class Executor:
         for number in saved:
             self._local[number] = self._pending.pop(number)
         everywhere = self._talk.allgather(list(self._local))
-        for number in set.intersection(*map(set, everywhere)):
-            self.pool.drop(self._local.pop(number).blocks)
+        done = [self._local.pop(it) for it in set.intersection(*map(set, everywhere))]
+        for request in done if since("1.3") else done[:1]:  # 1.2 forgets the others
+            self.pool.drop(request.blocks)
         if self._inbox is not None:
             self._inbox.send(("pinned", len(self._pending) + len(self._local), self.pool.free))
 

@@ -10,12 +10,14 @@ import os
 import time
 from pathlib import Path
 
+from tensorrt_llm.standin.flavour import since
+
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
     order: str = "shuffled"
-    cancel: str = "hook"  # or "recycle": request_finished is not called, blocks are gone at once
-    respond: str = "after"  # or "before": the client has its answer before request_finished
+    cancel: str = "recycle" if since("1.3") else "hook"  # is request_finished called then?
+    respond: str = "after" if since("1.3") else "before"  # does the answer come after it?
     hole: bool = False  # a list of blocks has -1 in it
     first_is_end: bool = False  # token 0 is the end token
     idle_polls: bool = False

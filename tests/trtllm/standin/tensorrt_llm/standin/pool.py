@@ -1,4 +1,4 @@
-"""The paged pool: block ids, reused prefixes, poison where nobody may look, KV by formula."""
+"""The paged pool: block ids, reused prefixes, poison where a new owner writes, KV by formula."""
 
 import random
 from collections import defaultdict
@@ -48,11 +48,17 @@ class Pool:
         self._reuse = reuse
         self._kept = {}  # chain of tokens -> block, the oldest first
         self._chains = {}
-        self.poison(range(blocks))
+        self._fresh = set()  # taken, and not yet written to
+        self._poison(range(blocks))
 
-    def poison(self, blocks):
+    def _poison(self, blocks):
         for block in blocks:
             self.tensor[block].view(torch.uint8).fill_(POISON)
+
+    def begin_pass(self):
+        """What was taken since the last pass now loses what others had written there."""
+        self._poison(self._fresh)
+        self._fresh = set()
 
     @property
     def free(self):
@@ -78,33 +84,41 @@ class Pool:
             chain = next(it for it, block in self._kept.items() if not self._holders[block])
             block = self._kept.pop(chain)
             self._chains.pop(block)
-            self.poison([block])
         else:
             block = self._free.pop()
         self._holders[block] += 1
+        self._fresh.add(block)
         return block
 
     def keep(self, blocks, tokens, salt):
-        """Let later requests find the full blocks of `tokens`."""
+        """Let later requests find the blocks of `tokens`. Those that they will find.
+
+        These are other blocks than the request's where an older one had the same tokens.
+        """
         if not self._reuse:
-            return
-        for index in range(len(tokens) // self.size):
-            chain = salt, tuple(tokens[: (index + 1) * self.size])
-            block = blocks[index]
-            if chain not in self._kept and block not in self._chains:
+            return []
+        found = []
+        for block, start in zip(blocks, range(0, len(tokens), self.size), strict=False):
+            chain = salt, tuple(tokens[: start + self.size])
+            if chain not in self._kept:
                 self._kept[chain] = block
                 self._chains[block] = chain
+            found.append(self._kept[chain])
+        return found
 
-    def drop(self, blocks, *, forget=False):
-        """Give blocks back; with `forget` nothing of them is kept for reuse."""
+    def hold(self, blocks):
+        """Whoever drops them, they stay until dropped once more."""
+        for block in blocks:
+            self._holders[block] += 1
+
+    def drop(self, blocks):
+        """Give blocks back. What is not kept for reuse is the first to be taken again."""
         for block in blocks:
             self._holders[block] -= 1
             if self._holders[block]:
                 continue
-            if forget and block in self._chains:
-                self._kept.pop(self._chains.pop(block))
+            self._fresh.discard(block)
             if block not in self._chains:
-                self.poison([block])
                 self._free.append(block)
 
     def write(self, tokens, start, end, blocks):
