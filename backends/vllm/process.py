@@ -14,6 +14,8 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from backends.api import DecodeJob, Output, PrefillJob, Sampled, Sampling, Sequence
@@ -247,6 +249,17 @@ def _prompt_logprobs(output: Any, tokens: list[int], wanted: int | None) -> tupl
 
 
 def _make_engine(setup: Setup) -> Any:
+    """An engine that knows no end token by itself.
+
+    Those that a model's own generation config names it would not sample before `min_tokens`, even
+    where they are to be ignored.
+    """
+    with TemporaryDirectory(prefix="baton-vllm-") as folder:
+        (Path(folder) / "generation_config.json").write_text("{}")
+        return _make_engine_of(setup, folder)
+
+
+def _make_engine_of(setup: Setup, generation_config: str) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -256,6 +269,7 @@ def _make_engine(setup: Setup) -> Any:
     arguments = EngineArgs(
         model=options.model,
         skip_tokenizer_init=True,
+        generation_config=generation_config,
         dtype=options.dtype,
         max_model_len=options.context_tokens + 1,
         block_size=options.block_tokens,

@@ -108,7 +108,16 @@ class ScoresTheTokenBefore(RealEngine):
         super()._prefilled(work, output)
 
 
+class EndsAtWhatItIsToIgnore(RealEngine):
+    def _deliver(self, rows: list[tuple[Work, Row]], outputs: list[Output]) -> None:
+        super()._deliver(rows, outputs)
+        for work, _ in rows:
+            if work.decodes and work in self._active and work.tokens[-1] in self.info.end_tokens:
+                self._finish(work)
+
+
 CHOOSERS |= {
+    EndsAtWhatItIsToIgnore: "it_ends_only_where_it_may",
     FirstTokensAreGreedy: "temperature_is_honoured",
     TwiceTheTemperature: "temperature_is_honoured",
     ListsThemWorstFirst: "logprobs_are_honoured",

@@ -85,6 +85,20 @@ class StopsOneTokenShort(SmallEngine):
         return super()._work(job)
 
 
+class KeepsTheStopToken(SmallEngine):
+    """Ends at one, as it may, but does not tell it."""
+
+    def _deliver(self, rows: list[tuple[Work, Row]], outputs: list[Output]) -> None:
+        told = []
+        for (work, row), output in zip(rows, outputs, strict=True):
+            stops = work.sequences[0].sampling.stop_token_ids if work.sequences else ()
+            if work.decodes and any(it.token in stops for it in output.sampled):
+                self._finish(work)
+            else:
+                told.append(((work, row), output))
+        super()._deliver([it for it, _ in told], [output for _, output in told])
+
+
 class ImportsOnePositionAside(SmallEngine):
     def _import(self, work: Work, job: DecodeJob) -> None:
         size = self.info.layout.block_tokens
@@ -281,6 +295,7 @@ MUTANTS: dict[type[SmallEngine], str] = {
     WritesToTheNextBlock: "nothing_else_of_the_arena_is_touched",
     ExportsAfterItSaidPrefilled: "the_arena_is_left_alone_after_the_prefix",
     StopsOneTokenShort: "every_token_is_told",
+    KeepsTheStopToken: "it_ends_only_where_it_may",
     ImportsOnePositionAside: "decoding_after_a_handoff_equals_decoding_in_place",
     NeverSaysImported: "decoding_after_a_handoff_equals_decoding_in_place",
     ForgetsWhatWasGenerated: "a_continued_sequence_is_continued",

@@ -32,7 +32,7 @@ STRONGEST = 100.0
 LIFTED = 50.0
 """Where lifted tokens are, in nats; all others are below 0."""
 
-CONTEXTS = 16
+CONTEXTS = 8
 SLACK = 1e-3
 
 

@@ -43,6 +43,7 @@ from backends.testing.engine.stating import (
 from backends.testing.engine.telling import (
     a_seed_gives_its_text_again,
     every_token_is_told,
+    it_ends_only_where_it_may,
     jobs_do_not_change_each_other,
     more_than_fits_waits_or_is_refused,
     nothing_is_found_under_another_salt,
@@ -71,6 +72,7 @@ ENGINE: tuple[Promise[EngineBench], ...] = (
     nothing_else_of_the_arena_is_touched,
     the_arena_is_left_alone_after_the_prefix,
     every_token_is_told,
+    it_ends_only_where_it_may,
     decoding_after_a_handoff_equals_decoding_in_place,
     a_continued_sequence_is_continued,
     sequences_share_a_prefix,

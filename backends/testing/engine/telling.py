@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from backends.api import Sampled
+import msgspec
+
+from backends.api import Sampled, Sampling
 from backends.errors import PoolExhausted
 from backends.testing.bench import STEPS
+from backends.testing.choosing.asking import STRONGEST
 from backends.testing.engine.bench import EngineBench, require_same_texts
 from backends.testing.engine.desk import Asked, EngineDesk
 from backends.testing.form import Unproven, require
@@ -37,6 +40,29 @@ def every_token_is_told(bench: EngineBench) -> None:
     require_same_texts(
         [(first, whole[:1])], bench.bounds, "decode: another first token for a shorter text"
     )
+
+
+def it_ends_only_where_it_may(bench: EngineBench) -> None:
+    """A token at which it ends by itself is told; at what it is to ignore it goes on."""
+    desk = bench.needs("decode")
+    info, prompt = desk.info, bench.prompts(1)[0]
+    if "stop_token_ids" in info.sampling:
+        text = [it.token for it in desk.alone(prompt, STEPS, bench.judged)]
+        at = max(it for it in range(STEPS) if text[it] not in text[:it])
+        stops = msgspec.structs.replace(bench.judged, stop_token_ids=(text[at],))
+        desk.told(desk.decode(prompt, (), stops, tokens=STEPS), at + 1)
+    if info.emulated or not info.end_tokens or "logit_bias" not in info.sampling:
+        return
+    bias = {info.end_tokens[0]: STRONGEST}
+    for ignored in (False, True) if "ignore_eos" in info.sampling else (False,):
+        wanted = Sampling(temperature=0.0, logit_bias=bias, ignore_eos=ignored)
+        job = desk.decode(prompt, (), wanted, tokens=STEPS)
+        tokens = desk.told(job, STEPS if ignored else 1)
+        require(
+            tokens[-1].token == info.end_tokens[0],
+            f"decoded: ignore_eos {ignored}, and the likeliest token by far, which ends a "
+            "sequence, was not told",
+        )
 
 
 def jobs_do_not_change_each_other(bench: EngineBench) -> None:
