@@ -107,9 +107,9 @@ class EngineDesk:
         for it in pools_of(self.info, self.backend.pool):
             memoryview(it.memory).cast("B")[:] = bytes([CANARY]) * memoryview(it.memory).nbytes
 
-    def arena(self) -> list[Bytes]:
-        """A copy of it, as [block, layer, token, byte]."""
-        return [array for pool in self.pools for array in cells(pool)]
+    def arena(self, blocks: Items[int] | None = None) -> list[Bytes]:
+        """A copy of it, or of some blocks in that order, as [block, layer, token, byte]."""
+        return [array for pool in self.pools for array in cells(pool, blocks)]
 
     def take(self, tokens: int) -> tuple[int, ...]:
         """Free blocks for so many tokens."""
@@ -124,16 +124,17 @@ class EngineDesk:
         *,
         seeds: Items[int] = (0,),
         export: bool = True,
+        blocks: tuple[int, ...] = (),
         scores: int | None = None,
         salt: bytes = b"",
     ) -> Asked:
-        """Ask for a prefix."""
+        """Ask for a prefix, into these blocks or, to export it, any."""
         tokens = list(prompt)
         job = PrefillJob(
             name=self._name("prefill"),
             salt=salt,
             tokens=tokens,
-            blocks=self.take(len(tokens)) if export else (),
+            blocks=blocks or (self.take(len(tokens)) if export else ()),
             sequences=tuple(
                 Sequence(prompt=tokens, generated=[], sampling=sampling, seed=seed)
                 for seed in seeds

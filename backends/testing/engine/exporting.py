@@ -8,15 +8,14 @@ import numpy as np
 
 from backends.testing.desk import Bytes
 from backends.testing.engine.bench import EngineBench
-from backends.testing.engine.desk import CANARY, Asked, EngineDesk
+from backends.testing.engine.desk import CANARY, EngineDesk
 from backends.testing.form import require
 
 
-def places(desk: EngineDesk, asked: Asked, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Block and offset of these positions of a job."""
+def places(desk: EngineDesk, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Which of its blocks has these positions of a job, and at which offset."""
     for position in range(start, end):
-        place, offset = divmod(position, desk.layout.block_tokens)
-        yield asked.blocks[place], offset
+        yield divmod(position, desk.layout.block_tokens)
 
 
 def _untouched(desk: EngineDesk, arena: list[Bytes], block: int, offset: int) -> bool:
@@ -44,10 +43,10 @@ def a_prefix_is_exported_whole(bench: EngineBench) -> None:
             f"ready: a layer was told to position {min(reached)} of {len(prompt)} before "
             "prefilled; tell all, the last and partial block too",
         )
-        arena = desk.arena()
+        arena = desk.arena(asked.blocks)
         missing = [
             position
-            for position, place in enumerate(places(desk, asked, 0, len(prompt)))
+            for position, place in enumerate(places(desk, 0, len(prompt)))
             if _untouched(desk, arena, *place)
         ]
         require(
@@ -78,26 +77,26 @@ def what_is_ready_is_final(bench: EngineBench) -> None:
     for prompt in bench.prompts(3):
         desk.fill()
         seen: list[list[Bytes]] = []
-        desk.ear.watch = lambda event, _job, seen=seen: (
-            seen.append(desk.arena()) if event == "ready" else None
+        blocks = desk.take(len(prompt))
+        desk.ear.watch = lambda event, _job, seen=seen, blocks=blocks: (
+            seen.append(desk.arena(blocks)) if event == "ready" else None
         )
-        asked = desk.done(desk.prefill(prompt, bench.judged))
-        last = desk.arena()
+        asked = desk.done(desk.prefill(prompt, bench.judged, blocks=blocks))
+        last = desk.arena(blocks)
         for told, then in zip(asked.story.ready, seen, strict=True):
-            _require_equal(desk, asked, told, then, last)
+            _require_equal(desk, told, then, last)
         desk.clear()
 
 
 def _require_equal(
     desk: EngineDesk,
-    asked: Asked,
     told: tuple[int, int, int | None],
     then: list[Bytes],
     last: list[Bytes],
 ) -> None:
     start, end, layer = told
     layers = slice(None) if layer is None else slice(layer, layer + 1)
-    for block, offset in places(desk, asked, start, end):
+    for block, offset in places(desk, start, end):
         for before, after in zip(then, last, strict=True):
             require(
                 np.array_equal(before[block, layers, offset], after[block, layers, offset]),
@@ -134,8 +133,8 @@ def the_arena_is_left_alone_after_the_prefix(bench: EngineBench) -> None:
 
 def _require_canary(desk: EngineDesk, but: set[int], who: str) -> None:
     kept = [block for block in range(desk.info.pool_blocks) if block not in but]
-    for array in desk.arena():
-        touched = np.argwhere((array[kept] != CANARY).any(axis=(1, 2, 3)))
+    for array in desk.arena(kept):
+        touched = np.argwhere((array != CANARY).any(axis=(1, 2, 3)))
         require(
             not len(touched),
             f"arena: {len(touched)} blocks were written to by {who}; they hold the KV of others",

@@ -16,7 +16,7 @@ UNPROVEN = {
 
 def test_vllm_keeps_what_an_engine_promises(folder: Path) -> None:
     shared = {"model": str(folder), "dtype": "float32", "threads": 1}
-    options = {**shared, "context_tokens": 600, "cache_tokens": 4096, "pool_tokens": 4096}
+    options = {**shared, "context_tokens": 600, "cache_tokens": 4096, "pool_tokens": 2048}
     report = conformance("backends.vllm:VllmBackend", options, reference=("emulation", shared))
     assert report.ok, summary(report)
     assert report.contract == "engine"
