@@ -44,6 +44,9 @@ TURN = "turn"
 TURN_SECONDS = 0.02
 """How long the engine is left to make a turn by itself."""
 
+LOOK_SECONDS = 1.0
+"""How often it is looked whether a request without an answer was cancelled."""
+
 MOST_FREED = 4096
 """So many requests are remembered that a rank has released before the scheduler spoke of them."""
 
@@ -195,20 +198,40 @@ class Carrier:
             EngineDied: there is no engine.
         """
         it.results.append(result)
-        await self._over(result)
+        await self._over(it, result)
         it.check()
         [output] = result.outputs
         if output.finish_reason not in ("length", "stop") or not output.token_ids:
             raise StepFailed(f"the engine gave it up ({output.finish_reason})")
         return int(output.token_ids[0])
 
-    async def _over(self, result: Any) -> None:
+    async def _over(self, it: Carried, result: Any) -> None:
+        """Wait for the engine's answer.
+
+        Raises:
+            Aborted: there will be none, for the request was cancelled before it was begun.
+            StepFailed, EngineDied: as `_answer`.
+        """
+        while not await self._come(result, LOOK_SECONDS):
+            if (it.aborted or it.leaving) and self._library.can.cancels:
+                it.leaving = True  # another request may be taken for its, as long as it waits
+                await self._turns.one()  # whatever the engine still says of it, it has said by then
+                if not await self._come(result, TURN_SECONDS):
+                    it.results.remove(result)
+                    raise Aborted
+
+    async def _come(self, result: Any, seconds: float) -> bool:
+        """Whether the answer came within that time. Raises as `_over`."""
         try:
-            await result.aresult()
+            async with asyncio.timeout(seconds):
+                await result.aresult()
+        except TimeoutError:
+            return False
         except self._library.errors.RequestError as error:
             raise StepFailed(f"the engine failed the request: {error}") from error
         except RuntimeError as error:
             raise EngineDied(str(error)) from error
+        return True
 
     def _salt(self, it: Carried) -> str:
         """What keeps its KV apart from others': with no salt, from everybody's."""
@@ -230,10 +253,10 @@ class Carrier:
     async def _vacate(self, it: Carried) -> None:
         """Return when no rank writes to the arena for it, and its memory is free."""
         it.leaving = True  # what is taken for its request from now on is not exported
-        for result in it.results:
+        for result in [*it.results]:
             if not result.finished:
                 self._cancel(result)
-                await self._forget(result)
+                await self._forget(it, result)
         await self._close(it)
         requests = (it, *it.siblings)
         if any(one.finished is None for one in requests):
@@ -274,10 +297,10 @@ class Carrier:
         if self._library.can.cancels:
             result.abort()
 
-    async def _forget(self, result: Any) -> None:
+    async def _forget(self, it: Carried, result: Any) -> None:
         try:
-            await self._over(result)
-        except StepFailed as error:
+            await self._over(it, result)
+        except (Aborted, StepFailed) as error:
             log.debug("prefill.forgotten", cause=str(error))
 
     def _free(self, it: Carried) -> bool:
@@ -286,7 +309,7 @@ class Carrier:
     async def _turn(self) -> None:
         """Have the executor make a turn, by a request that nobody wants."""
         nudge = Carried(TURN, None)
-        await self._over(self._submit(nudge, TURN_TOKENS, None, TURN))
+        await self._over(nudge, self._submit(nudge, TURN_TOKENS, None, TURN))
         await nudge.until(lambda: nudge.finished is not None)
         if nudge.request is not None:
             del self._requests[nudge.request]

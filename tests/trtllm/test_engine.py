@@ -216,6 +216,25 @@ def test_an_abort_right_behind_a_job_is_not_lost(tmp_path: Path) -> None:
         it.free()
 
 
+def test_a_job_that_is_aborted_behind_a_full_batch_ends_though_the_engine_says_nothing(
+    tmp_path: Path,
+) -> None:
+    with desk(tmp_path, max_batch=1) as it:
+        it.gates.shut("after_chunk")
+        ahead = submitted(it, LONG)
+        until(lambda: it.gates.reached("after_chunk"))
+        job = submitted(it, LONG[5:])
+        [result] = it.engine._carrier._jobs[job.name].results
+        it.engine.abort(job.name)
+        until(result.aborted)
+        it.gates.open("after_chunk")
+        it.ended(ahead, job)
+        assert it.heard.kinds(ahead.name)[-2:] == ["prefilled", "ended"]
+        assert it.heard.kinds(job.name) == ["ended"]
+        it.done(LONG[5:])
+        it.free()
+
+
 def test_what_an_aborted_job_left_uncomputed_is_not_reused(tmp_path: Path) -> None:
     """The oldest release keeps all blocks of a cancelled prompt, which is then not cancelled."""
     for flavour in FLAVOURS:
@@ -323,18 +342,14 @@ def test_a_request_that_is_taken_for_a_cancelled_jobs_is_not_exported_to_its_blo
     tmp_path: Path,
 ) -> None:
     """The cancelled job waits for a turn, in which another one with its prompt is begun."""
-    with desk(tmp_path, lacks="disagg_request_id") as it:
+    with desk(tmp_path, lacks="disagg_request_id", max_batch=1) as it:
         carrier = it.engine._carrier
         it.engine.pool[:] = 0x5A
-        for gate in ("before_pass", "after_chunk"):
-            it.gates.shut(gate)
-        it.job(LONG[:20])
-        until(lambda: it.gates.reached("before_pass"))
+        it.gates.shut("after_chunk")
+        submitted(it, LONG[9:189])
+        until(lambda: it.gates.reached("after_chunk"))
         gone = submitted(it, LONG)
         it.engine.abort(gone.name)
-        submitted(it, LONG[9:89])
-        it.gates.open("before_pass")
-        until(lambda: it.gates.reached("after_chunk"))
         until(lambda: digest_of(TURN_TOKENS) in carrier._unmatched)
         other = submitted(it, LONG)
         it.gates.open("after_chunk")

@@ -57,8 +57,8 @@ class GenerationResult:
                 return
 
     def abort(self):
-        self._aborted = True
         self._abort(self.request_id)
+        self._aborted = True
 
     def aborted(self):
         return self._aborted

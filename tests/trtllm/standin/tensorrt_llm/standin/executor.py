@@ -168,10 +168,6 @@ class Executor:
         """New requests that have room get their blocks; then every active one has its turn."""
         while self._waiting and len(self._active) < self._args.max_batch_size:
             request = self._waiting[0]
-            if request.cancelled:
-                self._waiting.popleft()
-                self._respond(request, "cancelled")
-                continue
             wanted = -(-(request.prompt_len + request.max_new_tokens) // self.pool.size)
             if self.pool.free < wanted:
                 break
@@ -360,6 +356,11 @@ class Executor:
             request.blocks = kept
 
     def _handle_cancelled(self):
+        """One that waits behind a full batch is dropped without an answer, as in the library."""
+        for request in [it for it in self._waiting if it.cancelled]:
+            self._waiting.remove(request)
+            if len(self._active) < self._args.max_batch_size:
+                self._respond(request, "cancelled")
         for request in [it for it in self._active if it.cancelled]:
             self._active.remove(request)
             if self._knobs.cancel == "hook":
