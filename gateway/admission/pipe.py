@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import hiredis
@@ -24,7 +24,7 @@ from redis.exceptions import (
 )
 
 from gateway.admission.client import check_server
-from gateway.admission.scripts import SCRIPTS, ScriptName, script
+from gateway.admission.scripts import ScriptName, script
 from gateway.errors import QueueUnavailable
 
 log = structlog.get_logger()
@@ -38,19 +38,25 @@ async def _nothing() -> None:
 
 
 class Pipe:
-    """Runs while `run` does. `greet` is awaited on each new connection, before other calls."""
+    """Runs while `run` does.
+
+    Each new connection is told the `scripts` that will be asked for, and then `greet` is awaited,
+    before other calls.
+    """
 
     def __init__(
         self,
         redis: Redis,
         *,
         use: str,
+        scripts: Sequence[ScriptName],
         timeout_seconds: float,
         greet: Callable[[], Awaitable[None]] = _nothing,
         lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._redis = redis
         self._log = log.bind(use=use)
+        self._scripts = scripts
         self._timeout = timeout_seconds
         self._greet = greet
         self._lost = lost
@@ -125,7 +131,7 @@ class Pipe:
         try:
             return await self._send(command)
         except NoScriptError:
-            await self._load()
+            await self._load([name])
             return await self.ask(*command)
         except ResponseError as error:
             raise QueueUnavailable(f"Redis refused: {error}") from error
@@ -149,14 +155,14 @@ class Pipe:
         if self.server not in ("", server):
             self.former_server = self.server
         self.server = server
-        await self._load()
+        await self._load(self._scripts)
         await self._greet()
         self._ready.set()
         self._log.info("redis.connected")
 
-    async def _load(self) -> None:
-        """All scripts in one round trip."""
-        loads = [self._send(("SCRIPT", "LOAD", script(name).source)) for name in SCRIPTS]
+    async def _load(self, names: Sequence[ScriptName]) -> None:
+        """All of them in one round trip."""
+        loads = [self._send(("SCRIPT", "LOAD", script(name).source)) for name in names]
         try:
             await asyncio.gather(*loads)
         except ResponseError as error:

@@ -77,6 +77,7 @@ class Admission:
         self._pipe = Pipe(
             redis,
             use="queue",
+            scripts=("enqueue", "leave", "requeue", "renew"),
             timeout_seconds=limits.timeout_seconds,
             greet=self._claim,
             lost=self._on_lost,

@@ -62,7 +62,11 @@ class Registration:
         self._record = record
         self._lease_seconds = lease_seconds
         self._pipe = Pipe(
-            redis, use="registration", timeout_seconds=timeout_seconds, greet=self._publish
+            redis,
+            use="registration",
+            scripts=("publish", "withdraw"),
+            timeout_seconds=timeout_seconds,
+            greet=self._publish,
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -136,6 +140,7 @@ class Registry:
         self._pipe = Pipe(
             redis,
             use="registry",
+            scripts=("roster",),
             timeout_seconds=timeout_seconds,
             greet=self._on_connect,
             lost=self._on_lost,

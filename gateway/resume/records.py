@@ -107,7 +107,11 @@ class Records:
         self._keys = Keys(deployment)
         self._gateway = gateway_id
         self._pipe = Pipe(
-            redis, use="records", timeout_seconds=timeout_seconds, greet=self._tell_again
+            redis,
+            use="records",
+            scripts=("record",),
+            timeout_seconds=timeout_seconds,
+            greet=self._tell_again,
         )
         self._tasks = asyncio.TaskGroup()
         self._open: dict[Claim, _Errand] = {}

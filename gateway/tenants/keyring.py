@@ -82,7 +82,7 @@ class Keyring:
         Raises:
             RedisUnsuitable: inside a group, when the server can never be used.
         """
-        pipe = Pipe(redis, use="keys", timeout_seconds=timeout_seconds)
+        pipe = Pipe(redis, use="keys", scripts=("keys",), timeout_seconds=timeout_seconds)
         names = Keys(deployment).api_keys
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(pipe.run())

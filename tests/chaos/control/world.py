@@ -13,12 +13,46 @@ import itertools
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
 from typing import Any
 
 from tests.chaos.clock import Stuck
 
-Timer = tuple[float, int, asyncio.Handle]
 DRAIN_LIMIT = 20_000
+
+
+class Turn:
+    """A callback that waits for its turn: asyncio's handle, without its checks and messages."""
+
+    __slots__ = ("act", "arguments", "context", "loop")
+
+    def __init__(
+        self,
+        loop: ProcessLoop,
+        act: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        context: Context | None,
+    ) -> None:
+        self.loop = loop
+        self.act: Callable[..., Any] | None = act
+        self.arguments = arguments
+        self.context = context or copy_context()
+
+    def cancel(self) -> None:
+        """As asyncio's."""
+        self.act, self.arguments = None, ()
+
+    def take(self) -> None:
+        """Call it, unless it was cancelled. What it raises is a finding."""
+        if self.act is None:
+            return
+        try:
+            self.context.run(self.act, *self.arguments)
+        except (Exception, asyncio.CancelledError) as error:
+            self.loop.complain(f"exception in {self.act}: {error!r}")
+
+
+Timer = tuple[float, int, Turn]
 
 
 class World:
@@ -26,15 +60,14 @@ class World:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.ready: deque[asyncio.Handle] = deque()
+        self.ready: deque[Turn] = deque()
         self.timers: list[Timer] = []
         self.numbers = itertools.count()
         self.over = False
 
     def at(self, loop: ProcessLoop, when: float, act: Callable[..., Any], *arguments: Any) -> None:
         """Have `act` called in that process, at world time `when`."""
-        handle = asyncio.Handle(act, arguments, loop, loop.context)
-        heapq.heappush(self.timers, (when, next(self.numbers), handle))
+        heapq.heappush(self.timers, (when, next(self.numbers), Turn(loop, act, arguments, None)))
 
     def run(self) -> None:
         """Go on until `over` is set.
@@ -47,21 +80,19 @@ class World:
         try:
             while not self.over:
                 if ready:
-                    handle: Any = ready.popleft()
+                    turn = ready.popleft()
                 elif timers:
-                    self.now, _, handle = heapq.heappop(timers)
+                    self.now, _, turn = heapq.heappop(timers)
                 else:
                     raise Stuck("nothing more will happen")
-                if handle._cancelled:
-                    continue
-                loop: ProcessLoop = handle._loop
+                loop = turn.loop
                 if loop.queue is not ready:  # stopped or dead
-                    loop.queue.append(handle)
+                    loop.queue.append(turn)
                     continue
                 if loop is not current:
                     events._set_running_loop(loop)
                     current = loop
-                handle._run()
+                turn.take()
         finally:
             events._set_running_loop(None)
 
@@ -72,11 +103,10 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def __init__(self, world: World, name: str, *, begins: float = 0.0) -> None:
         self.world = world
         self.name = name
-        self.queue: deque[asyncio.Handle] = world.ready
+        self.queue: deque[Turn] = world.ready
         self.dead = False
         self.complain: Callable[[str], None] = lambda complaint: None
         self._tasks: list[asyncio.Task[Any]] = []
-        self.context: Any = None
         self.sockets: Any = None
         self.step_seconds: Callable[[], float] = lambda: 0.0
         self._shift = begins
@@ -113,7 +143,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
 
     def dispose(self) -> list[str]:
         """Cancel whatever is left and let it unwind, at no time. Returns who would not end."""
-        kept = deque(it for it in self.world.ready if it._loop is self)  # type: ignore[attr-defined]
+        kept = deque(it for it in self.world.ready if it.loop is self)
         if self.queue is not self.world.ready:
             kept.extend(self.queue)
         self.queue, self._timers = kept, []
@@ -123,14 +153,13 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         try:
             for _ in range(DRAIN_LIMIT):
                 if self.queue:
-                    handle: Any = self.queue.popleft()
+                    turn = self.queue.popleft()
                 elif self._timers and self.tasks:
-                    when, _, handle = heapq.heappop(self._timers)
+                    when, _, turn = heapq.heappop(self._timers)
                     self._shift += max(0.0, when - self.world.now - self._shift)
                 else:
                     break
-                if not handle._cancelled:
-                    handle._run()
+                turn.take()
         finally:
             events._set_running_loop(None)
         left = self.tasks
@@ -144,30 +173,23 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         """This process's monotonic clock."""
         return self.world.now + self._shift
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self.queue.append(handle)
-        return handle
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        turn = Turn(self, callback, args, context)
+        self.queue.append(turn)
+        return turn
 
     call_soon_threadsafe = call_soon
 
-    def call_later(
-        self, delay: float, callback: Any, *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(
-        self, when: float, callback: Any, *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+        turn = Turn(self, callback, args, context)
         due = max(self.world.now, when - self._shift)
         if self._timers is not self.world.timers:
             due = when  # being disposed of: its own clock is all there is
-        heapq.heappush(self._timers, (due, next(self.world.numbers), handle))
-        return handle
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass
+        heapq.heappush(self._timers, (due, next(self.world.numbers), turn))
+        return turn
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
