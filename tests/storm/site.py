@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,12 @@ GATEWAYS, PREFILLS, DECODES = ("g1", "g2"), ("p1", "p2"), ("d1", "d2")
 BATON = [sys.executable, "-m", "gateway.cli"]
 READY_SECONDS = 240.0  # the real model, four times on few cores
 STOP_SECONDS = 60.0
+STARTED: Mapping[Kind, bytes] = {
+    "prefill": b"worker.started",
+    "decode": b"worker.started",
+    "redis": b"eady to accept connections",
+}
+"""What stands in their logs once they serve; a gateway is asked."""
 
 
 class Part:
@@ -43,6 +49,7 @@ class Part:
         self.log = log
         self.starts = 0
         self._words = words
+        self._logged_before = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -60,6 +67,7 @@ class Part:
         """Start it; it is ready some time later."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("BATON__")}
         with self.log.open("ab") as log:
+            self._logged_before = log.tell()
             self._process = subprocess.Popen(
                 leashed(self._words), stdout=log, stderr=subprocess.STDOUT, env=environment
             )
@@ -71,9 +79,11 @@ class Part:
             self._process.send_signal(number)
 
     async def serves(self) -> bool:
-        """Whether a gateway can be connected to; of others this is not asked."""
+        """Whether it has come up since it was started: a gateway can be connected to."""
         if not self.url:
-            return True
+            with self.log.open("rb") as log:
+                log.seek(self._logged_before)
+                return STARTED[self.kind] in log.read()
         host, _, port = self.url.removeprefix("http://").partition(":")
         try:
             async with asyncio.timeout(1):
