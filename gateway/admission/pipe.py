@@ -198,9 +198,11 @@ class Pipe:
         """A server that is connected but mute is as good as gone."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self._timeout / 4)
-            if self._pending and self._pending[0][1] + self._timeout < loop.time():
+            asked_at = self._pending[0][1] if self._pending else loop.time()
+            left = asked_at + self._timeout - loop.time()
+            if left <= 0:
                 raise RedisConnectionError(f"no answer within {self._timeout} s")
+            await asyncio.sleep(left)
 
     def _close(self) -> None:
         self._open = False

@@ -6,8 +6,10 @@ import gc
 import multiprocessing
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import msgspec
@@ -19,6 +21,9 @@ from tests.chaos.schedule import Dice, Fault, Schedule, draw, shrink
 
 SHARE = 50
 """How many schedules a process plays at a time."""
+
+Look = tuple[int | None, Counter[Cell]]
+"""Which schedule of a share fails, if one does, and what struck."""
 
 
 class Violation(AssertionError):
@@ -120,7 +125,8 @@ def explore(
 ) -> Failure | None:
     """Play the schedules of `seeds` until one fails, and shrink that one.
 
-    They are shared by `jobs` processes; whatever their number, the same failure is found.
+    They are shared by `jobs` processes; whatever their number, the same failure is found. Those
+    play each share in a copy of themselves, which takes its garbage with it unsorted.
     """
     shares = [seeds[at : at + SHARE] for at in range(0, len(seeds), SHARE)]
     look = partial(_look, scenario)
@@ -128,7 +134,9 @@ def explore(
         played = map(look, shares)
         if jobs > 1:
             spawn = multiprocessing.get_context("spawn")
-            played = stack.enter_context(spawn.Pool(jobs, spare_us)).imap(look, shares)
+            pool = ProcessPoolExecutor(jobs, spawn, _warm_up, (scenario,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            played = pool.map(partial(_apart, look), shares)
         for found, counts in played:
             if coverage is not None:
                 coverage.counts += counts
@@ -145,7 +153,37 @@ def spare_us() -> None:
     gc.set_threshold(100_000, 10, 10)
 
 
-def _look(scenario: Scenario, seeds: Sequence[int]) -> tuple[int | None, Counter[Cell]]:
+def _warm_up(scenario: Scenario) -> None:
+    """Play once, so that what is made when it is first needed is there in every copy."""
+    spare_us()
+    broken(scenario, scenario.schedule(0))
+    gc.collect()
+    gc.freeze()
+
+
+def _apart(look: Callable[[Sequence[int]], Look], seeds: Sequence[int]) -> Look:
+    """What `look` finds in a copy of this process.
+
+    Raises:
+        EOFError: the copy died; it has said why.
+    """
+    fork = multiprocessing.get_context("fork")
+    heard, tell = fork.Pipe(duplex=False)
+    with heard:
+        with tell:
+            copy = fork.Process(target=_tell, args=(tell, look, seeds))
+            copy.start()
+        found: Look = heard.recv()
+    copy.join()
+    return found
+
+
+def _tell(tell: Connection, look: Callable[[Sequence[int]], Look], seeds: Sequence[int]) -> None:
+    gc.disable()
+    tell.send(look(seeds))
+
+
+def _look(scenario: Scenario, seeds: Sequence[int]) -> Look:
     """Play the schedules of `seeds`. Returns which of them fails, if one does, and what struck."""
     coverage = scenario.coverage()
     for seed in seeds:

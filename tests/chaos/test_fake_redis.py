@@ -26,7 +26,6 @@ from gateway.admission.wishes import (
     TicketWords,
     Withdraw,
 )
-from tests.chaos.control.redis_scripts import Scripts
 from tests.chaos.control.redis_store import Store, Wrong
 from tests.control.conftest import LiveServer, programs
 
@@ -85,7 +84,6 @@ class Fake:
         self.store = Store()
         self.store.now_us = 10**15
         self.store.published = self._publish
-        self._scripts = Scripts()
         self._told: list[tuple[bytes, bytes]] = []
 
     def _publish(self, channel: bytes, message: bytes) -> int:
@@ -98,19 +96,19 @@ class Fake:
             answer = self.store.call(name.encode(), *encoded)
         except Wrong as error:
             return f"error {str(error)[:9]}"
-        return plain(b"OK" if answer == "OK" else answer)
+        return plain(answer)
 
     def script(self, source: str, keys: list[str], argv: list[Any]) -> Any:
         names = [it.encode() for it in keys]
         words = [it if isinstance(it, bytes) else str(it).encode() for it in argv]
-        return plain(self._scripts.run(self.store, source.encode(), names, words))
+        return plain(self.store.run(source.encode(), names, words))
 
     def heard(self) -> list[tuple[bytes, bytes]]:
         told, self._told = self._told, []
         return sorted(told)
 
     def keys(self) -> dict[bytes, Any]:
-        return self.store.values
+        return {key: self.store.read(key) for key in self.store.keys}
 
     def lives(self, key: bytes) -> int:
         return self.store.call(b"PTTL", key)
@@ -147,46 +145,30 @@ def command(dice: random.Random) -> tuple[Any, ...]:
     some = dice.sample("xyz", 2)
     return dice.choice(
         [
-            ("SET", key, number, *dice.choice([(), ("PX", 10**6), ("NX",), ("XX",)])),
+            ("SET", key, number, *dice.choice([(), ("PX", 10**6)])),
             ("GET", key),
             ("DEL", key),
             ("EXISTS", key, dice.choice("abc")),
             ("PEXPIRE", key, 10**6),
             ("PEXPIRE", key, 0),
-            ("PERSIST", key),
-            ("INCRBY", key, number),
             ("HSET", key, field, other, dice.choice("xyz"), number),
-            ("HSETNX", key, field, number),
             ("HGET", key, field),
             ("HMGET", key, *some),
             ("HDEL", key, *some),
-            ("HLEN", key),
-            ("HEXISTS", key, field),
-            ("HINCRBY", key, "n", number),
-            (
-                "ZADD",
-                key,
-                *dice.choice([(), ("NX",), ("XX",), ("GT",), ("LT", "CH")]),
-                other,
-                field,
-            ),
+            ("HGETALL", key),
+            ("ZADD", key, other, field),
             ("ZADD", key, number, field, number + 1, "w"),
             ("ZREM", key, *some),
             ("ZSCORE", key, field),
-            ("ZINCRBY", key, number, field),
             ("ZCARD", key),
             ("ZCOUNT", key, f"({number}", other),
-            ("ZRANK", key, field),
             ("ZRANGE", key, number, dice.randint(-3, 3), *dice.choice([(), ("WITHSCORES",)])),
-            ("ZRANGE", key, 0, -1, "REV"),
             ("ZRANGEBYSCORE", key, "-inf", f"({other}", "LIMIT", 0, 2),
             ("ZRANGEBYSCORE", key, number, "+inf", "WITHSCORES"),
             ("ZREMRANGEBYSCORE", key, "-inf", number),
-            ("ZPOPMIN", key),
             ("SADD", key, *some),
             ("SREM", key, *some),
             ("SCARD", key),
-            ("SISMEMBER", key, field),
         ]
     )
 
@@ -196,10 +178,6 @@ def test_commands_do_what_they_do_on_a_real_server(url: str, seed: int) -> None:
     dice, real, fake = random.Random(seed), Real(url), Fake()
     for number in range(2000):
         words = command(dice)
-        if words[0] in ("HINCRBY", "INCRBY") and b"." in (
-            fake.store.values.get(words[1].encode()) or b""
-        ):
-            continue
         assert fake.call(*words) == real.call(*words), (number, words)
         if not number % 50:
             same_keys(fake, real)
@@ -304,7 +282,7 @@ class Caller:
 
     def learn(self, fake: Fake) -> None:
         """Which epochs are the latest."""
-        tickets = fake.store.values.get(f"{KEYS.prefix}tickets:m".encode(), {})
+        tickets = fake.store.read(f"{KEYS.prefix}tickets:m".encode()) or {}
         for name, packed in tickets.items():
             self.epochs[name.decode()] = msgspec.msgpack.decode(packed)["epoch"]
 
@@ -333,7 +311,7 @@ def test_our_scripts_do_what_they_do_on_a_real_server(url: str, seed: int) -> No
         if not number % 20:
             same_keys(fake, real)
     same_keys(fake, real)
-    lives = {key: (fake.lives(key), real.lives(key)) for key in fake.store.values}
+    lives = {key: (fake.lives(key), real.lives(key)) for key in fake.store.keys}
     assert all(abs(ours - theirs) < PTTL_SLACK_MS for ours, theirs in lives.values()), lives
 
 

@@ -19,6 +19,7 @@ from transfer.layout import Epoch
 if TYPE_CHECKING:
     from tests.chaos.control.game import Game
 
+KINDS = ("prefill", "decode")
 WISH = 7  # where in the arguments of those it is
 QUEUE = frozenset({"enqueue", "leave", "requeue", "renew"})
 NAMES = {script(name).digest.encode(): name for name in SCRIPTS}
@@ -40,6 +41,8 @@ class Checks:
         self._game = game
         self._turns: dict[str, int] = {}
         self._claimed: set[str] = set()
+        self._packed: dict[bytes, bytes] = {}
+        self._unpacked: dict[bytes, dict[str, Any]] = {}
         self._leases: dict[bytes, float] = {}
         self._epochs: dict[bytes, tuple[int, str]] = {}
         self._owners: dict[bytes, tuple[float, int]] = {}
@@ -80,17 +83,14 @@ class Checks:
 
     def _book(self, server: Server) -> None:
         """Nobody both waits and runs, and what is held is what leases say."""
-        values = server.store.values
-        leases = values.get(LEASES, {})
-        both = leases.keys() & values.get(WAITING, {}).keys()
+        leases, tickets = server.store.read(LEASES) or {}, self._tickets(server)
+        both = leases.keys() & (server.store.read(WAITING) or {}).keys()
         if both:
             self._game.blame(f"{both} wait and hold a lease")
-        room = values.get(ROOM, {})
-        tickets = {it: msgspec.msgpack.decode(at) for it, at in values.get(TICKETS, {}).items()}
         self._owned(tickets)
         held = {it: tickets[it] for it in leases if it in tickets}
-        for kind, field in (("prefill", "claim"), ("decode", "decode")):
-            noted = float(room.get(f"held_{kind}".encode(), b"0"))
+        held_now = self._room(server, b"held_prefill", b"held_decode")
+        for noted, kind, field in zip(held_now, KINDS, ("claim", "decode"), strict=True):
             counted = sum(ticket[field] for ticket in held.values())
             if noted != counted:
                 self._game.blame(f"{noted:.0f} {kind} tokens are held, and leases say {counted}")
@@ -101,6 +101,16 @@ class Checks:
             if right < before or (right[0] == before[0] and right != before):
                 self._game.blame(f"the right to {turn.decode()} went from {before} to {right}")
             self._epochs[turn] = right
+
+    def _tickets(self, server: Server) -> dict[bytes, dict[str, Any]]:
+        packed = server.store.read(TICKETS) or {}
+        if packed is not self._packed:
+            self._packed = packed
+            self._unpacked = {it: msgspec.msgpack.decode(at) for it, at in packed.items()}
+        return self._unpacked
+
+    def _room(self, server: Server, *fields: bytes) -> list[float]:
+        return [float(it or b"0") for it in server.store.call(b"HMGET", ROOM, *fields)]
 
     def _owned(self, tickets: dict[bytes, dict[str, Any]]) -> None:
         """A ticket at its place goes from an owner to a later one, and never back."""
@@ -113,41 +123,38 @@ class Checks:
 
     def queue(self, server: Server) -> list[str]:
         """What the queue still holds."""
-        server.store.sweep()
-        values = server.store.values
+        store = server.store
         return [
-            f"{key.decode()} holds {list(value)}"
-            for key, value in values.items()
-            if key.startswith(TRANSIENT) and value
+            f"{key.decode()} holds {list(store.read(key))}"
+            for key in store.keys
+            if key.startswith(TRANSIENT)
         ]
 
     def _rights(self, server: Server, name: str, wish: dict[str, Any]) -> None:
         """A lease ends when it lapses or is given back; a new one has room, or is the only one."""
-        values = server.store.values
         before, now = self._leases, server.store.now_us / 1000
-        leases = self._leases = dict(values.get(LEASES, {}))
+        leases = self._leases = server.store.read(LEASES) or {}
         over = {wish.get("id"), *(turn for turn, *_ in wish.get("over", ()))}
         for turn in before.keys() - leases.keys():
             if before[turn] > now and turn.decode() not in over:
                 self._game.blame(f"the lease of {turn.decode()} was taken away too early")
         if name == "renew" or leases.keys() <= before.keys() or len(leases) == 1:
             return
-        room = values[ROOM]
-        for kind in ("prefill", "decode"):
-            held, offered = (float(room[f"{it}_{kind}".encode()]) for it in ("held", "offered"))
+        for kind in KINDS:
+            fields = f"held_{kind}", f"offered_{kind}"
+            held, offered = self._room(server, *(it.encode() for it in fields))
             if held > offered:
                 self._game.blame(f"{held} {kind} tokens are held, {offered} were offered")
 
     def redis_began(self, server: Server) -> None:
         """It knows of the leases and epochs that it had written down."""
-        self._leases = dict(server.store.values.get(LEASES, {}))
+        self._leases = server.store.read(LEASES) or {}
         self._epochs, self._owners = {}, {}
 
     def lifetimes(self, server: Server) -> None:
         """No key may stay for ever."""
-        server.store.sweep()
-        for key in server.store.values:
-            if key not in server.store.expires:
+        for key in server.store.keys:
+            if not server.store.lasts(key):
                 self._game.blame(f"{key.decode()} has no lifetime")
 
     # ---- gateways

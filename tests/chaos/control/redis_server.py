@@ -15,18 +15,13 @@ import hiredis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 
-from tests.chaos.control.redis_scripts import Scripts
-from tests.chaos.control.redis_store import Store, Wrong
+from tests.chaos.control.redis_store import Snapshot, Store, Wrong, digest
 from tests.chaos.control.world import ProcessLoop
 
 HOST, PORT = "redis", 1
 FSYNC_SECONDS = 1.0
 EPOCH_SECONDS = 1_700_000_000
 INFO = "# Server\r\nredis_version:6.2.14\r\nredis_mode:standalone\r\nrun_id:{}\r\n"
-
-SCRIPTS = Scripts()
-
-Saved = tuple[dict[bytes, Any], dict[bytes, int]]
 
 
 class Server:
@@ -36,7 +31,7 @@ class Server:
     """
 
     def __init__(
-        self, loop: ProcessLoop, kept: Saved | None, mutation: tuple[str, str] | None
+        self, loop: ProcessLoop, kept: Snapshot | None, mutation: tuple[str, str] | None
     ) -> None:
         self.loop = loop
         self._mutation = mutation
@@ -57,7 +52,7 @@ class Server:
         """A new connection."""
         return Session(self)
 
-    def kept(self, loses: str) -> Saved | None:
+    def kept(self, loses: str) -> Snapshot | None:
         """What is on disk when it crashes: `nothing` is lost, the `last second`, or `all`."""
         if loses == "nothing":
             return self.store.copy()
@@ -71,12 +66,12 @@ class Server:
         try:
             answer = self._special(session, name, words)
             if answer is NotImplemented:
-                answer = self.store.call(name, *words[1:])
+                answer = self.store.call(*words)
                 self.after(words, answer)
         except Wrong as error:
             return ResponseError(str(error))
         self._tell_subscribers()
-        return b"OK" if answer == "OK" else answer
+        return answer
 
     def _special(self, session: Session, name: bytes, words: list[bytes]) -> Any:
         if name == b"EVALSHA":
@@ -84,15 +79,15 @@ class Server:
             if source is None:
                 return NoScriptError("No matching script. Please use EVAL.")
             count = int(words[2])
-            answer = SCRIPTS.run(self.store, source, words[3 : 3 + count], words[3 + count :])
+            answer = self.store.run(source, words[3 : 3 + count], words[3 + count :])
             self.after(words, answer)
             return answer
         if name == b"SCRIPT":
-            digest = SCRIPTS.digest(words[2])
+            name = digest(words[2])
             old, new = self._mutation or ("", "")
             source = words[2].replace(old.encode(), new.encode()) if old else words[2]
-            self.scripts[digest] = source
-            return digest
+            self.scripts[name] = source
+            return name
         if name == b"INFO":
             return INFO.format(self.run_id).encode()
         if name == b"PING":
