@@ -68,7 +68,7 @@ class Admission:
         self._lifetimes = (lifetime_ms(limits.lease_seconds), int(limits.lease_seconds * 1000))
         self._turns: dict[str, Turn] = {}
         self._taken = 0
-        self._staffed: dict[str, bool] = {}
+        self._unstaffed: dict[str, float] = {}  # since when, by the loop's clock
         self._depth: dict[str, int] = {}
         self._leaving: asyncio.Queue[Left] = asyncio.Queue()
         self._renew_now = asyncio.Event()
@@ -219,25 +219,30 @@ class Admission:
     async def _until_granted(self, turn: Turn) -> None:
         """Return once it is granted; raise what keeps it from being."""
         loop = asyncio.get_running_loop()
-        ticket = turn.ticket
-        hope = loop.time() + self._limits.worker_wait_seconds
+        model, began = turn.ticket.model, loop.time()
         while not turn.granted.done():
+            hope = self._hope(model, began)
             until = min(turn.latest, hope)
             await asyncio.wait([turn.granted], timeout=max(0.0, until - loop.time()))
             if turn.granted.done():
                 break
-            staffed = self._staffed.get(ticket.model, False)
-            if loop.time() >= turn.latest:
-                if staffed:
-                    raise DeadlineExceeded("queued")
-                raise NoWorkers(f"no workers serve {ticket.model}")
-            if loop.time() >= hope:
-                if not staffed and self._pipe.ready:
-                    raise NoWorkers(f"no workers serve {ticket.model}")
-                hope = loop.time() + max(1.0, self._limits.worker_wait_seconds)
+            if loop.time() >= turn.latest and model not in self._unstaffed:
+                raise DeadlineExceeded("queued")
+            if loop.time() >= min(turn.latest, self._hope(model, began)):
+                raise NoWorkers(f"no workers serve {model}")
         failure = turn.granted.result()
         if failure is not None:
             raise failure
+
+    def _hope(self, model: str, began: float) -> float:
+        """Until when whoever waits since `began` hopes for workers.
+
+        Where there are some, or nobody can tell, it is when to look again.
+        """
+        patience, since = self._limits.worker_wait_seconds, self._unstaffed.get(model)
+        if since is None:
+            return asyncio.get_running_loop().time() + max(1.0, patience)
+        return max(began, since) + patience
 
     async def _again(self, turn: Turn, worker: str, kind: str) -> None:
         """See `Grant.again`. While Redis is away, a right that was granted is kept.
@@ -265,7 +270,10 @@ class Admission:
 
     def _take_home(self, model: str, answer: list[Any]) -> None:
         report = Report(*answer)
-        self._staffed[model] = bool(report.staffed)
+        if report.staffed:
+            self._unstaffed.pop(model, None)
+        else:
+            self._unstaffed.setdefault(model, asyncio.get_running_loop().time())
         self._depth[model] = report.depth
         self._grant(report.grants())
         if report.look_ms and model not in self._looks:
@@ -387,6 +395,7 @@ class Admission:
             turn.fail(TakenOver(turn.ticket.id))
 
     def _on_lost(self) -> None:
+        self._unstaffed.clear()
         if self._giving_up is not None:
             self._giving_up.cancel()
         loop = asyncio.get_running_loop()

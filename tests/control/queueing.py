@@ -11,6 +11,9 @@ from gateway.admission import Admission, Limits, Registration, Ticket, WorkerRec
 from gateway.errors import GatewayError
 
 MODEL = "tiny"
+PATIENCE_SECONDS = 30.0
+"""How long a test waits for what should come at once, on however busy a machine."""
+
 LIMITS = Limits(max_waiting=100, lease_seconds=1.5, worker_wait_seconds=5.0, outage_seconds=3.0)
 
 
@@ -36,7 +39,7 @@ def ticket(
     )
 
 
-async def until(fact: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(fact: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not fact():
             await asyncio.sleep(0.005)
@@ -49,9 +52,9 @@ async def gateway(
     admission = Admission(redis, "test", name, limits)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(admission.run())
-        await asyncio.wait_for(admission.until_available(), 5)
+        await asyncio.wait_for(admission.until_available(), PATIENCE_SECONDS)
         yield admission
-        await admission.flush()
+        await admission.flush(PATIENCE_SECONDS)
         running.cancel()
 
 
@@ -80,7 +83,7 @@ async def workers(
 
 
 async def published(redis: Redis, count: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await redis.zcard("baton:{test}:workers") != count:
             await asyncio.sleep(0.01)
 

@@ -197,6 +197,24 @@ async def test_without_workers_a_request_waits_and_then_says_so(redis: Redis) ->
                 pass
 
 
+async def test_workers_that_went_just_now_are_waited_for_as_long_as_others(redis: Redis) -> None:
+    """However long somebody has stood in line by then."""
+    limits = Limits(lease_seconds=1.5, worker_wait_seconds=2.0)
+    loop = asyncio.get_running_loop()
+    async with gateway(redis, limits=limits) as admission, asyncio.TaskGroup() as tasks:
+        async with workers(redis, decode=10):
+            first = Turn(tasks, admission, ticket("first", seconds=60))
+            await first.inside.wait()
+            second = Turn(tasks, admission, ticket("second", seconds=60))
+            await until(lambda: admission.waiting == 1)
+            await asyncio.sleep(1)
+            left = loop.time()
+        await asyncio.wait([second.task])
+        assert isinstance(second.error, NoWorkers)
+        assert loop.time() - left >= limits.worker_wait_seconds
+        first.leave.set()
+
+
 async def test_a_worker_that_comes_lets_the_waiting_in(redis: Redis) -> None:
     async with gateway(redis) as admission, asyncio.TaskGroup() as tasks:
         turn = Turn(tasks, admission, ticket())

@@ -17,8 +17,20 @@ from gateway.leash import leashed
 from gateway.redis_server import command
 
 from .conftest import LiveServer, programs
-from .queueing import Turn, book, gateway, published, ticket, until, waiting, workers
+from .queueing import (
+    MODEL,
+    PATIENCE_SECONDS,
+    Turn,
+    book,
+    gateway,
+    published,
+    ticket,
+    until,
+    waiting,
+    workers,
+)
 
+ROOM = f"baton:{{test}}:room:{MODEL}"
 LIMITS = Limits(lease_seconds=2.0, outage_seconds=20.0, max_waiting=1000)
 
 
@@ -75,7 +87,7 @@ async def two_gateways(
 
 async def two_wait(redis: Redis) -> None:
     """Return once two tickets stand in line."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await waiting(redis) != 2:
             await asyncio.sleep(0.01)
 
@@ -97,7 +109,7 @@ async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> No
         for turn in first:
             turn.leave.set()
         for turn in second:
-            await asyncio.wait_for(turn.inside.wait(), 5)
+            await asyncio.wait_for(turn.inside.wait(), PATIENCE_SECONDS)
         late = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
         await two_wait(redis)
         assert amnesia.forget() > 0
@@ -106,21 +118,22 @@ async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> No
         await published(redis, 2)
         await until(lambda: one.held + two.held == 2)
         await two_wait(redis)
-        # The two that ended in the forgotten second are held by nobody, and lapse by themselves.
-        assert (await book(redis))["held_decode"] == 40
+        # The two that ended in the forgotten second are held by nobody, and lapse by themselves,
+        # if they have not yet.
+        assert (await book(redis))["held_decode"] in (20, 40)
         assert not any(turn.inside.is_set() for turn in late)
-        async with asyncio.timeout(3 * LIMITS.lease_seconds):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while (await book(redis))["held_decode"] > 20:
                 await asyncio.sleep(0.05)
         assert not any(turn.inside.is_set() for turn in late)
         for turn in second:
             turn.leave.set()
         for turn in late:
-            await asyncio.wait_for(turn.inside.wait(), 5)
+            await asyncio.wait_for(turn.inside.wait(), PATIENCE_SECONDS)
             turn.leave.set()
         await until(lambda: one.held + two.held == 0)
-        await one.flush()
-        await two.flush()
+        await one.flush(PATIENCE_SECONDS)
+        await two.flush(PATIENCE_SECONDS)
         assert (await book(redis))["held_decode"] == 0
 
 
@@ -135,7 +148,7 @@ async def test_whatever_is_forgotten_nobody_runs_twice_and_no_room_is_given_twic
 
     async def take(admission: Admission, name: str) -> None:
         nonlocal running, most
-        wish = ticket(name, seconds=60, terms=Terms(concurrent=1000))
+        wish = ticket(name, seconds=600, terms=Terms(concurrent=1000))
         async with admission.turn(wish, generated=lambda: 3) as grant:
             running += 10
             most = max(most, running)
@@ -145,9 +158,17 @@ async def test_whatever_is_forgotten_nobody_runs_twice_and_no_room_is_given_twic
             running -= 10
             served[name] += 1
 
-    async with two_gateways(server, decode=room) as gates, asyncio.TaskGroup() as tasks:
+    async with (
+        two_gateways(server, decode=room) as gates,
+        open_redis(RedisSection(url=server.url)) as redis,
+        asyncio.TaskGroup() as tasks,
+    ):
         for number in range(300):
             tasks.create_task(take(gates[number % 2], str(number)))
+        # Whoever has not been let into the line when Redis goes is told so, and asks again.
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while await redis.hget(ROOM, "arrivals") != b"300":
+                await asyncio.sleep(0.01)
         for _ in range(3):
             amnesia = Amnesia(server)
             await asyncio.sleep(0.1 + chance.random() * 0.2)
@@ -183,14 +204,14 @@ async def test_lifetimes_that_pass_while_redis_is_down_cost_nobody_anything(
         await server.start()
         await until(lambda: one.available and two.available)
         await published(redis, 2)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await waiting(redis) != 2 or (await book(redis)).get("held_decode") != 20:
                 await asyncio.sleep(0.01)
         assert not any(turn.inside.is_set() for turn in lined_up)
         for turn in running:
             turn.leave.set()
         for turn in lined_up:
-            await asyncio.wait_for(turn.inside.wait(), 5)
+            await asyncio.wait_for(turn.inside.wait(), PATIENCE_SECONDS)
             turn.leave.set()
 
 
@@ -207,7 +228,7 @@ async def test_after_a_restart_nothing_is_granted_before_all_have_said_what_they
     ):
         slow = Admission(redis, "test", "slow", limits)
         running = asyncio.ensure_future(slow.run())
-        await asyncio.wait_for(slow.until_available(), 5)
+        await asyncio.wait_for(slow.until_available(), PATIENCE_SECONDS)
         await slow._renew_model("tiny")
         amnesia = Amnesia(server)
         amnesia.remember()
@@ -217,9 +238,9 @@ async def test_after_a_restart_nothing_is_granted_before_all_have_said_what_they
         await asyncio.wait([running])
         await server.start()
         await until(lambda: one.available)
-        began = asyncio.get_running_loop().time()
-        async with asyncio.timeout(10), one.turn(ticket(seconds=60)):
-            assert asyncio.get_running_loop().time() - began > limits.lease_seconds / 2 - 0.5
+        async with asyncio.timeout(PATIENCE_SECONDS), one.turn(ticket(seconds=60)):
+            restarted, granted = await redis.hmget(ROOM, "restarted_at", "granted_at")
+            assert int(granted) - int(restarted) >= 1000 * limits.lease_seconds / 2
 
 
 async def test_epochs_grow_when_redis_has_forgotten_them(server: LiveServer) -> None:
@@ -239,7 +260,7 @@ async def test_epochs_grow_when_redis_has_forgotten_them(server: LiveServer) -> 
         await server.start()
         await until(lambda: one.available)
         turn = Turn(tasks, one, ticket(seconds=60))
-        await asyncio.wait_for(turn.inside.wait(), 5)
+        await asyncio.wait_for(turn.inside.wait(), PATIENCE_SECONDS)
         (after,) = (held.epoch for held in one._turns.values())
         assert after > before
         turn.leave.set()

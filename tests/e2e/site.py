@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -116,10 +117,10 @@ class Site:
     def ready(self) -> bool:
         try:
             return self.request("/health/ready", seconds=2)[0] == 200
-        except OSError:
+        except (OSError, HTTPException):
             return False
 
-    def until(self, fact: Callable[[], object], seconds: float = 30) -> None:
+    def until(self, fact: Callable[[], object], seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not fact():
             assert time.monotonic() < end, f"not within {seconds} s; logs:\n{self.logs()}"

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -36,12 +37,12 @@ class Stream:
     def run(self) -> "Stream":
         request = self.site.post("/v1/completions", self.body)
         try:
-            with urlopen(request, timeout=90) as answer:
+            with urlopen(request, timeout=240) as answer:
                 for line in answer:
                     self._line(line.decode().rstrip("\n"))
         except HTTPError as error:
             self.error = json.loads(error.read())["error"]
-        except OSError as error:  # the gateway itself is gone
+        except (OSError, HTTPException) as error:  # the gateway itself is gone
             self.error = {"code": "connection", "message": str(error)}
         self.started.set()
         return self
@@ -71,12 +72,13 @@ class Stream:
         return self.error is not None and bool(self.error["code"]) and bool(self.error["message"])
 
 
-def run_all(streams: list[Stream], meanwhile: Any = None) -> None:
-    """Run all at once, and something else as soon as the first one has a token."""
+def run_all(streams: list[Stream], meanwhile: Any = None, *, under_way: int = 1) -> None:
+    """Run all at once, and something else as soon as the first `under_way` have a token."""
     with ThreadPoolExecutor(len(streams)) as pool:
         running = [pool.submit(stream.run) for stream in streams]
         if meanwhile is not None:
-            assert streams[0].started.wait(120)
+            for stream in streams[:under_way]:
+                assert stream.started.wait(120)
             meanwhile()
         for one in running:
             one.result(300)
