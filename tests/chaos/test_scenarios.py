@@ -26,6 +26,9 @@ PLAYED = {
     "handoffs": Played(Handoffs, HANDOFF_MUTANTS, 0.0),
     "control": Played(Control, CONTROL_MUTANTS, 0.01),
 }
+SHOWN_BY = {"reuses what it has not looked at": "rot"}
+"""What must strike for a mutant to be seen, where that is rare: no other schedules are played."""
+
 MUTANTS = [(name, mutant) for name, one in PLAYED.items() for mutant in one.mutants]
 
 every_scenario = pytest.mark.parametrize("name", PLAYED)
@@ -64,7 +67,10 @@ def test_the_checks_catch_code_that(name: str, mutant: str, record_property) -> 
     broken_code = PLAYED[name].mutants[mutant]
     with broken_code.played() as scenario:
         for seed in range(SCHEDULES):
-            cause = broken(scenario, scenario.schedule(seed))
+            schedule = scenario.schedule(seed)
+            if mutant in SHOWN_BY and SHOWN_BY[mutant] not in {it.kind for it in schedule.faults}:
+                continue
+            cause = broken(scenario, schedule)
             if cause:
                 assert "AttributeError" not in cause, f"the mutant is out of date: {cause}"
                 assert broken_code.cause in cause
