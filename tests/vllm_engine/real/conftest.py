@@ -1,4 +1,7 @@
-"""vLLM in processes that outlive the workers which host them: loading takes half a minute."""
+"""vLLM in processes that outlive the workers which host them: loading takes half a minute.
+
+They end with their module all the same, as each takes up to two GB.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Engines:
             each.end()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm(folder: Path) -> Iterator[Engines]:
     made = Engines(folder)
     yield made
@@ -105,7 +108,7 @@ class Partners:
             backend.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def partners() -> Iterator[Partners]:
     made = Partners()
     yield made

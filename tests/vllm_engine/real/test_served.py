@@ -20,16 +20,22 @@ from tests.support.prompts import prompts
 from tests.vllm_engine import servers
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
-SOME = 8
-LONG = {"max_tokens": 200, "sampling": GREEDY, "seconds": 600.0}
+SILENCE_SECONDS = 300.0
+"""The first log probabilities that a server is asked for have it compile something."""
+
+LONG = {"max_tokens": 200, "sampling": GREEDY, "seconds": 900.0}
 
 
 @pytest.fixture(scope="module")
 def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Addresses of a prefill and a decode server."""
-    every = frozenset(os.sched_getaffinity(0))
+    """Addresses of a prefill and a decode server, of one thread each.
+
+    Several threads wait for each other after every operator, which takes long where others work.
+    """
+    every = sorted(os.sched_getaffinity(0))
+    cores = frozenset(every[:1]), frozenset(every[-1:])
     logs = tmp_path_factory.mktemp("servers")
-    with servers.pair(folder, logs, cores=(every, every), dtype="float32") as both:
+    with servers.pair(folder, logs, cores=cores, dtype="float32") as both:
         yield both
 
 
@@ -37,14 +43,18 @@ def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
 def fleet(folder: Path, pair: tuple[str, str]) -> Iterator[KeptEngine]:
     prefill, decode = pair
     made = KeptEngine(
-        VllmServedBackend(model=str(folder), prefill=prefill, decode=decode, silence_seconds=120.0)
+        VllmServedBackend(
+            model=str(folder), prefill=prefill, decode=decode, silence_seconds=SILENCE_SECONDS
+        )
     )
     yield made
     made.end()
 
 
 async def one_worker(made: Any, backend: Any) -> None:
-    await made.start("b", "both", backend=backend)
+    await made.start(
+        "b", "both", backend=backend, host={"step_timeout_seconds": 2 * SILENCE_SECONDS}
+    )
     await made.until(lambda: made.fleet.snapshot().workers)
 
 
@@ -58,7 +68,7 @@ async def test_the_pair_says_what_vllm_says_that_baton_hands_kv_to(
             found = []
             for prompt in prompts()[::4]:
                 heard = Heard()
-                job = made.job(list(prompt), max_tokens=16, sampling=GREEDY, seconds=300.0)
+                job = made.job(list(prompt), max_tokens=16, sampling=GREEDY, seconds=900.0)
                 timeline = await made.carry(job, heard)
                 assert timeline.retries == 0
                 found.append(heard.tokens[0])
@@ -75,7 +85,7 @@ async def test_logprobs_and_several_sequences_come_through(
         heard = Heard()
         wishes = Sampling(temperature=0.0, ignore_eos=True, logprobs=3)
         job = made.job(
-            list(prompts()[3]), n=2, max_tokens=6, sampling=wishes, seconds=300.0, prompt_logprobs=1
+            list(prompts()[3]), n=2, max_tokens=6, sampling=wishes, seconds=900.0, prompt_logprobs=1
         )
         await made.carry(job, heard)
         assert heard.tokens[0] == heard.tokens[1]
@@ -94,7 +104,7 @@ async def test_a_request_that_is_cancelled_leaves_nothing_here(
         await one_worker(made, fleet)
         heard = Heard()
         carrying = asyncio.ensure_future(made.carry(made.job(list(prompts()[5]), **LONG), heard))
-        await asyncio.wait_for(heard.first.wait(), 120)
+        await asyncio.wait_for(heard.first.wait(), 300)
         carrying.cancel()
         await asyncio.wait([carrying])
         await made.balanced(10.0)
@@ -109,10 +119,10 @@ async def test_a_decode_server_that_is_killed_fails_the_request_and_not_the_work
         await one_worker(made, fleet)
         heard = Heard()
         carrying = asyncio.ensure_future(made.carry(made.job(list(prompts()[5]), **LONG), heard))
-        await asyncio.wait_for(heard.first.wait(), 120)
+        await asyncio.wait_for(heard.first.wait(), 300)
         kill_listener(pair[1])
         with pytest.raises(Exception, match=r"engine_failed|failed|retries"):
-            await asyncio.wait_for(carrying, 120)
+            await asyncio.wait_for(carrying, 300)
         await made.balanced(10.0)
         assert not fleet.open
 
