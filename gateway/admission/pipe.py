@@ -31,6 +31,7 @@ log = structlog.get_logger()
 
 Argument = str | bytes | int
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
+LEAST_WATCH_SECONDS = 0.001
 
 
 async def _nothing() -> None:
@@ -202,7 +203,8 @@ class Pipe:
             left = asked_at + self._timeout - loop.time()
             if left <= 0:
                 raise RedisConnectionError(f"no answer within {self._timeout} s")
-            await asyncio.sleep(left)
+            # What is left may be too little to be added to the time.
+            await asyncio.sleep(max(left, LEAST_WATCH_SECONDS))
 
     def _close(self) -> None:
         self._open = False

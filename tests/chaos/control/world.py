@@ -19,6 +19,7 @@ from typing import Any
 from tests.chaos.clock import Stuck
 
 DRAIN_LIMIT = 20_000
+MOST_AT_ONCE = 100_000
 
 
 class Turn:
@@ -73,16 +74,21 @@ class World:
         """Go on until `over` is set.
 
         Raises:
-            Stuck: nothing will happen any more.
+            Stuck: nothing will happen any more, or nothing but the same at one time.
         """
         ready, timers = self.ready, self.timers
         current: ProcessLoop | None = None
+        at_once = 0
         try:
             while not self.over:
                 if ready:
                     turn = ready.popleft()
                 elif timers:
+                    before = self.now
                     self.now, _, turn = heapq.heappop(timers)
+                    at_once = 0 if self.now > before else at_once + 1
+                    if at_once > MOST_AT_ONCE:
+                        raise Stuck("the time stands still")
                 else:
                     raise Stuck("nothing more will happen")
                 loop = turn.loop
