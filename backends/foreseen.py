@@ -77,7 +77,7 @@ def foresee(backend: str, options: Options, model: str) -> Foreseen:
     return known(options if backend in _WITHOUT_FILES else {"model": model, **options})
 
 
-def compare(source: Foreseen, target: Foreseen) -> str:
+def compare(source: Foreseen, target: Foreseen, *, allow_unlike_weights: bool = False) -> str:
     """How one becomes the other, in one line.
 
     Raises:
@@ -85,7 +85,8 @@ def compare(source: Foreseen, target: Foreseen) -> str:
         Untold: a model's files cannot be read here.
     """
     ours, theirs = _names(source, target)
-    line = plan(source.layout(target, ours), target.layout(source, theirs)).line
+    layouts = source.layout(target, ours), target.layout(source, theirs)
+    line = plan(*layouts, allow_unlike_weights=allow_unlike_weights).line
     if source.pools == target.pools == 1:
         return line
     return f"{source.pools} to {target.pools} pools; {line}"

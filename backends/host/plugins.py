@@ -92,8 +92,9 @@ def refuse_unknown(name: str, factory: Callable[..., Any], options: Mapping[str,
     """
     parameters = inspect.signature(factory).parameters
     known = [it for it in parameters if it != PROGRESS]
-    unknown = [it for it in options if it == PROGRESS or it not in known]
-    if not unknown or (_takes_any(parameters) and PROGRESS not in unknown):
+    takes_any = _takes_any(parameters)
+    unknown = [it for it in options if it == PROGRESS or not (takes_any or it in known)]
+    if not unknown:
         return
     close = difflib.get_close_matches(unknown[0], known, 1)
     meant = f" (did you mean {close[0]!r}?)" if close else ""

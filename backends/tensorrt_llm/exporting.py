@@ -218,6 +218,7 @@ class Exporter:
                 self._void(request, export, "its blocks were given back before it was known")
             for work in self._early.pop(request, ()):
                 self._put(work)
+            self._moved.notify_all()  # where nothing of it is to be copied, nobody else will
 
     def _close(self, request: int) -> None:
         with self._lock:

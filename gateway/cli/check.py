@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -35,17 +36,25 @@ def problems(config: Config) -> list[Problem]:
 def options(config: Config) -> Iterator[Problem]:
     """Options that no plug-in has. One that cannot be imported here is asked nothing."""
     from backends.errors import BackendMisconfigured
-    from backends.host.plugins import find_backend, refuse_unknown
+    from backends.host.plugins import refuse_unknown
 
     for name, worker in config.workers.items():
-        if worker.options:
+        factory = _imported(worker.backend) if worker.options else None
+        if factory is not None:
             try:
-                factory = find_backend(worker.backend).load()
                 refuse_unknown(worker.backend, factory, worker.options)
-            except ImportError:  # the worker itself, perhaps on another machine, will say why
-                continue
             except BackendMisconfigured as error:
                 yield Problem(f"workers.{name}.options", "", str(error))
+
+
+def _imported(backend: str) -> Any:
+    """What makes such a backend, if it can be imported here."""
+    from backends.host.plugins import find_backend
+
+    try:
+        return find_backend(backend).load()
+    except Exception:  # foreign code; the worker itself, perhaps on another machine, will say why
+        return None
 
 
 def summary(config: Config) -> str:

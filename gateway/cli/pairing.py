@@ -40,7 +40,7 @@ def pairs(config: Config) -> list[Pair]:
     """
     foreseen = {name: _foresee(config, name, one) for name, one in config.workers.items()}
     return [
-        _pair(prefill, decode, foreseen)
+        _pair(prefill, decode, foreseen, unlike=one.unlike_weights and other.unlike_weights)
         for prefill, one in config.workers.items()
         for decode, other in config.workers.items()
         if prefill != decode and one.role != "decode" and other.role != "prefill"
@@ -67,14 +67,16 @@ def _foresee(config: Config, name: str, worker: WorkerSection) -> Foreseen | Unt
         raise ConfigError(Problem(f"workers.{name}.options", "", str(error))) from error
 
 
-def _pair(prefill: str, decode: str, foreseen: Mapping[str, Foreseen | Untold]) -> Pair:
+def _pair(
+    prefill: str, decode: str, foreseen: Mapping[str, Foreseen | Untold], *, unlike: bool
+) -> Pair:
     source, target = foreseen[prefill], foreseen[decode]
     try:
         if isinstance(source, Untold):
             raise source
         if isinstance(target, Untold):
             raise target
-        return Pair(prefill, decode, "fits", compare(source, target))
+        return Pair(prefill, decode, "fits", compare(source, target, allow_unlike_weights=unlike))
     except LayoutMismatch as error:
         return Pair(prefill, decode, "refused", str(error))
     except Untold as why:

@@ -76,6 +76,24 @@ def test_check_refuses_an_option_that_no_plug_in_has_and_says_which_is_meant(
     assert "progress" not in none.partition("it has:")[2]
 
 
+@pytest.mark.parametrize("module", ["raise OSError('no libacme.so')", "Other = dict"])
+def test_check_leaves_a_plug_in_that_cannot_be_imported_here_to_the_worker(
+    tmp_path: Path, gguf: str, module: str
+) -> None:
+    described = tmp_path / "acme-1.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1\n")
+    (described / "entry_points.txt").write_text("[baton.backends]\nacme = acme_decode:Acme\n")
+    (tmp_path / "acme_decode.py").write_text(module)
+    (tmp_path / "baton.toml").write_text(
+        '[workers.p]\nrole = "both"\nbackend = "acme"\noptions = { colour = "red" }\n'
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    words = "check", "--model", gguf, "--config", "baton.toml"
+    result = baton(*words, cwd=tmp_path, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_check_finds_what_only_the_machine_knows(tmp_path: Path, gguf: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = baton(

@@ -113,6 +113,25 @@ options = { dtype = "bfloat16" }
     assert "weights: the source has 'float32', the target 'bfloat16'" in " ".join(wrong.split())
 
 
+@pytest.mark.parametrize(("source", "target"), [(True, True), (True, False), (False, True)])
+def test_unlike_weights_fit_where_both_ends_allow_them(source: bool, target: bool) -> None:
+    shown, wrong = check(
+        f"""
+[workers.p]
+role = "prefill"
+unlike_weights = {str(source).lower()}
+options = {{ dtype = "float32" }}
+[workers.d]
+role = "decode"
+unlike_weights = {str(target).lower()}
+options = {{ dtype = "bfloat16" }}
+""",
+    )
+    allowed = source and target
+    assert ("unlike weights are not allowed" not in wrong) is allowed
+    assert ("cannot hand over" not in shown[0]) is allowed
+
+
 def test_heads_that_cannot_be_shared_out_are_explained(tmp_path: Path) -> None:
     _, wrong = check(tensorrt(tmp_path, options="tensor_parallel = 2") + DECODE)
     assert "workers.p.options: tensor_parallel: 3 heads cannot be shared out to 2 ranks" in wrong

@@ -8,7 +8,9 @@ import pytest
 
 from backends.emulation import EmulationBackend
 from backends.emulation.synthetic import SyntheticBackend
-from backends.testing import ENGINE, EngineBench, Maker, conformance, examine
+from backends.testing import ENGINE, EngineBench, Hangs, Maker, conformance, examine
+from backends.testing.choosing.asking import Chooser
+from backends.testing.engine.choosing import in_each_phase
 from tests.engine.choosers import CHOOSERS
 from tests.engine.mutants import MUTANTS
 from tests.engine.real import RealEngine
@@ -85,6 +87,19 @@ def test_of_an_engine_that_does_half_the_other_half_is_not_asked(phase: str) -> 
     unproven = {it.promise for it in verdicts if it.outcome == "unproven"}
     assert "decoding_after_a_handoff_equals_decoding_in_place" in unproven
     assert len(unproven) <= len(ENGINE) // 2
+
+
+def test_of_an_engine_that_hangs_where_it_chooses_nothing_more_is_asked() -> None:
+    @in_each_phase
+    def it_chooses(chooser: Chooser) -> None:
+        """It says what it has chosen."""
+        raise Hangs("token 1 was not said")
+
+    with bench(SmallEngine) as desk:
+        found = examine([it_chooses, PROMISES["every_token_is_told"]], desk)
+    assert [it.outcome for it in found] == ["broken", "unproven"]
+    assert "asked in decode jobs" in found[0].detail
+    assert "it_chooses, where it hung" in found[1].detail
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda it: it.__name__)

@@ -30,7 +30,7 @@ def test_whoever_must_tell_its_progress_can_do_so_also_where_nobody_waits() -> N
 @pytest.mark.parametrize("factory", [acme, anything])
 def test_progress_is_no_option(factory: Any) -> None:
     with pytest.raises(BackendMisconfigured, match="'acme' has no option 'progress'"):
-        construct("acme", factory, {"progress": 1})
+        construct("acme", factory, {"pool_tokens": 512, "progress": 1})
 
 
 def test_an_option_that_is_unknown_is_named_with_the_one_that_is_meant() -> None:

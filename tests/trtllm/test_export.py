@@ -188,6 +188,21 @@ def test_the_executor_waits_for_what_it_would_write_over_and_for_nothing_else(ra
     assert rank.said == [Exported(7, 8)]
 
 
+def test_the_executor_waits_for_nothing_that_this_rank_exports_nowhere() -> None:
+    """It learns only while it waits that another rank has these heads."""
+    rank = Rank(patience_seconds=600.0)
+    rank.step(0, 8, 3)
+    overwrites = Pass(2, (), (3,))
+    executor = threading.Thread(target=rank.exporter.before_pass, args=(overwrites,), daemon=True)
+    executor.start()
+    executor.join(0.05)
+    assert executor.is_alive()
+    rank.exporter.heard(Open(7, 8, (), 60.0), [])
+    executor.join(20)
+    assert not executor.is_alive()
+    assert rank.said == []
+
+
 def test_one_request_is_released_in_a_turn_where_the_library_loses_others() -> None:
     rank = Rank(one_at_a_time=True)
     for request in (7, 8, 9):

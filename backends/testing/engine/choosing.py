@@ -35,8 +35,8 @@ def in_each_phase(promise: Promise[Chooser]) -> Promise[EngineBench]:
                 promise(bench)
             except Unproven as error:
                 unproven.append(error)
-            except Broken as error:
-                raise Broken(f"{error} (asked in {phase} jobs)") from error
+            except Broken as error:  # or that it hangs: nothing more can be asked of it then
+                raise type(error)(f"{error} (asked in {phase} jobs)") from error
         if len(unproven) == len(phases):
             raise unproven[0]
 
