@@ -91,7 +91,7 @@ class WorkerSection(Section, frozen=True):
         about(
             "Lossy codes in which KV may reach or leave it: a pair of workers that both have some"
             " uses them where that is faster than sending the numbers. Not between two workers"
-            " whose backends are exact."
+            " whose backends are exact, nor where their weights are unlike."
         ),
     ] = ()
     unlike_weights: Annotated[

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from transfer.coded import codec_of
 from transfer.contract import Probe, Sender, Source, Writer
 from transfer.errors import LayoutMismatch, PeerLost, TransferError
 from transfer.layout import Endpoint, KVLayout, Landing
@@ -192,7 +193,8 @@ def choose(worker: str, tried: Sequence[Tried]) -> Choice:
     refused = [it for it in tried if it.refusal is not None]
     if not able:
         for it in refused:
-            if isinstance(it.refusal, LayoutMismatch):
+            # Codes ask for more than numbers do: for equal weights, say.
+            if isinstance(it.refusal, LayoutMismatch) and codec_of(it.endpoint.transport) is None:
                 raise it.refusal
         why = [f"{it.endpoint.transport}: {it.refusal}" for it in refused]
         raise PeerLost("; ".join(why) or f"{worker} offers no transport that this worker has")

@@ -32,11 +32,13 @@ def parameters(
 ) -> dict[str, Any]:
     """Arguments of `vllm.SamplingParams` for the next `most_new` tokens of a sequence.
 
-    vLLM is told no end token of its own: all that may end the sequence are stop tokens, which it
-    does not sample before `min_tokens`.
+    All that may end the sequence are stop tokens, which vLLM does not sample before `min_tokens`.
+    Where there are none, `min_tokens` is not asked for: a server would hold back the end tokens of
+    its own model, although they are to be ignored.
     """
     wish = sequence.sampling
     stops = {*wish.stop_token_ids, *(() if wish.ignore_eos else end_tokens)}
+    least = max(0, min(wish.min_tokens - len(sequence.generated), most_new)) if stops else 0
     return {
         "temperature": wish.temperature,
         "top_p": wish.top_p,
@@ -47,7 +49,7 @@ def parameters(
         "logprobs": wish.logprobs,
         "prompt_logprobs": prompt_logprobs,
         "stop_token_ids": sorted(stops),
-        "min_tokens": max(0, min(wish.min_tokens - len(sequence.generated), most_new)),
+        "min_tokens": least,
         "ignore_eos": True,
         "max_tokens": most_new,
         "seed": None if wish.temperature == 0 else sequence.seed % (1 << 63),

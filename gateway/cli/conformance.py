@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `baton conformance` takes."""
     parser.epilog = (
         "Exit status: 0 it keeps what is at the core and breaks nothing, 1 it breaks a promise, "
-        "2 it could not be looked at, 3 it breaks none but its core could not be proven."
+        "2 it could not be looked at, 3 it breaks none but its core could not be proven. "
+        "With --only, what was not looked at does not count."
     )
     parser.add_argument("name", help="a plug-in's name, or module:Class before it is packaged")
     parser.add_argument(

@@ -98,6 +98,13 @@ async def test_when_nothing_can_be_reached_every_reason_is_told():
         await meet(chooser(**both))
 
 
+def test_what_codes_ask_for_does_not_hide_why_numbers_cannot_travel():
+    coded = Tried(Endpoint("tcp+int8", "x"), "", refusal=LayoutMismatch("unlike weights"))
+    plain = Tried(TCP, "", refusal=PeerLost("no tcp"))
+    with pytest.raises(PeerLost, match=r"^tcp\+int8: unlike weights; tcp: no tcp$"):
+        choose("decode", [coded, plain])
+
+
 async def test_a_measurement_that_does_not_end_is_a_refusal(monkeypatch):
     monkeypatch.setattr(module, "PROBE_SECONDS", 0.01)
     choice = await meet(chooser(shm=Slow(), tcp=Plain()))

@@ -89,6 +89,8 @@ def test_everything_that_may_end_a_sequence_is_a_stop_token_of_vllms() -> None:
     assert wishes["seed"] == 5
     wishes = parameters(sequence(stop_token_ids=(44,), ignore_eos=True), (2, 3), 10, None)
     assert wishes["stop_token_ids"] == [44]
+    wishes = parameters(sequence(ignore_eos=True, min_tokens=5), (2, 3), 10, None)
+    assert (wishes["stop_token_ids"], wishes["min_tokens"]) == ([], 0)
 
 
 def test_what_looks_at_generated_tokens_alone_is_not_honoured() -> None:
