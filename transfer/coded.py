@@ -12,8 +12,10 @@ other: by how fast the codec and the link below prove to be together.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from math import lcm
 
 import msgspec
@@ -29,7 +31,6 @@ from transfer.coding import (
     encode_layer,
     plain_layout,
     scratch_bytes,
-    speeds,
 )
 from transfer.contract import KVSlice, Probe, Receipt, Sender, Source, Writer, nobody_cares
 from transfer.convert import Conversion
@@ -41,6 +42,14 @@ from transfer.rounding import KIND
 
 WINDOW_BYTES = 1 << 20
 """About how many floats are made before they are encoded: as much as a cache holds."""
+
+PIECE_BYTES = 4 << 20
+"""About how much of the source is encoded before it is sent, while the next piece is encoded."""
+
+SAMPLE_BYTES = 8 << 20
+SAMPLE_ROUNDS = 3
+SAMPLE = 0x3C
+"""A byte of which every kind of float is a plain number."""
 
 KEPT_BUFFERS = 4
 """Buffers of codes that are kept for the next handoffs, as fresh memory is slow."""
@@ -67,7 +76,7 @@ class CodedSender:
         self._codec: Codec = codec
         self._threads = threads
         self._names: dict[Endpoint, Endpoint] = {}
-        self._targets: dict[Endpoint, KVLayout] = {}
+        self._ends: dict[Endpoint, tuple[KVLayout, KVLayout]] = {}
         self._buffers: list[NDArray[np.uint8]] = []
         inner.lost = self._on_lost
 
@@ -76,7 +85,7 @@ class CodedSender:
         agreed = plan(source, plain_layout(target))
         coded = coded_layout(target, self._codec)
         below = _below(endpoint)
-        self._names[below], self._targets[endpoint] = endpoint, target
+        self._names[below], self._ends[endpoint] = endpoint, (source, target)
         await self._inner.connect(below, coded, coded)
         share = coded.token_bytes / target.token_bytes
         return f"{agreed.line}; LOSSY {self._codec} codes, {share:.0%} of the bytes"
@@ -86,13 +95,15 @@ class CodedSender:
 
         Encoding and sending go on side by side, decoding begins when all is there.
         """
-        target = self._targets[endpoint]
+        source, target = self._ends[endpoint]
         link = await self._inner.probe(_below(endpoint))
         loop = asyncio.get_running_loop()
-        encoded, here = await loop.run_in_executor(
-            self._threads, speeds, self._codec, target.heads.count, target.head_dim
+        encoded = await loop.run_in_executor(
+            self._threads, encodes_per_second, self._codec, source, target
         )
-        decoded = endpoint.decodes_per_second or here
+        decoded = endpoint.decodes_per_second or await loop.run_in_executor(
+            self._threads, decodes_per_second, self._codec, target
+        )
         coded = coded_layout(target, self._codec)
         share = coded.token_bytes / target.token_bytes
         encodes, decodes = encoded * target.item_bytes, decoded * target.item_bytes
@@ -165,6 +176,10 @@ class Encoder:
         self._window = max(1, WINDOW_BYTES // group_bytes) * self.group
         self._floats = np.empty(self._window // self.group * group_bytes, np.uint8)
 
+    def piece_layers(self, tokens: int) -> int:
+        """How many layers of so many tokens are encoded at a time: one at least."""
+        return max(1, PIECE_BYTES // (self._layout.token_bytes // self._layout.layers * tokens))
+
     def encode(self, part: KVSlice) -> None:
         """Encode a slice that begins with a group and ends with one, or with the prefix."""
         layout, base = self._layout, self.codes.pool.ctypes.data
@@ -206,9 +221,14 @@ class CodedWriter:
 
     async def write(self, part: KVSlice) -> None:
         """As `Writer.write`; what does not fill a group yet waits for the rest of it."""
-        for some in self._due(part):
-            self._busy = self._threads.submit(self._encoder.encode, some)
+        due = self._due(part)
+        for some, following in zip(due, [*due[1:], None], strict=True):
+            if some is due[0]:
+                self._busy = self._threads.submit(self._encoder.encode, some)
+            assert self._busy is not None
             await asyncio.shield(asyncio.wrap_future(self._busy))
+            if following is not None:
+                self._busy = self._threads.submit(self._encoder.encode, following)
             if some.end == self._encoder.tokens:  # what its last group was filled up with
                 some = msgspec.structs.replace(some, end=self._encoder.codes.tokens)
             await self._inner.write(some)
@@ -227,7 +247,7 @@ class CodedWriter:
             closed()
 
     def _due(self, part: KVSlice) -> list[KVSlice]:
-        """What can be encoded now: layers that are equally far go together."""
+        """What can be encoded now: layers that are equally far go together, up to a piece."""
         group, tokens = self._encoder.group, self._encoder.tokens
         end = part.end if part.end == tokens else part.end // group * group
         due: list[KVSlice] = []
@@ -237,7 +257,8 @@ class CodedWriter:
                 continue
             self._encoded[layer] = end
             one = KVSlice(layer, start, end)
-            both = due[-1].joined(one) if due else None
+            full = due and due[-1].layers >= self._encoder.piece_layers(end - due[-1].start)
+            both = due[-1].joined(one) if due and not full else None
             due[-1:] = [both] if both is not None else [*due[-1:], one]
         return due
 
@@ -287,6 +308,61 @@ def decode(
         where = msgspec.structs.replace(_nowhere(target, mine, count), pool_blocks=pool_blocks)
         source = Source(plain, floats, groups, numbers, count)
         Conversion(agreed, source, where).write(KVSlice(0, 0, count, layers), into)
+
+
+@lru_cache(maxsize=64)
+def encodes_per_second(codec: Codec, source: KVLayout, target: KVLayout) -> float:
+    """Numbers per second that a thread here makes codes of, from such a pool for such another.
+
+    Measured once, which takes some tens of milliseconds, in time of the CPU: others that use it
+    just then say nothing of later. Raises as `plan` and `plain_layout`.
+    """
+    agreed, codes = plan(source, plain_layout(target)), coded_layout(target, codec)
+    tokens = _sample_tokens(codes)
+    encoder = Encoder(agreed, _sample(source, tokens), _sample(codes, tokens), codec)
+    return _rate(target, tokens, lambda: encoder.encode(KVSlice(0, 0, tokens, target.layers)))
+
+
+@lru_cache(maxsize=64)
+def decodes_per_second(codec: Codec, target: KVLayout) -> float:
+    """Numbers per second that a thread here makes of codes, in such a pool; as the other."""
+    codes = coded_layout(target, codec)
+    tokens = _sample_tokens(codes)
+    coded, into = _sample(codes, tokens), _sample(target, tokens)
+    return _rate(
+        target,
+        tokens,
+        lambda: decode(
+            codec, coded, tokens, target, into.pool, into.pool_blocks, tuple(into.blocks)
+        ),
+    )
+
+
+def _sample_tokens(codes: KVLayout) -> int:
+    """Whole groups, and enough of them not to fit into a cache."""
+    group = codes.block_tokens
+    return max(1, SAMPLE_BYTES // (codes.token_bytes * group)) * group
+
+
+def _sample(layout: KVLayout, tokens: int) -> Source:
+    """A pool of just so many tokens."""
+    blocks = layout.blocks_for(tokens)
+    regions = [
+        np.full(table.nbytes // table.regions, SAMPLE, np.uint8)
+        for table in layout.tables(blocks)
+        for _ in range(table.regions)
+    ]
+    pool = regions[0] if len(regions) == 1 else regions
+    return Source(layout, pool, blocks, tuple(range(blocks)), tokens)
+
+
+def _rate(layout: KVLayout, tokens: int, act: Callable[[], None]) -> float:
+    taken: list[float] = []
+    for _ in range(SAMPLE_ROUNDS):
+        begun = time.thread_time()
+        act()
+        taken.append(time.thread_time() - begun)
+    return tokens * layout.token_bytes / layout.item_bytes / min(taken)
 
 
 def _below(endpoint: Endpoint) -> Endpoint:

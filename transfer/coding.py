@@ -16,8 +16,6 @@ the same numbers, on every machine.
 
 from __future__ import annotations
 
-import time
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -28,7 +26,6 @@ from transfer.layout import ITEM_BYTES, KVLayout
 from transfer.raw import as_bits, as_float, compiled, inlined, load32, store8, store32
 from transfer.rounding import (
     FLOAT16,
-    KIND,
     MAGNITUDE,
     U32,
     encode,
@@ -47,9 +44,6 @@ AXES = "block layer kv head token dim"
 MOST_DIM = 256
 MARK = " as "
 FLOAT_BYTES = ITEM_BYTES["float32"]
-
-SAMPLE_GROUPS = 32
-SAMPLE_ROUNDS = 3
 
 
 def plain_layout(target: KVLayout) -> KVLayout:
@@ -214,27 +208,3 @@ def decode_groups(
                                 store32(row, d, as_bits(number))
                         else:
                             scale_up(row, dim, as_float(load32(scratch, t)))
-
-
-@lru_cache(maxsize=16)
-def speeds(codec: Codec, heads: int, dim: int) -> tuple[float, float]:
-    """Numbers per second that a thread here encodes and decodes, as measured once. Takes ms.
-
-    In time of the CPU: others that use it just then say nothing of later.
-    """
-    count = SAMPLE_GROUPS * 2 * heads * dim * dim
-    floats = np.random.default_rng(1).standard_normal(count, np.float32)
-    coded = np.zeros(count // dim * (dim + SCALE_BYTES), np.uint8)
-    scratch = np.zeros(scratch_bytes(dim), np.uint8)
-    blocks = np.arange(SAMPLE_GROUPS)
-    tokens, kind = SAMPLE_GROUPS * dim, KIND[codec]
-    at, to, room = coded.ctypes.data, floats.ctypes.data, scratch.ctypes.data
-    taken: list[tuple[float, float]] = []
-    for _ in range(SAMPLE_ROUNDS):
-        begun = time.thread_time()
-        encode_layer(kind, to, 0, tokens, heads, dim, 0, 1, at, room)
-        between = time.thread_time()
-        decode_groups(kind, at, blocks, 0, tokens, heads, dim, 1, to, room)
-        taken.append((between - begun, time.thread_time() - between))
-    encoding, decoding = (min(it) for it in zip(*taken, strict=True))
-    return count / encoding, count / decoding

@@ -15,8 +15,8 @@ from backends.host.pools import KVPool, pools_of
 from backends.host.staging import Staging
 from backends.protocol import BackendInfo, Meet, Met
 from transfer.choose import Chooser, Peer
-from transfer.coded import CodedSender, codec_of, named
-from transfer.coding import Codec, coded_layout, speeds
+from transfer.coded import CodedSender, codec_of, encodes_per_second, named
+from transfer.coding import Codec, coded_layout
 from transfer.contract import Buffer, Receiver, Sender
 from transfer.errors import LayoutMismatch, PeerLost, TransferError
 from transfer.faults import FaultySender, Tamperable
@@ -80,7 +80,7 @@ class Peers:
         """Measure how fast codes are here, before a meeting has to wait for that."""
         layout = self._info.layout
         for codec in self._codecs:
-            await asyncio.to_thread(speeds, codec, layout.heads.count, layout.head_dim)
+            await asyncio.to_thread(encodes_per_second, codec, layout, layout)
 
     async def listen(self) -> list[Receiver]:
         """Begin to take KV from other workers, in every way that was asked for.

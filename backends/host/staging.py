@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from backends.api import BackendInfo, allocate
 from backends.host.ledger import Ledger
-from transfer.coded import decode
-from transfer.coding import Codec, coded_layout, speeds
+from transfer.coded import decode, decodes_per_second
+from transfer.coding import Codec, coded_layout
 from transfer.contract import Buffer, Source
 from transfer.layout import Landing
 
@@ -35,8 +35,7 @@ class Staging:
         tokens = min(capacity, max(info.context_tokens, capacity // SHARE))
         self.ledger = Ledger(self.layout.blocks_for(tokens))
         self.memory = allocate(self.layout.block_bytes * self.ledger.blocks)
-        heads, dim = info.layout.heads.count, info.layout.head_dim
-        self.decodes_per_second = speeds(codec, heads, dim)[1]
+        self.decodes_per_second = decodes_per_second(codec, info.layout)
         self._info = info
         self._pool = pool
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-decode")

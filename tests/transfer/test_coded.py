@@ -9,9 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from transfer import coded
 from transfer.coded import CodedSender, codec_of, decode, named
 from transfer.coding import CODECS, coded_layout
 from transfer.contract import KVSlice, Probe, Source
+from transfer.convert import Conversion
 from transfer.errors import DigestMismatch, LandingGone, LayoutMismatch, PeerMisbehaved
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.shared_memory import allocate
@@ -97,8 +99,8 @@ async def desk(transport, codec="int8", sender=None):
     receiver.codes = named(transport, codec), 1e9
     with ThreadPoolExecutor(1) as threads:
         async with receiver, inner:
-            coded = CodedSender(sender(inner) if sender else inner, codec, threads)
-            yield Desk(receiver, coded, staging, codec)
+            outer = CodedSender(sender(inner) if sender else inner, codec, threads)
+            yield Desk(receiver, outer, staging, codec)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -176,6 +178,46 @@ async def test_an_abort_waits_for_what_reads_the_source():
         go_on.set()
         await asyncio.wait_for(aborting, SECONDS)
         assert not made.arrivals
+
+
+async def test_a_piece_of_a_slice_is_sent_while_the_next_one_is_encoded(monkeypatch):
+    monkeypatch.setattr(coded, "PIECE_BYTES", 1)
+    async with desk("tcp") as made:
+        await made.sender.connect(made.receiver.endpoint, SOURCE, TARGET)
+        writer = await made.sender.open(made.landing, made.source)
+        encode, send = writer._encoder.encode, writer._inner.write
+        begun = [threading.Event() for _ in range(3)]
+        sent = []
+
+        def noting(part):
+            begun[part.layer].set()
+            encode(part)
+
+        async def waiting(part):
+            if part.layer < 2:
+                assert await asyncio.to_thread(begun[part.layer + 1].wait, SECONDS)
+            sent.append((part.layer, part.layers))
+            await send(part)
+
+        writer._encoder.encode, writer._inner.write = noting, waiting
+        await writer.write(KVSlice(0, 0, TOKENS, 3))
+        await writer.commit(b"note", SECONDS)
+        await writer.abort()
+        assert sent == [(0, 1), (1, 1), (2, 1)]
+        found, right = made.decoded()
+        assert np.abs(found - right).max() < 0.1
+
+
+def test_how_fast_codes_are_made_counts_both_layouts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(coded, "Conversion", lambda *it: seen.append(it) or Conversion(*it))
+    coded.encodes_per_second.cache_clear()
+    coded.decodes_per_second.cache_clear()
+    assert coded.encodes_per_second("int8", SOURCE, TARGET) > 0
+    assert {it[0].source for it in seen} == {SOURCE}
+    seen.clear()
+    assert coded.decodes_per_second("int8", TARGET) > 0
+    assert {it[0].target for it in seen} == {TARGET}
 
 
 async def test_buffers_of_ended_handoffs_are_used_again():
