@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from backends.api import DecodeJob, Logprob, Output, PrefillJob, Row, Sampled, Sampling
+from tests.conformance.deafness import DEAF
 from tests.engine.real import RealEngine
 from tests.engine.small import Work
 
@@ -60,16 +61,8 @@ def deaf(promise: str, **changes: Any) -> None:
     CHOOSERS[type(name, (Rereads,), {"read": read})] = promise
 
 
-deaf("temperature_is_honoured", temperature=0.0)
-deaf("top_k_is_honoured", top_k=0)
-deaf("top_p_is_honoured", top_p=1.0)
-deaf("min_p_is_honoured", min_p=0.0)
-deaf("repetition_penalty_is_honoured", repetition_penalty=1.0)
-deaf("presence_penalty_is_honoured", presence_penalty=0.0)
-deaf("frequency_penalty_is_honoured", frequency_penalty=0.0)
-deaf("logit_bias_is_honoured", logit_bias={})
-deaf("logprobs_are_honoured", logprobs=2)
-deaf("min_tokens_is_honoured", min_tokens=0)
+for promise, changes in DEAF.items():
+    deaf(promise, **changes)
 
 
 class FirstTokensAreGreedy(Rereads):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backends.api import Sampling, Sequence
+from tests.conformance.deafness import DEAF
 from tests.conformance.mutants.sound import Sound, breaks, replace
 
 
@@ -36,16 +37,8 @@ def deaf(promise: str, **changes: Any) -> None:
     globals()[name] = mutant
 
 
-deaf("temperature_is_honoured", temperature=0.0)
-deaf("top_k_is_honoured", top_k=0)
-deaf("top_p_is_honoured", top_p=1.0)
-deaf("min_p_is_honoured", min_p=0.0)
-deaf("repetition_penalty_is_honoured", repetition_penalty=1.0)
-deaf("presence_penalty_is_honoured", presence_penalty=0.0)
-deaf("frequency_penalty_is_honoured", frequency_penalty=0.0)
-deaf("logit_bias_is_honoured", logit_bias={})
-deaf("logprobs_are_honoured", logprobs=2)
-deaf("min_tokens_is_honoured", min_tokens=0)
+for promise, changes in DEAF.items():
+    deaf(promise, **changes)
 
 
 @breaks("temperature_is_honoured")
