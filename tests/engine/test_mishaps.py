@@ -123,6 +123,7 @@ async def test_a_sequence_paused_for_long_is_prefilled_again_and_repeats_nothing
         await heard.first.wait()
         made.relay.pause(job, 0, True)
         requests = made.hosts["d"]._requests
+        await made.until(lambda: requests.steps.pins.held, 10.0)  # the engine has taken it up
         await made.until(lambda: requests.steps.running and not requests.steps.pins.held, 10.0)
         made.relay.pause(job, 0, False)
         await carrying
