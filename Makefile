@@ -33,7 +33,7 @@ demo: $(VENV)/.runtime ## Run everything on this machine, with the bundled model
 	@exec $(BIN)/baton serve
 
 # A process per core, four at most: each may hold the model twice.
-test: check ## Run everything that CI runs
+test: check ## Run everything that CI runs (17 minutes on two cores)
 	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev ## Lint, types, the arrow between packages, deployment files
@@ -54,7 +54,7 @@ test-gpu: $(VENV)/.dev ## Run the engine's tests and handoffs on a CUDA device (
 	@BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/emulation \
 		tests/life/test_real_model.py tests/life/test_devices.py tests/trtllm/test_export.py
 
-soak: $(VENV)/.dev ## Play 100,000 schedules of faults, twice: handoffs and control plane (2 core hours)
+soak: $(VENV)/.dev ## Play 100,000 schedules of faults, twice: handoffs and control plane (about 2 hours on two cores)
 	@$(BIN)/python -m tests.chaos handoffs --count 100000 --jobs $$(nproc)
 	@exec $(BIN)/python -m tests.chaos control --count 100000 --jobs $$(nproc)
 
