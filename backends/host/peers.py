@@ -77,7 +77,7 @@ class Peers:
         self.chooser = Chooser(senders, self._on_lost)
 
     async def warm_up(self) -> None:
-        """Measure how fast codes are here, before a meeting has to wait for that."""
+        """Encode once, so that no meeting waits until that is compiled."""
         layout = self._info.layout
         for codec in self._codecs:
             await asyncio.to_thread(encodes_per_second, codec, layout, layout)
