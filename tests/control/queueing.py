@@ -110,6 +110,14 @@ async def waiting(redis: Redis) -> int:
     return await redis.zcard("baton:{test}:waiting:" + MODEL)
 
 
+async def heard(admission: Admission) -> None:
+    """Return once whatever this gateway has asked has been answered: answers come in order.
+
+    What Redis has done, others may see before the one that asked for it.
+    """
+    await admission._renew_model(MODEL)
+
+
 async def book(redis: Redis) -> dict[str, int]:
     entries = await redis.hgetall("baton:{test}:room:" + MODEL)
     return {key.decode(): int(value) for key, value in entries.items() if b"held" in key}

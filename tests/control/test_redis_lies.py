@@ -23,6 +23,7 @@ from .queueing import (
     Turn,
     book,
     gateway,
+    heard,
     published,
     ticket,
     until,
@@ -85,11 +86,16 @@ async def two_gateways(
         yield one, two
 
 
-async def two_wait(redis: Redis) -> None:
-    """Return once two tickets stand in line."""
+async def two_wait(redis: Redis, *gates: Admission) -> None:
+    """Return once two tickets stand in line, and these gateways know of theirs.
+
+    Who has not heard so when Redis goes is told so, and does not stand there again.
+    """
     async with asyncio.timeout(PATIENCE_SECONDS):
         while await waiting(redis) != 2:
             await asyncio.sleep(0.01)
+        for gate in gates:
+            await heard(gate)
 
 
 async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> None:
@@ -104,14 +110,14 @@ async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> No
         for turn in first:
             await turn.inside.wait()
         second = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        await two_wait(redis)
+        await two_wait(redis, one, two)
         amnesia.remember()
         for turn in first:
             turn.leave.set()
         for turn in second:
             await asyncio.wait_for(turn.inside.wait(), PATIENCE_SECONDS)
         late = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        await two_wait(redis)
+        await two_wait(redis, one, two)
         assert amnesia.forget() > 0
         await server.start()
         await until(lambda: one.available and two.available)
@@ -165,10 +171,11 @@ async def test_whatever_is_forgotten_nobody_runs_twice_and_no_room_is_given_twic
     ):
         for number in range(300):
             tasks.create_task(take(gates[number % 2], str(number)))
-        # Whoever has not been let into the line when Redis goes is told so, and asks again.
         async with asyncio.timeout(PATIENCE_SECONDS):
             while await redis.hget(ROOM, "arrivals") != b"300":
                 await asyncio.sleep(0.01)
+        for gate in gates:
+            await heard(gate)
         for _ in range(3):
             amnesia = Amnesia(server)
             await asyncio.sleep(0.1 + chance.random() * 0.2)
@@ -195,7 +202,7 @@ async def test_lifetimes_that_pass_while_redis_is_down_cost_nobody_anything(
         for turn in running:
             await turn.inside.wait()
         lined_up = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        await two_wait(redis)
+        await two_wait(redis, one, two)
         for key in await redis.keys("*"):
             await redis.pexpire(key, 300)
         amnesia.remember()
@@ -229,7 +236,7 @@ async def test_after_a_restart_nothing_is_granted_before_all_have_said_what_they
         slow = Admission(redis, "test", "slow", limits)
         running = asyncio.ensure_future(slow.run())
         await asyncio.wait_for(slow.until_available(), PATIENCE_SECONDS)
-        await slow._renew_model("tiny")
+        await heard(slow)
         amnesia = Amnesia(server)
         amnesia.remember()
         await stack.enter_async_context(slow.turn(ticket(seconds=60)))

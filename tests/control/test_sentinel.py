@@ -18,7 +18,7 @@ from gateway.redis_url import Sentinels, sentinels_of
 from gateway.settings import ConfigError, load
 
 from .conftest import programs
-from .queueing import Turn, book, gateway, published, ticket, until, waiting, workers
+from .queueing import Turn, book, gateway, heard, published, ticket, until, waiting, workers
 
 SENTINELS = 3
 DOWN_MS = 500
@@ -127,6 +127,8 @@ async def test_a_failover_keeps_leases_and_places(site: Site, fault: signal.Sign
         async with asyncio.timeout(5):
             while await waiting(redis) != 6:
                 await asyncio.sleep(0.01)
+        for gate in (one, two):
+            await heard(gate)
         await site.replicated()
         site.primary.send_signal(fault)
         await until(lambda: not (one.available or two.available), 10)
