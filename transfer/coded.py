@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from math import lcm
@@ -221,17 +221,15 @@ class CodedWriter:
 
     async def write(self, part: KVSlice) -> None:
         """As `Writer.write`; what does not fill a group yet waits for the rest of it."""
-        due = self._due(part)
-        for some, following in zip(due, [*due[1:], None], strict=True):
-            if some is due[0]:
-                self._busy = self._threads.submit(self._encoder.encode, some)
+        due = iter(self._due(part))
+        some = self._begin(due)
+        while some is not None:
             assert self._busy is not None
             await asyncio.shield(asyncio.wrap_future(self._busy))
-            if following is not None:
-                self._busy = self._threads.submit(self._encoder.encode, following)
-            if some.end == self._encoder.tokens:  # what its last group was filled up with
-                some = msgspec.structs.replace(some, end=self._encoder.codes.tokens)
-            await self._inner.write(some)
+            encoded, some = some, self._begin(due)
+            if encoded.end == self._encoder.tokens:  # what its last group was filled up with
+                encoded = msgspec.structs.replace(encoded, end=self._encoder.codes.tokens)
+            await self._inner.write(encoded)
 
     async def commit(self, note: bytes, seconds: float) -> Receipt:
         """As `Writer.commit`."""
@@ -245,6 +243,13 @@ class CodedWriter:
         if self._closed is not None:
             closed, self._closed = self._closed, None
             closed()
+
+    def _begin(self, due: Iterator[KVSlice]) -> KVSlice | None:
+        """Have the next of them encoded beside; which that is."""
+        part = next(due, None)
+        if part is not None:
+            self._busy = self._threads.submit(self._encoder.encode, part)
+        return part
 
     def _due(self, part: KVSlice) -> list[KVSlice]:
         """What can be encoded now: layers that are equally far go together, up to a piece."""
