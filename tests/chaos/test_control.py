@@ -17,3 +17,16 @@ def test_what_was_handed_to_a_worker_that_does_not_answer_is_computed_again() ->
     cause, story = played(Control(), Schedule(2461, (2, 4, 5, 8), faults))
     assert not cause
     assert any("request 5 ends: done" in line for line in story)
+
+
+def test_what_strikes_when_all_have_their_endings_has_its_time_to_pass() -> None:
+    """A lease is given back late, and a worker is stopped at that."""
+    faults = (
+        Fault(4, "commit", 1, "stop redis", 0.91),
+        Fault(7, "Cancel", 1, "stop redis", 0.54),
+        Fault(7, "leave", 1, "stop prefill", 1.0),
+    )
+    cause, story = played(Control(), Schedule(33917, (4, 7), faults))
+    assert not cause
+    last = max(index for index, line in enumerate(story) if " ends: " in line)
+    assert any("p0 stands still" in line for line in story[last:])

@@ -173,10 +173,10 @@ class Game:
 
     async def _quiet(self) -> None:
         """Nothing may be left soon after the last client's end, or the last thing that struck."""
-        began = max(self.world.now, self.calm)
-        patience = plot.QUIET_SECONDS if self.struck else plot.SERVING_SECONDS
+        ended = self.world.now
         while left := self._left():
-            if self.world.now > began + patience:
+            patience = plot.QUIET_SECONDS if self.struck else plot.SERVING_SECONDS
+            if self.world.now > max(ended, self.calm) + patience:
                 self.blame(f"after {patience:.0f} s: {', '.join(left)}")
                 return
             await asyncio.sleep(QUIET_POLL_SECONDS)
