@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
 from backends.api import Row, Sampling, Sequence
+from backends.emulation import pace
 from backends.emulation.synthetic import SyntheticBackend
 from backends.errors import BackendMisconfigured, StepFailed
 
@@ -128,33 +127,46 @@ def test_a_copied_block_serves_a_sequence_of_its_own():
     assert one.generated != other.generated
 
 
-def test_layers_are_reported_in_order_while_the_prefill_lasts():
+class Clock:
+    """Time that passes when somebody sleeps, or works on it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(pace, "time", made)
+    return made
+
+
+def test_layers_are_reported_in_order_while_the_prefill_lasts(clock):
     backend = make(layers=4, prefill_seconds_per_token=0.0005)
     seen: list[tuple[float, int]] = []
-    started = time.monotonic()
+    started = clock.now
     row = Row(tokens=PROMPT + PROMPT, start=0, blocks=list(range(10)))
-    backend.step([row], lambda index, layer: seen.append((time.monotonic() - started, layer)))
+    backend.step([row], lambda index, layer: seen.append((clock.now - started, layer)))
     assert [layer for _, layer in seen] == [0, 1, 2, 3]
-    assert seen[0][0] < 0.05 < 0.069 < seen[-1][0]
+    assert [when for when, _ in seen] == pytest.approx([0.0175, 0.035, 0.0525, 0.07])
+    assert clock.now - started == pytest.approx(0.07)
 
 
-def test_steps_tick_at_absolute_times_though_the_host_works_between_them():
+def test_steps_tick_at_absolute_times_though_the_host_works_between_them(clock):
     backend = make(step_seconds=0.02)
     one = sequence()
     one.generated.append(prefill(backend, one, list(range(16))))
-
-    def ten_steps() -> float:
-        started = time.monotonic()
-        for _ in range(10):
-            decode(backend, [one], [list(range(16))], 1)
-            busy = time.monotonic() + 0.004
-            while time.monotonic() < busy:
-                pass
-        return time.monotonic() - started
-
-    # A machine that is busy with something else misses a tick now and then, but not in every round.
-    within = any(ten_steps() < 0.235 for _ in range(20))
-    assert within, "the host's 4 ms are inside the step's 20"
+    started = clock.now
+    for _ in range(10):
+        decode(backend, [one], [list(range(16))], 1)
+        clock.sleep(0.004)
+    assert clock.now - started == pytest.approx(10 * 0.02 + 0.004)
 
 
 def test_asked_for_logprobs_come_with_alternatives():
