@@ -30,3 +30,11 @@ def test_what_strikes_when_all_have_their_endings_has_its_time_to_pass() -> None
     assert not cause
     last = max(index for index, line in enumerate(story) if " ends: " in line)
     assert any("p0 stands still" in line for line in story[last:])
+
+
+def test_a_deadline_passes_where_one_thing_after_another_strikes_until_then() -> None:
+    """Redis away three times, two gateways that stand still, a decode worker that does."""
+    schedule = Control().schedule(41663)
+    cause, story = played(Control(), schedule)
+    assert not cause
+    assert any("request 3 ends: DeadlineExceeded" in line for line in story)

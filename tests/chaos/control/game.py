@@ -100,6 +100,7 @@ class Game:
         self._handles: dict[tuple[str, int], int] = {}
         self._starts = 0
         self.calm = 0.0
+        self._calms: list[tuple[float, float]] = []
         self.all: list[Process] = []
         self.processes: dict[str, Any] = {}
         self.outside = ProcessLoop(self.world, "outside")
@@ -227,11 +228,27 @@ class Game:
             return
         if not self.struck:
             raise Violation(f"{client} ended as {client.ending}, although nothing struck")
+        if client.ending == "DeadlineExceeded" and not self._had_calm(client):
+            return
         kinds = [fault.kind for fault in self.struck]
         causes = [it for it in kinds if it in plot.CAUSES[client.ending]]
         weight = sum(plot.WEIGHT.get(it, 1) for it in causes)
         if weight < plot.LEAST.get(client.ending, 1):
             raise Violation(f"{client} ended as {client.ending}, for no more than {causes}")
+
+    def _had_calm(self, client: Client) -> bool:
+        """Whether nothing struck for so long that whoever waited then ought to have been served."""
+        assert client.ended_at is not None
+        began, ended = client.ended_at - client.seconds, client.ended_at
+        stretches = [*self._calms, (self.calm, ended)]
+        lengths = [min(ended, until) - max(began, since) for since, until in stretches]
+        return max(lengths) >= plot.QUIET_SECONDS
+
+    def disturb(self, until: float) -> None:
+        """Something strikes, and is over by then."""
+        if self.calm < self.world.now:
+            self._calms.append((self.calm, self.world.now))
+        self.calm = max(self.calm, until)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """A task of the world outside."""
@@ -315,7 +332,8 @@ class Game:
             told = told or Treatment(data)
             if fault.kind == "delay":
                 told.later = fault.amount * plot.LONG_SECONDS
-                self.calm = max(self.calm, self.world.now) + told.later  # after what holds it up
+                # After what holds it up.
+                self.disturb(max(self.calm, self.world.now) + told.later)
             elif fault.kind == "again":
                 told.again = True
             elif fault.kind == "drop":
@@ -343,6 +361,7 @@ class Game:
         for fault in self._faults.passing(number, point, lambda: self.state(client, point)):
             self.tell(f"{client}, {self.state(client, point)}: {fault.kind} at {point}")
             self.struck.append(fault)
+            self.disturb(self.world.now)
             if not self._strikes.act(fault, client):
                 mine.append(fault)
         return mine

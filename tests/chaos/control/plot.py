@@ -135,8 +135,8 @@ CAUSES: Mapping[str, Sequence[str]] = defaultdict(
         "WorkerFailed": (*_WORKERS, *_HELD_UP, *_FAILS, "corrupt", "stale"),
     },
 )
-"""What must have struck when a request ends in a way that is not `done`: nothing else is a reason,
-and nothing is one for a deadline that was not short.
+"""What must have struck when a request ends in a way that is not `done`: nothing else is a reason.
+For a deadline that was not short there is only one: never was there calm for `QUIET_SECONDS`.
 """
 
 LATE = frozenset({"DeadlineExceeded", "RequestUnknown"})

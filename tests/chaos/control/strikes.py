@@ -63,7 +63,7 @@ class Strikes:
         self._game.world.at(self._game.outside, self._game.world.now + seconds, act, *arguments)
 
     def _lasts(self, seconds: float) -> float:
-        self._game.calm = max(self._game.calm, self._game.world.now + seconds)
+        self._game.disturb(self._game.world.now + seconds)
         return seconds
 
     def _kill(self, slot: str, amount: float) -> None:
