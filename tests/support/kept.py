@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,12 @@ class KeptEngine:
 
     def end(self) -> None:
         self.backend.close()
+
+    async def idle(self, seconds: float = 30.0) -> None:
+        """Return once it has said of every job that it is over."""
+        async with asyncio.timeout(seconds):
+            while self.open:
+                await asyncio.sleep(0.01)
 
     # ---- what it tells
 

@@ -108,7 +108,7 @@ async def test_a_request_that_is_cancelled_leaves_nothing_here(
         carrying.cancel()
         await asyncio.wait([carrying])
         await made.balanced(10.0)
-        assert not fleet.open
+        await fleet.idle()
 
 
 async def test_a_decode_server_that_is_killed_fails_the_request_and_not_the_worker(
@@ -124,7 +124,7 @@ async def test_a_decode_server_that_is_killed_fails_the_request_and_not_the_work
         with pytest.raises(Exception, match=r"engine_failed|failed|retries"):
             await asyncio.wait_for(carrying, 300)
         await made.balanced(10.0)
-        assert not fleet.open
+        await fleet.idle()
 
 
 def kill_listener(address: str) -> None:
