@@ -17,6 +17,7 @@ from gateway.admission import open_redis
 from gateway.config import RedisSection
 from gateway.leash import leashed
 from gateway.redis_server import BUNDLED, PROGRAMS, command, wait_until_up
+from tests.support.patience import PATIENCE_SECONDS
 
 
 def programs() -> dict[str, Path]:
@@ -43,12 +44,18 @@ class LiveServer:
         self.process = subprocess.Popen(
             leashed(command(self.program, self.folder, self.socket)), stdout=subprocess.DEVNULL
         )
-        await wait_until_up(self.url, 10)
+        await wait_until_up(self.url, PATIENCE_SECONDS)
+
+    async def logged(self) -> None:
+        """Return once all that was answered is in the log: while its disk is busy, it is not."""
+        async with Redis.from_url(self.url) as redis, asyncio.timeout(PATIENCE_SECONDS):
+            while (await redis.info("persistence"))["aof_buffer_length"]:
+                await asyncio.sleep(0.01)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(10)
+        self.process.wait(PATIENCE_SECONDS)
 
 
 @pytest.fixture(scope="session", params=sorted(programs()))

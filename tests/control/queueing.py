@@ -5,16 +5,33 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 from redis.asyncio import Redis
 
 from gateway.admission import Admission, Limits, Registration, Ticket, WorkerRecord
 from gateway.errors import GatewayError
+from tests.support.patience import PATIENCE_SECONDS
 
 MODEL = "tiny"
-PATIENCE_SECONDS = 30.0
-"""How long a test waits for what should come at once, on however busy a machine."""
+ROOM = f"baton:{{test}}:room:{MODEL}"
+LONG_SECONDS = 10 * PATIENCE_SECONDS
+"""What does not pass while a test waits: neither it nor a third of it, when leases are renewed."""
 
-LIMITS = Limits(max_waiting=100, lease_seconds=1.5, worker_wait_seconds=5.0, outage_seconds=3.0)
+LIMITS = Limits(
+    max_waiting=1000,
+    lease_seconds=LONG_SECONDS,
+    worker_wait_seconds=LONG_SECONDS,
+    outage_seconds=LONG_SECONDS,
+    timeout_seconds=PATIENCE_SECONDS,
+)
+
+
+def patient(**changes: Any) -> Limits:
+    """`LIMITS`, but for what a test is about.
+
+    Where leases lapse, gateways and workers need the same: the queue goes by the longest.
+    """
+    return msgspec.structs.replace(LIMITS, **changes)
 
 
 def ticket(
@@ -23,7 +40,7 @@ def ticket(
     *,
     prefill: int = 10,
     decode: int = 10,
-    seconds: float = 10.0,
+    seconds: float = LONG_SECONDS,
     priority: int = 0,
     **more: Any,
 ) -> Ticket:
@@ -53,14 +70,30 @@ async def gateway(
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(admission.run())
         await asyncio.wait_for(admission.until_available(), PATIENCE_SECONDS)
+        await listens(redis, admission, name)
         yield admission
         await admission.flush(PATIENCE_SECONDS)
         running.cancel()
 
 
+async def listens(redis: Redis, admission: Admission, name: str) -> None:
+    """Return once it hears of grants, and has asked what it may have missed before."""
+    channel = f"baton:{{test}}:grants:{name}"
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (await redis.pubsub_numsub(channel))[0][1] != 1:
+            await asyncio.sleep(0.005)
+    await until(lambda: not admission._renew_now.is_set())
+    await admission._renew()
+
+
 @asynccontextmanager
 async def workers(
-    redis: Redis, *, prefill: int = 100, decode: int = 100, lease_seconds: float = 1.5
+    redis: Redis,
+    *,
+    prefill: int = 100,
+    decode: int = 100,
+    lease_seconds: float = LONG_SECONDS,
+    timeout_seconds: float = PATIENCE_SECONDS,
 ) -> AsyncIterator[None]:
     """A prefill and a decode worker that are registered, and offer that many tokens."""
     async with asyncio.TaskGroup() as tasks:
@@ -75,7 +108,13 @@ async def workers(
                 prefill_tokens=prefill if role == "prefill" else 0,
                 decode_tokens=decode if role == "decode" else 0,
             )
-            registration = Registration(redis, "test", record, lease_seconds=lease_seconds)
+            registration = Registration(
+                redis,
+                "test",
+                record,
+                lease_seconds=lease_seconds,
+                timeout_seconds=timeout_seconds,
+            )
             tasks.create_task(registration.run(stop))
         await published(redis, 2)
         yield
@@ -110,6 +149,18 @@ async def waiting(redis: Redis) -> int:
     return await redis.zcard("baton:{test}:waiting:" + MODEL)
 
 
+async def in_line(redis: Redis, count: int, *gates: Admission) -> None:
+    """Return once so many tickets stand in line, and these gateways know of theirs.
+
+    Who has not heard so when Redis goes is told so, and does not stand there again.
+    """
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await waiting(redis) != count:
+            await asyncio.sleep(0.005)
+        for gate in gates:
+            await heard(gate)
+
+
 async def heard(admission: Admission) -> None:
     """Return once whatever this gateway has asked has been answered: answers come in order.
 
@@ -119,5 +170,5 @@ async def heard(admission: Admission) -> None:
 
 
 async def book(redis: Redis) -> dict[str, int]:
-    entries = await redis.hgetall("baton:{test}:room:" + MODEL)
+    entries = await redis.hgetall(ROOM)
     return {key.decode(): int(value) for key, value in entries.items() if b"held" in key}

@@ -9,21 +9,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis
 
 from gateway.admission import Admission, Limits, Terms, open_redis
 from gateway.config import RedisSection
 from gateway.leash import leashed
 from gateway.redis_server import command
+from tests.support.patience import PATIENCE_SECONDS
 
 from .conftest import LiveServer, programs
 from .queueing import (
-    MODEL,
-    PATIENCE_SECONDS,
+    ROOM,
     Turn,
     book,
     gateway,
     heard,
+    in_line,
+    patient,
     published,
     ticket,
     until,
@@ -31,8 +32,7 @@ from .queueing import (
     workers,
 )
 
-ROOM = f"baton:{{test}}:room:{MODEL}"
-LIMITS = Limits(lease_seconds=2.0, outage_seconds=20.0, max_waiting=1000)
+LIMITS = patient(lease_seconds=2.0)
 
 
 def log_of(server: LiveServer) -> Path:
@@ -48,14 +48,16 @@ class Amnesia:
         self._server = server
         self._size = 0
 
-    def remember(self) -> None:
+    async def remember(self) -> None:
+        await self._server.logged()
         self._size = log_of(self._server).stat().st_size
 
-    def forget(self, *, torn: bool = True) -> int:
+    async def forget(self, *, torn: bool = True) -> int:
         """Kill the server and lose what it wrote since; how many bytes that were.
 
         `torn`: the first forgotten write is there in part.
         """
+        await self._server.logged()
         self._server.kill()
         log = log_of(self._server)
         lost = log.stat().st_size - self._size
@@ -86,18 +88,6 @@ async def two_gateways(
         yield one, two
 
 
-async def two_wait(redis: Redis, *gates: Admission) -> None:
-    """Return once two tickets stand in line, and these gateways know of theirs.
-
-    Who has not heard so when Redis goes is told so, and does not stand there again.
-    """
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while await waiting(redis) != 2:
-            await asyncio.sleep(0.01)
-        for gate in gates:
-            await heard(gate)
-
-
 async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> None:
     """It thinks that they wait, or has never heard of them; nobody else gets their room."""
     amnesia = Amnesia(server)
@@ -106,24 +96,24 @@ async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> No
         open_redis(RedisSection(url=server.url)) as redis,
         asyncio.TaskGroup() as tasks,
     ):
-        first = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
+        first = [Turn(tasks, gate, ticket()) for gate in (one, two)]
         for turn in first:
             await turn.inside.wait()
-        second = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        await two_wait(redis, one, two)
-        amnesia.remember()
+        second = [Turn(tasks, gate, ticket()) for gate in (one, two)]
+        await in_line(redis, 2, one, two)
+        await amnesia.remember()
         for turn in first:
             turn.leave.set()
         for turn in second:
             await asyncio.wait_for(turn.inside.wait(), PATIENCE_SECONDS)
-        late = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        await two_wait(redis, one, two)
-        assert amnesia.forget() > 0
+        late = [Turn(tasks, gate, ticket()) for gate in (one, two)]
+        await in_line(redis, 2, one, two)
+        assert await amnesia.forget() > 0
         await server.start()
         await until(lambda: one.available and two.available)
         await published(redis, 2)
         await until(lambda: one.held + two.held == 2)
-        await two_wait(redis)
+        await in_line(redis, 2)
         # The two that ended in the forgotten second are held by nobody, and lapse by themselves,
         # if they have not yet.
         assert (await book(redis))["held_decode"] in (20, 40)
@@ -154,7 +144,7 @@ async def test_whatever_is_forgotten_nobody_runs_twice_and_no_room_is_given_twic
 
     async def take(admission: Admission, name: str) -> None:
         nonlocal running, most
-        wish = ticket(name, seconds=600, terms=Terms(concurrent=1000))
+        wish = ticket(name, terms=Terms(concurrent=1000))
         async with admission.turn(wish, generated=lambda: 3) as grant:
             running += 10
             most = max(most, running)
@@ -179,9 +169,9 @@ async def test_whatever_is_forgotten_nobody_runs_twice_and_no_room_is_given_twic
         for _ in range(3):
             amnesia = Amnesia(server)
             await asyncio.sleep(0.1 + chance.random() * 0.2)
-            amnesia.remember()
+            await amnesia.remember()
             await asyncio.sleep(chance.random() * 0.3)
-            amnesia.forget(torn=chance.random() < 0.5)
+            await amnesia.forget(torn=chance.random() < 0.5)
             await server.start()
             await until(lambda: all(gate.available for gate in gates))
     assert served == Counter(map(str, range(300))), f"seed {seed}"
@@ -198,15 +188,15 @@ async def test_lifetimes_that_pass_while_redis_is_down_cost_nobody_anything(
         open_redis(RedisSection(url=server.url)) as redis,
         asyncio.TaskGroup() as tasks,
     ):
-        running = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
+        running = [Turn(tasks, gate, ticket()) for gate in (one, two)]
         for turn in running:
             await turn.inside.wait()
-        lined_up = [Turn(tasks, gate, ticket(seconds=60)) for gate in (one, two)]
-        await two_wait(redis, one, two)
+        lined_up = [Turn(tasks, gate, ticket()) for gate in (one, two)]
+        await in_line(redis, 2, one, two)
         for key in await redis.keys("*"):
             await redis.pexpire(key, 300)
-        amnesia.remember()
-        amnesia.forget(torn=False)
+        await amnesia.remember()
+        await amnesia.forget(torn=False)
         await asyncio.sleep(0.4)
         await server.start()
         await until(lambda: one.available and two.available)
@@ -226,7 +216,7 @@ async def test_after_a_restart_nothing_is_granted_before_all_have_said_what_they
     server: LiveServer,
 ) -> None:
     """One gateway cannot be reached from Redis for a while; its room is not given away."""
-    limits = Limits(lease_seconds=4.0, outage_seconds=20.0)
+    limits = patient(lease_seconds=4.0)
     async with (
         open_redis(RedisSection(url=server.url)) as redis,
         workers(redis, decode=10, lease_seconds=4.0),
@@ -238,14 +228,14 @@ async def test_after_a_restart_nothing_is_granted_before_all_have_said_what_they
         await asyncio.wait_for(slow.until_available(), PATIENCE_SECONDS)
         await heard(slow)
         amnesia = Amnesia(server)
-        amnesia.remember()
-        await stack.enter_async_context(slow.turn(ticket(seconds=60)))
-        amnesia.forget()
+        await amnesia.remember()
+        await stack.enter_async_context(slow.turn(ticket()))
+        await amnesia.forget()
         running.cancel()
         await asyncio.wait([running])
         await server.start()
         await until(lambda: one.available)
-        async with asyncio.timeout(PATIENCE_SECONDS), one.turn(ticket(seconds=60)):
+        async with asyncio.timeout(PATIENCE_SECONDS), one.turn(ticket()):
             restarted, granted = await redis.hmget(ROOM, "restarted_at", "granted_at")
             assert int(granted) - int(restarted) >= 1000 * limits.lease_seconds / 2
 
@@ -256,17 +246,17 @@ async def test_epochs_grow_when_redis_has_forgotten_them(server: LiveServer) -> 
         two_gateways(server, decode=10) as (one, _),
         asyncio.TaskGroup() as tasks,
     ):
-        amnesia.remember()
-        turn = Turn(tasks, one, ticket(seconds=60))
+        await amnesia.remember()
+        turn = Turn(tasks, one, ticket())
         await turn.inside.wait()
         (before,) = (held.epoch for held in one._turns.values())
         turn.leave.set()
         await turn.task
-        await one.flush()
-        amnesia.forget()
+        await one.flush(PATIENCE_SECONDS)
+        await amnesia.forget()
         await server.start()
         await until(lambda: one.available)
-        turn = Turn(tasks, one, ticket(seconds=60))
+        turn = Turn(tasks, one, ticket())
         await asyncio.wait_for(turn.inside.wait(), PATIENCE_SECONDS)
         (after,) = (held.epoch for held in one._turns.values())
         assert after > before
@@ -278,14 +268,14 @@ async def test_a_log_that_ends_in_the_middle_of_a_write_is_loaded(server: LiveSe
     async with open_redis(RedisSection(url=server.url)) as redis:
         await redis.set("kept", 1, px=60_000)
         amnesia = Amnesia(server)
-        amnesia.remember()
+        await amnesia.remember()
         await redis.set("torn", 1, px=60_000)
-        assert amnesia.forget() > 0
+        assert await amnesia.forget() > 0
         server.process = subprocess.Popen(
             leashed(command(server.program, server.folder, server.socket)),
             stdout=subprocess.DEVNULL,
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not server.socket.exists() or not await _answers(server):
                 await asyncio.sleep(0.02)
         assert await redis.get("kept") == b"1"

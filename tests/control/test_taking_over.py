@@ -4,36 +4,38 @@ import asyncio
 
 from redis.asyncio import Redis
 
-from gateway.admission import Limits, Terms
+from gateway.admission import Terms
 from gateway.errors import TakenOver
+from tests.support.patience import PATIENCE_SECONDS
 
-from .queueing import Turn, book, gateway, ticket, until, waiting, workers
-
-QUICK = Limits(lease_seconds=0.6)
-LASTING = Limits(lease_seconds=30.0)
+from .queueing import Turn, book, gateway, heard, in_line, ticket, until, waiting, workers
 
 
 async def test_another_gateway_takes_a_waiting_ticket_over_at_its_place(redis: Redis) -> None:
     async with (
-        workers(redis, decode=10, lease_seconds=30.0),
-        gateway(redis, "g1", QUICK) as one,
-        gateway(redis, "g2", LASTING) as two,
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
         asyncio.TaskGroup() as tasks,
     ):
         first = Turn(tasks, two, ticket("first"))
         await first.inside.wait()
-        old = Turn(tasks, one, ticket("old", name="mine", seconds=20))
-        await until(lambda: one.waiting == 1)
-        late = Turn(tasks, two, ticket("late", seconds=21))
-        await until(lambda: two.waiting == 1)
-        new = Turn(tasks, two, ticket("new", name="mine", seconds=25))
-        await until(lambda: isinstance(old.error, TakenOver), 2)
+        old = Turn(tasks, one, ticket("old", name="mine", seconds=60))
+        await in_line(redis, 1, one)
+        late = Turn(tasks, two, ticket("late", seconds=61))
+        await in_line(redis, 2, two)
+        new = Turn(tasks, two, ticket("new", name="mine", seconds=65))
+        await until(lambda: two.waiting == 2)
+        for gate in (two, one):
+            await heard(gate)
+        await until(lambda: isinstance(old.error, TakenOver))
         assert await waiting(redis) == 2
         first.leave.set()
-        await asyncio.wait_for(new.inside.wait(), 2)
+        await asyncio.wait_for(new.inside.wait(), PATIENCE_SECONDS)
+        await heard(two)
         assert not late.inside.is_set()
         new.leave.set()
-        await asyncio.wait_for(late.inside.wait(), 2)
+        await asyncio.wait_for(late.inside.wait(), PATIENCE_SECONDS)
         late.leave.set()
 
 
@@ -42,45 +44,45 @@ async def test_a_lease_that_is_taken_over_is_not_given_back_by_its_former_holder
 ) -> None:
     terms = Terms(concurrent=3)
     async with (
-        workers(redis, decode=10, lease_seconds=30.0),
-        gateway(redis, "g1", LASTING) as one,
-        gateway(redis, "g2", LASTING) as two,
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
         asyncio.TaskGroup() as tasks,
     ):
         old = Turn(tasks, one, ticket("old", name="mine", terms=terms))
         await old.inside.wait()
         new = Turn(tasks, two, ticket("new", name="mine", terms=terms))
-        await asyncio.wait_for(new.inside.wait(), 2)
+        await asyncio.wait_for(new.inside.wait(), PATIENCE_SECONDS)
         old.grant.prefilled()
         old.leave.set()
         await old.task
-        await one.flush()
+        await one.flush(PATIENCE_SECONDS)
         assert await book(redis) == {"held_prefill": 10, "held_decode": 10}
         new.leave.set()
         await new.task
-        await two.flush()
+        await two.flush(PATIENCE_SECONDS)
         assert await book(redis) == {"held_prefill": 0, "held_decode": 0}
         assert await redis.exists("baton:{test}:active:t") == 0
 
 
 async def test_a_former_owner_that_enqueues_late_takes_nothing_over(redis: Redis) -> None:
     async with (
-        workers(redis, decode=10, lease_seconds=30.0),
-        gateway(redis, "g1", LASTING) as one,
-        gateway(redis, "g2", LASTING) as two,
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
         asyncio.TaskGroup() as tasks,
     ):
         holder = Turn(tasks, two, ticket("holder", name="mine", owner_epoch=2))
         await holder.inside.wait()
         waiter = Turn(tasks, two, ticket("waiter", name="other", owner_epoch=2))
-        await until(lambda: two.waiting == 1)
+        await in_line(redis, 1, two)
         for name in ("mine", "other"):
             late = Turn(tasks, one, ticket("late", name=name, owner_epoch=1))
-            await until(lambda late=late: isinstance(late.error, TakenOver), 2)
-        await one.flush()
+            await until(lambda late=late: isinstance(late.error, TakenOver))
+        await one.flush(PATIENCE_SECONDS)
         assert await book(redis) == {"held_prefill": 10, "held_decode": 10}
         holder.leave.set()
-        await asyncio.wait_for(waiter.inside.wait(), 2)
+        await asyncio.wait_for(waiter.inside.wait(), PATIENCE_SECONDS)
         assert waiter.error is None
         waiter.leave.set()
 
@@ -90,15 +92,15 @@ async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
 ) -> None:
     """Redis has forgotten the ticket; the former holder speaks first, the new one has it."""
     async with (
-        workers(redis, decode=10, lease_seconds=30.0),
-        gateway(redis, "g1", LASTING) as one,
-        gateway(redis, "g2", LASTING) as two,
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
         asyncio.TaskGroup() as tasks,
     ):
         old = Turn(tasks, one, ticket("old", name="mine"))
         await old.inside.wait()
         new = Turn(tasks, two, ticket("new", name="mine"))
-        await asyncio.wait_for(new.inside.wait(), 2)
+        await asyncio.wait_for(new.inside.wait(), PATIENCE_SECONDS)
         for kind in ("tickets", "leases", "room"):
             await redis.delete(f"baton:{{test}}:{kind}:tiny")
         for gate in (one, two, one, two):
@@ -107,7 +109,7 @@ async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
         assert (one.held, two.held) == (0, 1)
         old.leave.set()
         await old.task
-        await one.flush()
+        await one.flush(PATIENCE_SECONDS)
         assert (await book(redis))["held_decode"] == 10
         new.leave.set()
 
@@ -115,9 +117,9 @@ async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
 async def test_a_former_owner_claims_nothing_that_waits_for_the_new_one(redis: Redis) -> None:
     """Redis has forgotten the lease; the new owner is in line again before the old one speaks."""
     async with (
-        workers(redis, decode=20, lease_seconds=30.0),
-        gateway(redis, "g1", LASTING) as one,
-        gateway(redis, "g2", LASTING) as two,
+        workers(redis, decode=20),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
         asyncio.TaskGroup() as tasks,
     ):
         old = Turn(tasks, one, ticket("old", name="mine", owner_epoch=1))
@@ -127,22 +129,22 @@ async def test_a_former_owner_claims_nothing_that_waits_for_the_new_one(redis: R
         assert await redis.hdel("baton:{test}:tickets:tiny", "mine")
         assert await redis.zrem("baton:{test}:leases:tiny", "mine")
         new = Turn(tasks, two, ticket("new", name="mine", owner_epoch=2))
-        await until(lambda: two.waiting == 1)
+        await in_line(redis, 1)
         for gate in (one, two):
             await gate._renew()
         assert (one.held, two.waiting, new.error) == (0, 1, None)
         old.leave.set()
         other.leave.set()
-        await asyncio.wait_for(new.inside.wait(), 2)
+        await asyncio.wait_for(new.inside.wait(), PATIENCE_SECONDS)
         new.leave.set()
 
 
 async def test_the_later_owner_has_a_right_that_the_former_was_given_again(redis: Redis) -> None:
     """Redis has forgotten that it was taken over, and grants it anew to the one before."""
     async with (
-        workers(redis, decode=20, lease_seconds=30.0),
-        gateway(redis, "g1", LASTING) as one,
-        gateway(redis, "g2", LASTING) as two,
+        workers(redis, decode=20),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
         asyncio.TaskGroup() as tasks,
     ):
         new = Turn(tasks, two, ticket("new", name="mine", owner_epoch=2))
@@ -150,7 +152,7 @@ async def test_the_later_owner_has_a_right_that_the_former_was_given_again(redis
         assert await redis.hdel("baton:{test}:tickets:tiny", "mine")
         assert await redis.zrem("baton:{test}:leases:tiny", "mine")
         old = Turn(tasks, one, ticket("old", name="mine", owner_epoch=1))
-        await asyncio.wait_for(old.inside.wait(), 2)
+        await asyncio.wait_for(old.inside.wait(), PATIENCE_SECONDS)
         for gate in (two, one):
             await gate._renew()
         assert (one.held, two.held, new.error) == (0, 1, None)
@@ -161,16 +163,16 @@ async def test_the_later_owner_has_a_right_that_the_former_was_given_again(redis
 async def test_leaving_late_does_not_cancel_the_one_who_came_again(redis: Redis) -> None:
     """The same gateway, the same name: the first one's going is still on its way."""
     async with (
-        workers(redis, decode=10, lease_seconds=30.0),
-        gateway(redis, "g1", LASTING) as one,
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
         asyncio.TaskGroup() as tasks,
     ):
         for _ in range(3):
             async with one.turn(ticket(name="mine")):
                 pass
             again = Turn(tasks, one, ticket(name="mine"))
-            await asyncio.wait_for(again.inside.wait(), 2)
-            await one.flush()
+            await asyncio.wait_for(again.inside.wait(), PATIENCE_SECONDS)
+            await one.flush(PATIENCE_SECONDS)
             assert (await book(redis))["held_decode"] == 10
             again.leave.set()
             await again.task
@@ -178,8 +180,8 @@ async def test_leaving_late_does_not_cancel_the_one_who_came_again(redis: Redis)
 
 async def test_the_same_gateway_may_be_asked_again_while_the_first_waits(redis: Redis) -> None:
     async with (
-        workers(redis, decode=10, lease_seconds=30.0),
-        gateway(redis, "g1", LASTING) as one,
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
         asyncio.TaskGroup() as tasks,
     ):
         first = Turn(tasks, one, ticket("first"))
@@ -187,7 +189,7 @@ async def test_the_same_gateway_may_be_asked_again_while_the_first_waits(redis: 
         old = Turn(tasks, one, ticket("old", name="mine"))
         await until(lambda: one.waiting == 1)
         new = Turn(tasks, one, ticket("new", name="mine"))
-        await until(lambda: isinstance(old.error, TakenOver), 2)
+        await until(lambda: isinstance(old.error, TakenOver))
         first.leave.set()
-        await asyncio.wait_for(new.inside.wait(), 2)
+        await asyncio.wait_for(new.inside.wait(), PATIENCE_SECONDS)
         new.leave.set()
