@@ -18,6 +18,7 @@ from gateway.errors import QueueUnavailable, Unauthorized
 from gateway.settings import ConfigError, load
 from gateway.tenants import Keyring, KeyStore, NoSuchKey
 from gateway.tenants.door import require_keys
+from tests.support.patience import PATIENCE_SECONDS
 
 from .conftest import LiveServer
 from .queueing import until
@@ -51,14 +52,14 @@ async def test_a_key_is_known_and_then_refused_by_every_gateway_within_seconds(
         assert not one.asks
         terms = {"weight": 3.0, "requests": 60, "priority": 2}
         key_id, key = await store.add("ann", terms)
-        await until(lambda: one.asks and two.asks, 3)
+        await until(lambda: one.asks and two.asks)
         tenant = two.tenant_of(key)
         assert (tenant.name, tenant.priority) == ("ann", 2)
         assert tenant.terms == Terms(weight=3.0, requests=60)
         assert refused(one, key[:-1])
         assert refused(one, "")
         assert await store.revoke(key_id) == "ann"
-        await until(lambda: not one.asks and not two.asks, 3)
+        await until(lambda: not one.asks and not two.asks)
 
 
 async def test_only_digests_are_stored(redis: Redis) -> None:
@@ -95,7 +96,7 @@ async def test_keys_of_the_configuration_go_on_working_and_take_their_tenant_s_t
         assert keyring.tenant_of(key).name == "ann"
         assert keyring.tenant_of("other_key").terms == Terms()
         await store.revoke(key_id)
-        await until(lambda: refused(keyring, key), 3)
+        await until(lambda: refused(keyring, key))
         assert keyring.tenant_of("configured_key").name == "ann"
 
 
@@ -138,12 +139,16 @@ async def test_a_gateway_that_needs_a_key_waits_for_redis_to_say(mortal_server: 
         assert not waiting.done()
         await mortal_server.start()
         with pytest.raises(ConfigError):
-            await asyncio.wait_for(waiting, 5)
+            await asyncio.wait_for(waiting, PATIENCE_SECONDS)
 
 
 def baton(*words: str, code: int = 0, **environ: str) -> str:
     answer = subprocess.run(
-        [*BATON, *words], capture_output=True, text=True, timeout=60, env={**os.environ, **environ}
+        [*BATON, *words],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_SECONDS,
+        env={**os.environ, **environ},
     )
     assert answer.returncode == code, answer.stdout + answer.stderr
     return answer.stdout + answer.stderr

@@ -22,6 +22,7 @@ from gateway.redis_server import (
     find_server,
     run_dir,
 )
+from tests.support.patience import PATIENCE_SECONDS
 
 from .conftest import LiveServer
 
@@ -31,14 +32,16 @@ READY = (
 )
 
 
-async def until(fact: Callable[[], object], seconds: float = 10.0) -> None:
+async def until(fact: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not fact():
             await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
-async def child(folder: Path, program: str, stop_seconds: float = 5.0) -> AsyncIterator[Child]:
+async def child(
+    folder: Path, program: str, stop_seconds: float = PATIENCE_SECONDS
+) -> AsyncIterator[Child]:
     one = Child(
         "one",
         [sys.executable, "-c", program],
@@ -57,49 +60,51 @@ def pid_in(path: Path) -> int:
 
 
 async def test_a_child_says_that_it_is_ready(tmp_path: Path) -> None:
-    async with child(tmp_path, READY + "import time; time.sleep(60)") as one:
-        await asyncio.wait_for(one.ready.wait(), 10)
+    async with child(tmp_path, READY + "import time; time.sleep(600)") as one:
+        await asyncio.wait_for(one.ready.wait(), PATIENCE_SECONDS)
         assert one.address == "here"
 
 
 async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     program = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); {READY}"
-    async with child(tmp_path, program + "time.sleep(60)") as one:
-        await asyncio.wait_for(one.ready.wait(), 10)
+    async with child(tmp_path, program + "time.sleep(600)") as one:
+        await asyncio.wait_for(one.ready.wait(), PATIENCE_SECONDS)
         first = pid_in(pid)
         os.kill(first, signal.SIGKILL)
         await until(lambda: pid_in(pid) not in (0, first))
-        await asyncio.wait_for(one.ready.wait(), 10)
+        await asyncio.wait_for(one.ready.wait(), PATIENCE_SECONDS)
         assert one.exit_code == -signal.SIGKILL
 
 
 async def test_a_child_that_ignores_the_order_to_stop_is_killed(tmp_path: Path) -> None:
-    program = "import signal, time; signal.signal(15, signal.SIG_IGN);" + READY + "time.sleep(60)"
+    program = "import signal, time; signal.signal(15, signal.SIG_IGN);" + READY + "time.sleep(600)"
     async with child(tmp_path, program, stop_seconds=0.3) as one:
-        await asyncio.wait_for(one.ready.wait(), 10)
+        await asyncio.wait_for(one.ready.wait(), PATIENCE_SECONDS)
     assert one.exit_code == -signal.SIGKILL
 
 
 async def test_what_a_child_has_started_dies_with_it(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     program = (
-        "import subprocess, time; p = subprocess.Popen(['sleep', '60']);"
-        f"open({str(pid)!r}, 'w').write(str(p.pid));" + READY + "time.sleep(60)"
+        "import subprocess, time; p = subprocess.Popen(['sleep', '600']);"
+        f"open({str(pid)!r}, 'w').write(str(p.pid));" + READY + "time.sleep(600)"
     )
     async with child(tmp_path, program) as one:
-        await asyncio.wait_for(one.ready.wait(), 10)
+        await asyncio.wait_for(one.ready.wait(), PATIENCE_SECONDS)
     await until(lambda: gone(pid_in(pid)))
 
 
 async def test_a_child_that_was_never_started_stops_at_once(tmp_path: Path) -> None:
-    one = Child("one", ["true"], tmp_path / "log", stop_seconds=5, environment={})
-    await asyncio.wait_for(one.stop(), 1)
+    one = Child(
+        "one", ["true"], tmp_path / "log", stop_seconds=10 * PATIENCE_SECONDS, environment={}
+    )
+    await asyncio.wait_for(one.stop(), PATIENCE_SECONDS)
 
 
 async def test_the_log_of_a_child_has_a_bound(tmp_path: Path) -> None:
-    async with child(tmp_path, READY + "import time; time.sleep(60)") as one:
-        await asyncio.wait_for(one.ready.wait(), 10)
+    async with child(tmp_path, READY + "import time; time.sleep(600)") as one:
+        await asyncio.wait_for(one.ready.wait(), PATIENCE_SECONDS)
         with one.log_path.open("ab") as file:
             file.truncate(33 * 1024 * 1024)
         one.trim_log()
@@ -108,7 +113,7 @@ async def test_the_log_of_a_child_has_a_bound(tmp_path: Path) -> None:
 
 async def test_the_tail_of_a_failing_child_s_log_is_at_hand(tmp_path: Path) -> None:
     async with child(tmp_path, "raise SystemExit('no such device')") as one:
-        await asyncio.wait_for(one.exited.wait(), 10)
+        await asyncio.wait_for(one.exited.wait(), PATIENCE_SECONDS)
         assert one.log_tail().endswith("no such device")
         assert one.exit_code == 1
 
@@ -117,8 +122,8 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-ON_A_LEASH = "from gateway.leash import leashed;p = subprocess.Popen(leashed(['sleep', '60']))"
-OF_A_BENCHMARK = "from loadtest.bench.process import *;it = running(['sleep', '60'], LOG)"
+ON_A_LEASH = "from gateway.leash import leashed;p = subprocess.Popen(leashed(['sleep', '600']))"
+OF_A_BENCHMARK = "from loadtest.bench.process import *;it = running(['sleep', '600'], LOG)"
 
 
 @pytest.mark.parametrize("start", [ON_A_LEASH, f"{OF_A_BENCHMARK};p = it.__enter__()"])
@@ -126,7 +131,7 @@ async def test_a_process_on_a_leash_dies_with_its_parent(tmp_path: Path, start: 
     pid = tmp_path / "pid"
     program = (
         f"import pathlib, subprocess, time; LOG = pathlib.Path({str(tmp_path / 'log')!r});"
-        f"{start};open({str(pid)!r}, 'w').write(str(p.pid)); time.sleep(60)"
+        f"{start};open({str(pid)!r}, 'w').write(str(p.pid)); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
     await until(lambda: pid_in(pid))
@@ -148,6 +153,7 @@ def test_a_leashed_program_that_does_not_exist_says_so() -> None:
 async def test_the_server_keeps_its_data_over_a_kill(mortal_server: LiveServer) -> None:
     async with Redis.from_url(mortal_server.url) as redis:
         await redis.set("a", "1", px=60_000)
+        await mortal_server.logged()
         mortal_server.kill()
         await mortal_server.start()
         assert await redis.get("a") == b"1"
@@ -157,6 +163,7 @@ async def test_a_file_that_a_crash_has_cut_short_is_loaded(mortal_server: LiveSe
     async with Redis.from_url(mortal_server.url) as redis:
         await redis.set("a", "1", px=60_000)
         await redis.set("b", "x" * 100, px=60_000)
+        await mortal_server.logged()
         mortal_server.kill()
         # Redis 7 keeps what comes in a file of its own beside a base, Redis 6.2 all in one
         (file,) = {

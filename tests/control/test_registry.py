@@ -1,16 +1,19 @@
 """What gateways know of workers, through real Redis servers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
+import pytest
 from redis.asyncio import Redis
 
-from gateway.admission import Registration, Registry, WorkerRecord, open_redis
+from gateway.admission import Registration, Registry, WorkerRecord, open_redis, registry
 from gateway.config import RedisSection
+from tests.support.patience import PATIENCE_SECONDS
 
 from .conftest import LiveServer
+from .queueing import LONG_SECONDS, until
 
 RECORD = WorkerRecord(
     id="w",
@@ -21,13 +24,7 @@ RECORD = WorkerRecord(
     prefill_tokens=10,
     decode_tokens=20,
 )
-LEASE_SECONDS = 1.0
-
-
-async def until(fact: Callable[[], object], seconds: float = 5.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not fact():
-            await asyncio.sleep(0.005)
+LEASE_SECONDS = 2.0
 
 
 @asynccontextmanager
@@ -44,20 +41,26 @@ async def registered(redis: Redis, record: WorkerRecord = RECORD) -> AsyncIterat
 async def watched(redis: Redis) -> AsyncIterator[list[Mapping[str, WorkerRecord]]]:
     news: list[Mapping[str, WorkerRecord]] = []
     async with asyncio.TaskGroup() as tasks:
-        registry = Registry(redis, "test", lease_seconds=LEASE_SECONDS)
-        watching = tasks.create_task(registry.watch(news.append))
+        known = Registry(redis, "test", lease_seconds=LEASE_SECONDS)
+        watching = tasks.create_task(known.watch(news.append))
         yield news
         watching.cancel()
 
 
-async def test_a_worker_is_known_while_it_is_there(redis: Redis) -> None:
+async def test_a_worker_is_known_while_it_is_there(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "POLL_SECONDS", LONG_SECONDS)  # it is told, and need not ask
     async with watched(redis) as news:
-        await asyncio.sleep(0.1)
+        channel = "baton:{test}:nudges"
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (await redis.pubsub_numsub(channel))[0][1] != 1:
+                await asyncio.sleep(0.005)
         async with registered(redis):
-            await until(lambda: news and news[-1] == {"w": RECORD}, 0.5)
+            await until(lambda: news and news[-1] == {"w": RECORD})
             await asyncio.sleep(LEASE_SECONDS * 1.5)
             assert len(news) == 1, "a record that is repeated is no news"
-        await until(lambda: news[-1] == {}, 0.5)
+        await until(lambda: news[-1] == {})
 
 
 async def test_a_worker_that_falls_silent_is_forgotten(redis: Redis) -> None:
@@ -67,7 +70,7 @@ async def test_a_worker_that_falls_silent_is_forgotten(redis: Redis) -> None:
         await until(lambda: news and news[-1] == {"w": RECORD})
         running.cancel()
         await asyncio.wait([running])
-        await until(lambda: news[-1] == {}, LEASE_SECONDS + 2)
+        await until(lambda: news[-1] == {})
         offers = await redis.hgetall("baton:{test}:credits:tiny")
         assert list(offers) == [b"w"], "its offer is counted out by the next call that looks"
 
@@ -105,7 +108,7 @@ async def test_workers_outlive_an_outage_of_redis(mortal_server: LiveServer) -> 
             for file in mortal_server.folder.rglob(pattern):
                 file.unlink()
         await mortal_server.start()
-        await asyncio.sleep(LEASE_SECONDS / 2)
+        await asyncio.sleep(LEASE_SECONDS / 4)
         async with registered(redis):
             await asyncio.sleep(LEASE_SECONDS * 2)
             assert news == [{"w": RECORD}]
