@@ -10,13 +10,10 @@ from redis.asyncio import Redis
 
 from gateway.admission import Admission, Limits, Registration, Ticket, WorkerRecord
 from gateway.errors import GatewayError
-from tests.support.patience import PATIENCE_SECONDS
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 
 MODEL = "tiny"
 ROOM = f"baton:{{test}}:room:{MODEL}"
-LONG_SECONDS = 10 * PATIENCE_SECONDS
-"""What does not pass while a test waits: neither it nor a third of it, when leases are renewed."""
-
 LIMITS = Limits(
     max_waiting=1000,
     lease_seconds=LONG_SECONDS,

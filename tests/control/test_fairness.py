@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 
 from gateway.admission import Admission, Terms, Ticket
 from gateway.errors import DeadlineExceeded
-from tests.support.patience import PATIENCE_SECONDS
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 
-from .queueing import LONG_SECONDS, Turn, book, gateway, ticket, until, waiting, workers
+from .queueing import Turn, book, gateway, ticket, until, waiting, workers
 
 COST = 10
 

@@ -10,10 +10,10 @@ from redis.asyncio import Redis
 
 from gateway.admission import Registration, Registry, WorkerRecord, open_redis, registry
 from gateway.config import RedisSection
-from tests.support.patience import PATIENCE_SECONDS
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 
 from .conftest import LiveServer
-from .queueing import LONG_SECONDS, until
+from .queueing import until
 
 RECORD = WorkerRecord(
     id="w",

@@ -23,10 +23,10 @@ from gateway.life.states import State
 from loadtest.bench.figures import percentile, table
 from tests.control.conftest import LiveServer, programs
 from tests.life.cluster import DECODE, PREFILL, Cluster, Heard, cluster
+from tests.support.patience import PATIENCE_SECONDS
 
 STATES = (State.QUEUED, State.PLACED, State.PREFILLING, State.HANDING_OVER, State.DECODING)
 PACE = {"step_seconds": 0.01, "prefill_seconds_per_token": 0.0001}
-PATIENCE_SECONDS = 10.0
 AIM_SECONDS = 1.0
 
 Times = dict[tuple[State, str], list[float]]

@@ -19,10 +19,12 @@ from gateway.config import RedisSection
 from gateway.life.fleet import Fleet
 from gateway.life.job import Job, Take, Timeline
 from gateway.life.relay import Relay
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 
 SHAPE: dict[str, Any] = {"layers": 3, "kv_heads": 2, "head_dim": 16, "verify_kv": True}
 PREFILL = {"block_tokens": 32, "axes": "layer kv block token head dim"}
 DECODE = {"block_tokens": 16, "axes": "block layer kv head token dim"}
+LIMITS = Limits(outage_seconds=LONG_SECONDS, timeout_seconds=PATIENCE_SECONDS)
 
 
 class Heard:
@@ -105,7 +107,7 @@ class Cluster:
         task.cancel()
         await asyncio.wait([task])
 
-    async def until(self, true: Callable[[], Any], seconds: float = 5.0) -> None:
+    async def until(self, true: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
         async with asyncio.timeout(seconds):
             while not true():
                 await asyncio.sleep(0.005)
@@ -113,7 +115,7 @@ class Cluster:
     async def paired(self, count: int = 1) -> None:
         await self.until(lambda: len(self.fleet.snapshot().pairs) >= count)
 
-    async def balanced(self, seconds: float = 2.0) -> None:
+    async def balanced(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Every block of every worker is free again, and the books say so."""
         async with asyncio.timeout(seconds):
             while True:
@@ -134,7 +136,7 @@ class Cluster:
             seeds=tuple(range(7, 7 + n)),
             sampling=sampling,
             max_tokens=max_tokens,
-            deadline=asyncio.get_running_loop().time() + more.pop("seconds", 20.0),
+            deadline=asyncio.get_running_loop().time() + more.pop("seconds", LONG_SECONDS),
             decode_estimate=max_tokens,
             salt=more.pop("salt", b"tenant"),
             **more,
@@ -152,10 +154,10 @@ async def cluster(
     name = f"test-{time.time_ns()}"
     with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
         async with open_redis(section) as redis, asyncio.TaskGroup() as tasks:
-            admission = Admission(redis, name, name, Limits())
+            admission = Admission(redis, name, name, LIMITS)
             options = {"secret": "", **(fleet or {})}
             workers = Fleet(name, **options)
-            settings = {"max_retries": 3, "worker_wait_seconds": 5.0, **relay}
+            settings = {"max_retries": 3, "worker_wait_seconds": PATIENCE_SECONDS, **relay}
             parts = [tasks.create_task(admission.run()), tasks.create_task(workers.run())]
             await admission.until_available()
             await _say_there_are_workers(admission, redis, name)
@@ -184,7 +186,7 @@ async def _say_there_are_workers(admission: Admission, redis: Any, deployment: s
     registration = Registration(redis, deployment, record, lease_seconds=600)
     stop = asyncio.Event()
     task = asyncio.ensure_future(registration.run(stop))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not await redis.keys(f"*{deployment}*credit*"):
             await asyncio.sleep(0.005)
     task.cancel()

@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 from tests.life.cluster import Cluster, Heard
-from tests.life.test_adoption import SLOW, Gateway, gateways, left_alone, ready
+from tests.life.test_adoption import LASTING, SLOW, Gateway, gateways, left_alone, ready
 from tests.life.test_relay import alone, pair
+from tests.support.patience import PATIENCE_SECONDS
 
 
 async def leases(made: Cluster) -> dict[str, str]:
@@ -24,7 +25,7 @@ async def leases(made: Cluster) -> dict[str, str]:
 
 
 async def until_leased(made: Cluster, wanted: dict[str, str]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await leases(made) != wanted:
             await asyncio.sleep(0.01)
 
@@ -34,7 +35,7 @@ async def test_what_is_adopted_holds_a_lease_until_it_ends(redis_url: str, known
     async with gateways(redis_url) as (made, first, second):
         await pair(made, **SLOW)
         await ready(made, first, second)
-        job = made.job([1, 2, 3], max_tokens=200)
+        job = made.job([1, 2, 3], max_tokens=LASTING)
         heard = Heard()
         first.begin(job, heard, first.open(job))
         await made.until(lambda: len(heard.tokens.get(0, ())) > 5)
@@ -49,9 +50,9 @@ async def test_what_is_adopted_holds_a_lease_until_it_ends(redis_url: str, known
         await until_leased(made, {name: "g2"})
         again = await resuming
         await until_leased(made, {})
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
-    assert again.tokens == await alone(redis_url, [1, 2, 3], max_tokens=200)
+    assert again.tokens == await alone(redis_url, [1, 2, 3], max_tokens=LASTING)
 
 
 async def test_what_is_adopted_goes_on_when_the_queue_has_no_room(redis_url: str) -> None:
@@ -73,5 +74,5 @@ async def without_queue(gateway: Gateway, job: Any) -> Heard:
     gateway.parts[0].cancel()
     await asyncio.wait([gateway.parts[0]])
     again = await gateway.resume(job)
-    await gateway.records.flush()
+    await gateway.records.flush(PATIENCE_SECONDS)
     return again

@@ -10,6 +10,7 @@ from gateway.life.adoption import AdoptedLeg, Ear, Found
 from gateway.life.failure import LegFailed
 from gateway.life.fleet import Fleet
 from tests.life.test_leg import HANDLE, Track, token
+from tests.support.patience import PATIENCE_SECONDS
 
 
 class Adopted:
@@ -35,7 +36,7 @@ class Adopted:
             self.worker.legs[HANDLE].token(row)
 
     async def go(self) -> None:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self.leg.go()
 
 

@@ -11,17 +11,20 @@ import pytest
 
 from backends.emulation.synthetic import SyntheticBackend
 from backends.protocol import Sampling
-from gateway.admission import Admission, Limits
+from gateway.admission import Admission
 from gateway.errors import ContinuationLost, QueueUnavailable, Repeated, TakenOver
 from gateway.life.fleet import Fleet
 from gateway.life.job import Job
 from gateway.life.relay import Relay
 from gateway.resume import Claim, Records, Retention, Saved
-from tests.life.cluster import DECODE, SHAPE, Cluster, Heard, cluster
+from tests.life.cluster import DECODE, LIMITS, SHAPE, Cluster, Heard, cluster
 from tests.life.test_relay import alone, pair
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 
 SLOW = {"step_seconds": 0.004}
-KEEP = 20.0
+KEEP = PATIENCE_SECONDS
+LASTING = 600
+"""As many tokens as no other gateway is too late for, however busy the machine."""
 
 
 class Gateway:
@@ -30,9 +33,11 @@ class Gateway:
     def __init__(self, made: Cluster, name: str, keep: float) -> None:
         redis, deployment = made.redis, made.deployment
         self.made = made
-        self.admission = Admission(redis, deployment, name, Limits())
+        self.admission = Admission(redis, deployment, name, LIMITS)
         self.fleet = Fleet(name, "")
-        self.relay = Relay(self.admission, self.fleet, max_retries=3, worker_wait_seconds=3.0)
+        self.relay = Relay(
+            self.admission, self.fleet, max_retries=3, worker_wait_seconds=PATIENCE_SECONDS
+        )
         self.records = Records(redis, deployment, name, Retention(keep_seconds=keep))
         self.carrying: list[asyncio.Task[Any]] = []
         parts = (self.admission.run(), self.fleet.run(), self.records.run())
@@ -40,7 +45,7 @@ class Gateway:
 
     def open(self, job: Job, key: str = "") -> Claim:
         saved = Saved(id=job.id, route="chat", body=b"", created=1, seed=1, prompts=(job.prompt,))
-        return self.records.open(job.tenant, key, saved, seconds=60)
+        return self.records.open(job.tenant, key, saved, seconds=LONG_SECONDS)
 
     def begin(self, job: Job, heard: Heard, claim: Claim, *told: int) -> asyncio.Task[Any]:
         async def carry() -> Any:
@@ -109,7 +114,7 @@ async def ready(made: Cluster, *gateways: Gateway) -> None:
 
 async def left_alone(made: Cluster) -> None:
     """No worker keeps or holds anything."""
-    await made.until(lambda: all(host._requests.idle for host in made.hosts.values()), 10.0)
+    await made.until(lambda: all(host._requests.idle for host in made.hosts.values()))
     await made.balanced()
 
 
@@ -118,11 +123,11 @@ async def left_alone(made: Cluster) -> None:
 async def test_another_gateway_goes_on_with_the_very_tokens(
     redis_url: str, how: str, n: int
 ) -> None:
-    prompt = list(range(40))
+    prompt, length = list(range(40)), LASTING if how == "hangs" else 80
     async with gateways(redis_url) as (made, first, second):
         await pair(made, **SLOW)
         await ready(made, first, second)
-        job = made.job(prompt, n=n, max_tokens=80)
+        job = made.job(prompt, n=n, max_tokens=length)
         heard = Heard()
         carrying = first.begin(job, heard, first.open(job))
         await made.until(lambda: len(heard.tokens.get(n - 1, ())) > 20)
@@ -135,10 +140,10 @@ async def test_another_gateway_goes_on_with_the_very_tokens(
         if how == "hangs":
             with pytest.raises(TakenOver):
                 await carrying
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
         assert made.hosts["d"]._requests.landings._count == 1  # nothing was computed again
-    expected = await alone(redis_url, prompt, n=n, max_tokens=80)
+    expected = await alone(redis_url, prompt, n=n, max_tokens=length)
     assert again.tokens == expected
     assert again.finish == dict.fromkeys(range(n), "length")
     for index, line in heard.tokens.items():
@@ -149,7 +154,7 @@ async def test_the_same_gateway_takes_over_from_its_own_older_connection(redis_u
     async with gateways(redis_url) as (made, first, _):
         await pair(made, **SLOW)
         await ready(made, first)
-        job = made.job([1, 2, 3], n=2, max_tokens=60)
+        job = made.job([1, 2, 3], n=2, max_tokens=LASTING)
         heard = Heard()
         carrying = first.begin(job, heard, first.open(job))
         await made.until(lambda: len(heard.tokens.get(1, ())) > 10)
@@ -158,7 +163,7 @@ async def test_the_same_gateway_takes_over_from_its_own_older_connection(redis_u
             await carrying
         await first.records.flush()
         await left_alone(made)
-    assert again.tokens == await alone(redis_url, [1, 2, 3], n=2, max_tokens=60)
+    assert again.tokens == await alone(redis_url, [1, 2, 3], n=2, max_tokens=LASTING)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -187,7 +192,7 @@ async def test_at_whatever_moment_it_dies_no_token_is_lost(redis_url: str, seed:
         told = tuple(len(heard.tokens.get(index, ())) for index in range(n))
         again = await second.resume(job, *told)
         await asyncio.wait([carrying])
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await first.records.flush()
         await left_alone(made)
     expected = await alone(redis_url, prompt, n=n, max_tokens=length, sampling=Sampling(logprobs=1))
@@ -225,7 +230,7 @@ async def test_a_stopped_sequence_stops_at_the_same_token_again(redis_url: str) 
         await second.begin(job, again, await second.records.take("t", job.id))
         assert carrying.cancelled()
         assert {len(line) for line in again.tokens.values()} == {30}
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
 
 
@@ -242,7 +247,7 @@ async def test_when_worker_and_gateway_die_it_is_computed_again(redis_url: str) 
         resuming = asyncio.ensure_future(second.resume(job, 10, 10))
         await made.start("d", "decode", **DECODE)
         again = await resuming
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
     assert again.tokens == await alone(redis_url, prompt, n=2, max_tokens=60)
 
@@ -275,7 +280,7 @@ async def test_what_cannot_come_out_the_same_is_not_computed_again(
                 await resuming
         else:
             assert len((await resuming).tokens[0]) == 60
-            await second.records.flush()
+            await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
 
 
@@ -297,7 +302,7 @@ async def test_sequences_that_went_apart_are_found_where_they_are(redis_url: str
         await made.until(lambda: len(heard.tokens[1]) > 15)
         await first.die()
         again = await second.resume(job)
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
     assert again.tokens == await alone(redis_url, [1, 2], n=3, max_tokens=100)
 
@@ -306,7 +311,7 @@ async def test_a_key_that_is_sent_twice_makes_one_request(redis_url: str) -> Non
     async with gateways(redis_url) as (made, first, second):
         await pair(made, **SLOW)
         await ready(made, first, second)
-        job, other = made.job([1, 2, 3], max_tokens=40), made.job([1, 2, 3], max_tokens=40)
+        job, other = (made.job([1, 2, 3], max_tokens=LASTING) for _ in range(2))
         heard = Heard()
         carrying = first.begin(job, heard, first.open(job, "key"))
         await made.until(lambda: heard.tokens)
@@ -316,9 +321,9 @@ async def test_a_key_that_is_sent_twice_makes_one_request(redis_url: str) -> Non
         await second.begin(job, again, caught.value.claim)
         with pytest.raises(TakenOver):
             await carrying
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
-    assert again.tokens == await alone(redis_url, [1, 2, 3], max_tokens=40)
+    assert again.tokens == await alone(redis_url, [1, 2, 3], max_tokens=LASTING)
 
 
 async def test_without_redis_a_client_waits_and_its_request_is_kept(redis_url: str) -> None:
@@ -336,7 +341,7 @@ async def test_without_redis_a_client_waits_and_its_request_is_kept(redis_url: s
             second.open(made.job([1]), "")
         pipe._ready.set()
         again = await second.resume(job)
-        await second.records.flush()
+        await second.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
     assert len(again.tokens[0]) == 50
 

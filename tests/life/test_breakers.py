@@ -16,6 +16,7 @@ from gateway.life.breakers import (
 )
 from gateway.server import workers
 from tests.life.cluster import DECODE, PREFILL, Heard, cluster
+from tests.support.patience import LONG_SECONDS
 
 
 def tripped(at: float = 0.0) -> Breaker:
@@ -166,7 +167,11 @@ async def test_a_pair_that_damages_is_left_alone_until_a_trial_succeeds(redis_ur
         assert {one["breaker"].state for one in workers(made.fleet)["workers"]} == {"closed"}
 
 
-async def test_others_carry_what_a_bad_pair_would_have(redis_url: str) -> None:
+async def test_others_carry_what_a_bad_pair_would_have(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = "gateway.life.breakers.FIRST_PAUSE_SECONDS"
+    monkeypatch.setattr(pause, LONG_SECONDS)  # it is not tried again
     async with cluster(redis_url, max_retries=8) as made:
         await made.start("bad", "prefill", host={"faults": "flip_bit@*"}, **PREFILL)
         await made.start("good", "prefill", **PREFILL)

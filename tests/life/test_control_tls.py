@@ -12,6 +12,7 @@ from backends.host import listening
 from backends.protocol import Link, ToWorker
 from tests.life.cluster import DECODE, PREFILL, Heard, cluster
 from tests.support.certificates import authority
+from tests.support.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 ANYWHERE = "tcp:127.0.0.1:0"
@@ -41,7 +42,7 @@ async def test_a_connection_that_never_shakes_hands_is_ended(
         return made[-1]
 
     server, address = await listening.listen(ANYWHERE, link, authority(tmp_path).server())
-    async with server, asyncio.timeout(5):
+    async with server, asyncio.timeout(PATIENCE_SECONDS):
         _, host, port = address.split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         assert await reader.read() == b""
@@ -68,6 +69,6 @@ async def test_without_a_certificate_neither_side_is_spoken_to(
         async with cluster(redis_url, fleet={"tls": tls}) as made:
             with structlog.testing.capture_logs() as logs:
                 await made.start("b", "both", host={"listen": ANYWHERE, "tls": worker}, **DECODE)
-                await made.until(lambda: "worker.unreachable" in {it["event"] for it in logs}, 10)
+                await made.until(lambda: "worker.unreachable" in {it["event"] for it in logs})
             assert made.fleet.workers == ()
             assert not made.hosts["b"]._links

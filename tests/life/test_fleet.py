@@ -18,6 +18,7 @@ from gateway.life.fleet import Fleet
 from gateway.metrics import Metrics
 from gateway.server import workers
 from tests.life.cluster import SHAPE
+from tests.support.patience import PATIENCE_SECONDS
 
 INFO = SyntheticBackend(**SHAPE).info
 LOAD = Load(free_blocks=1, pool_blocks=2, running=0, waiting=0, waiting_tokens=0, draining=True)
@@ -78,7 +79,7 @@ async def fleet(address: str, **options: Any) -> AsyncIterator[Fleet]:
 
 
 async def until(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not true():
             await asyncio.sleep(0.005)
 

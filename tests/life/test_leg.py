@@ -36,6 +36,7 @@ from gateway.life.worker import Worker
 from gateway.placement import Booking, Books, Placement, Wish
 from gateway.placement.views import Forecast, Reason
 from tests.life.cluster import SHAPE, Heard
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 from transfer.layout import Epoch
 
 INFO = SyntheticBackend(**SHAPE).info
@@ -82,7 +83,7 @@ class Track:
             seeds=tuple(range(n)),
             sampling=Sampling(),
             max_tokens=length,
-            deadline=loop.time() + 10,
+            deadline=loop.time() + LONG_SECONDS,
             decode_estimate=length,
         )
         self.heard = Heard(stop_after)
@@ -103,7 +104,7 @@ class Track:
         )
 
     async def go(self) -> None:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self.leg.go()
 
     def say(self, who: Worker, message: Message | Token) -> None:

@@ -12,6 +12,7 @@ from backends.protocol import Failed
 from gateway.errors import BadRequest
 from gateway.life.states import State
 from tests.life.cluster import DECODE, PREFILL, SHAPE, Cluster, Heard, cluster
+from tests.support.patience import LONG_SECONDS
 
 SLOW = {"step_seconds": 0.005}
 
@@ -39,7 +40,7 @@ async def test_a_landing_is_freed_at_once_when_the_first_token_is_the_last(redis
         timeline = await made.carry(made.job([1, 2, 3], n=2), heard)
         assert heard.finish == {0: "stop", 1: "stop"}
         assert timeline.retries == 0
-        await made.balanced(1.0)
+        await made.balanced()
 
 
 class Strange(SyntheticBackend):
@@ -100,7 +101,7 @@ async def test_a_sequence_given_up_while_no_worker_is_there_goes_on_once(redis_u
     async with cluster(redis_url) as made:
         await pair(made, **SLOW)
         heard = Heard()
-        job = made.job([1, 2], n=2, max_tokens=60)
+        job = made.job([1, 2], n=2, max_tokens=400)
         carrying = asyncio.ensure_future(made.carry(job, heard))
         await made.until(lambda: len(heard.tokens.get(1, ())) > 4)
         made.hosts["d"].drain()
@@ -110,9 +111,9 @@ async def test_a_sequence_given_up_while_no_worker_is_there_goes_on_once(redis_u
         requests.lost(held.running[0], "preempted", "on purpose")
         await asyncio.sleep(0.05)
         await made.kill("d")
-        await made.start("d", "decode", **DECODE, **SLOW)
+        await made.start("d", "decode", **DECODE)
         await carrying
-        assert {len(line) for line in heard.tokens.values()} == {60}
+        assert {len(line) for line in heard.tokens.values()} == {400}
         assert made.hosts["d"]._requests.landings._count == 2
         await made.balanced()
 
@@ -120,7 +121,7 @@ async def test_a_sequence_given_up_while_no_worker_is_there_goes_on_once(redis_u
 async def test_two_requests_of_one_name_are_paused_apart(redis_url: str) -> None:
     async with cluster(redis_url) as made:
         await pair(made, **SLOW)
-        jobs = [made.job([1, 2], max_tokens=60, id="chosen by the client") for _ in range(2)]
+        jobs = [made.job([1, 2], max_tokens=200, id="chosen by the client") for _ in range(2)]
         heards = [Heard(), Heard()]
         carrying = [
             asyncio.ensure_future(made.carry(job, heard))
@@ -130,7 +131,7 @@ async def test_two_requests_of_one_name_are_paused_apart(redis_url: str) -> None
         assert made.relay.running == 2
         made.relay.pause(jobs[0], 0, True)
         await carrying[1]
-        assert len(heards[0].tokens[0]) < 60
+        assert len(heards[0].tokens[0]) < 200
         assert made.relay.running == 1
         made.relay.pause(jobs[0], 0, False)
         await carrying[0]
@@ -170,7 +171,7 @@ async def test_every_life_ends_as_its_request_did(redis_url: str, end: State) ->
     async with cluster(redis_url, max_retries=0, worker_wait_seconds=0.05) as made:
         await pair(made, **SLOW)
         heard = Heard()
-        seconds = 0.2 if end is State.EXPIRED else 20.0
+        seconds = 2.0 if end is State.EXPIRED else LONG_SECONDS
         length = 10 if end is State.DONE else 5000
         job = made.job([1, 2], n=2, max_tokens=length, seconds=seconds)
         carrying = asyncio.ensure_future(made.carry(job, heard))

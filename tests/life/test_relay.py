@@ -106,14 +106,14 @@ async def test_a_dead_decode_worker_costs_no_token(redis_url: str) -> None:
 
 async def test_a_dead_prefill_worker_costs_no_token(redis_url: str) -> None:
     prompt = list(range(400))
-    slow = {"prefill_seconds_per_token": 0.002}
+    slow = {"prefill_seconds_per_token": 0.005}
     async with cluster(redis_url) as made:
         await pair(made, **slow)
         heard = Heard()
         carrying = asyncio.ensure_future(made.carry(made.job(prompt), heard))
         prefill = made.hosts["p"]
         await made.until(lambda: prefill._requests.steps.waiting)
-        await asyncio.sleep(0.2)  # somewhere inside the prefill, with layers on their way
+        await asyncio.sleep(0.5)  # somewhere inside the prefill, with layers on their way
         assert not heard.tokens
         await made.kill("p")
         await made.start("p", "prefill", **PREFILL)
@@ -147,7 +147,7 @@ async def test_cancelling_at_any_moment_leaves_nothing(redis_url: str) -> None:
             await asyncio.sleep(dice.choice([0, 0.001, 0.003, 0.01, 0.03]) * dice.random())
             carrying.cancel()
             await asyncio.wait([carrying])
-        await made.balanced(1.0)
+        await made.balanced()
         heard = Heard()
         await made.carry(made.job([1, 2, 3]), heard)
         assert len(heard.tokens[0]) == 20
@@ -189,8 +189,8 @@ async def test_a_deadline_names_the_phase_and_frees_everything(redis_url: str) -
     async with cluster(redis_url) as made:
         await pair(made, step_seconds=0.02)
         with pytest.raises(DeadlineExceeded, match="decoding"):
-            await made.carry(made.job([1, 2], max_tokens=5000, seconds=0.3), Heard())
-        await made.balanced(1.0)
+            await made.carry(made.job([1, 2], max_tokens=5000, seconds=2.0), Heard())
+        await made.balanced()
 
 
 async def test_without_workers_a_request_fails_in_time(redis_url: str) -> None:
@@ -253,27 +253,27 @@ async def test_what_a_drained_decode_worker_cannot_finish_goes_on_elsewhere(
     async with cluster(redis_url, max_retries=0) as made:
         await pair(made, decode={"drain_seconds": 0.1}, **SLOW)
         heard = Heard()
-        job = made.job(list(range(50)), n=n, max_tokens=100)
+        job = made.job(list(range(50)), n=n, max_tokens=1000)
         carrying = asyncio.ensure_future(made.carry(job, heard))
         await made.until(lambda: len(heard.tokens.get(n - 1, ())) > 5)
-        await made.start("d2", "decode", **DECODE, **SLOW)
+        await made.start("d2", "decode", **DECODE)
         await made.paired(2)
+        assert not heard.finish
         await made.fleet.drain("d")
         await made.until(lambda: made.fleet.worker("d") is None)
-        assert not heard.finish
         timeline = await carrying
         assert timeline.retries == 0
         await made.balanced()
-    assert heard.tokens == await alone(redis_url, list(range(50)), n=n, max_tokens=100)
+    assert heard.tokens == await alone(redis_url, list(range(50)), n=n, max_tokens=1000)
 
 
 async def test_what_a_drained_prefill_worker_cannot_finish_goes_on_elsewhere(
     redis_url: str,
 ) -> None:
     prompt = list(range(400))
-    slow = {"prefill_seconds_per_token": 0.002}
+    slow = {"prefill_seconds_per_token": 0.01}
     async with cluster(redis_url, max_retries=0) as made:
-        await pair(made, prefill={"drain_seconds": 0.1}, **slow)
+        await pair(made, prefill={"drain_seconds": 0.1, "step_tokens": 64}, **slow)
         heard = Heard()
         carrying = asyncio.ensure_future(made.carry(made.job(prompt), heard))
         await made.until(lambda: made.hosts["p"]._requests.steps.waiting)
@@ -289,7 +289,7 @@ async def test_what_a_drained_prefill_worker_cannot_finish_goes_on_elsewhere(
 async def test_a_landing_that_nothing_has_reached_is_given_back(redis_url: str) -> None:
     prompt = list(range(400))
     async with cluster(redis_url, max_retries=0) as made:
-        slow = {"prefill_seconds_per_token": 0.005}
+        slow = {"prefill_seconds_per_token": 0.01}
         await made.start("p", "prefill", **PREFILL, **slow)
         await made.start("d", "decode", host={"drain_seconds": 0.1}, **DECODE)
         await made.paired()
@@ -333,4 +333,4 @@ async def test_a_draining_relay_carries_what_runs_and_comes_until_it_gives_up(
             await carrying
         with pytest.raises(Draining):
             await made.carry(made.job([3, 4]), Heard())
-        await made.balanced(1.0)
+        await made.balanced()

@@ -16,6 +16,7 @@ from backends.host.ledger import Holder
 from backends.host.peers import Peers
 from gateway.server import workers
 from tests.life.cluster import DECODE, PREFILL, Cluster, Heard, cluster
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import Probe, Sender
 from transfer.layout import Endpoint
 
@@ -149,13 +150,13 @@ async def test_a_cancel_while_codes_are_decoded_frees_all_when_that_is_over(
     def slowly(*what: Any) -> None:
         asked.append(what)
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(2 * PATIENCE_SECONDS)
         decode(*what)
 
     monkeypatch.setattr(staging, "decode", slowly)
     await pair(made)
     carrying = asyncio.ensure_future(made.carry(made.job(PROMPT), Heard()))
-    await asyncio.to_thread(begun.wait, 10)
+    await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
     host = made.hosts["d"]
     carrying.cancel()
     await asyncio.wait([carrying])

@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from tests.support.patience import PATIENCE_SECONDS
+
 VERSION = 2
 LAYOUT: dict[str, Any] = {
     "model": "synthetic/49152",
@@ -70,7 +72,7 @@ class End:
 
     async def hear(self, *kinds: str) -> dict[str, Any]:
         """The next message of one of these kinds, or of any."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 (length,) = struct.unpack(">I", await self._reader.readexactly(4))
                 message = msgspec.msgpack.decode(await self._reader.readexactly(length))
