@@ -14,6 +14,7 @@ from gateway.errors import NoSuchWorker
 from gateway.life.job import Job, Listener, Timeline
 from gateway.tenants import ANYONE, Keyring
 from gateway.text import Vocabulary
+from tests.support.patience import PATIENCE_SECONDS
 
 MODEL = "smollm2"
 SAID = "Hello there, 🙃 friend."
@@ -163,7 +164,7 @@ async def serving(
         await runner.cleanup()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait for an effect."""
     async with asyncio.timeout(seconds):
         while not condition():

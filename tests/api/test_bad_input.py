@@ -12,6 +12,7 @@ from gguf import GGUFWriter
 
 from gateway.text import load_text
 from gateway.text.pieces import BYTE_OF
+from tests.support.patience import PATIENCE_SECONDS
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": MODEL, "prompt": "hi"}
@@ -260,7 +261,7 @@ async def test_a_body_that_does_not_come_is_given_up(vocabulary):
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: 100\r\n\r\n{"
         )
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert b" 408 " in await reader.readline()
         writer.close()
 

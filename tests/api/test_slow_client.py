@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 import aiohttp
 from carrier import MODEL, Served, serving, until
 
+from tests.support.patience import PATIENCE_SECONDS
+
 LONG = {
     "model": MODEL,
     "prompt": "go",
@@ -38,7 +40,7 @@ async def lazy_client(served: Served, body: dict) -> AsyncIterator[socket.socket
 async def read_all(client: socket.socket) -> bytes:
     loop = asyncio.get_running_loop()
     got = bytearray()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while part := await loop.sock_recv(client, 65536):
             got += part
             if got.endswith(b"0\r\n\r\n"):
@@ -49,7 +51,7 @@ async def read_all(client: socket.socket) -> bytes:
 async def test_a_client_that_falls_behind_is_paused_and_loses_nothing(vocabulary):
     async with serving(vocabulary) as served:
         async with lazy_client(served, LONG) as client:
-            await until(lambda: any(paused for _, _, paused in served.carrier.pauses), 20)
+            await until(lambda: any(paused for _, _, paused in served.carrier.pauses))
             stream = await read_all(client)
         assert [paused for _, _, paused in served.carrier.pauses][:2] == [True, False]
         body = stream.split(b"\r\n\r\n", 1)[1]
@@ -65,16 +67,16 @@ async def test_a_client_that_falls_behind_is_paused_and_loses_nothing(vocabulary
 
 async def test_a_client_that_never_reads_is_disconnected(vocabulary):
     async with serving(vocabulary, slow_client_seconds=0.2) as served, lazy_client(served, LONG):
-        await until(lambda: bool(served.observed), 20)
+        await until(lambda: bool(served.observed))
         assert served.carrier.running == 0
         assert served.observed[0]["status"] == 408
 
 
 async def test_a_lazy_client_does_not_slow_others_down(vocabulary):
     async with serving(vocabulary) as served, lazy_client(served, LONG):
-        await until(lambda: any(paused for _, _, paused in served.carrier.pauses), 20)
+        await until(lambda: any(paused for _, _, paused in served.carrier.pauses))
         async with (
-            asyncio.timeout(5),
+            asyncio.timeout(PATIENCE_SECONDS),
             aiohttp.ClientSession(served.url) as http,
             http.post("/v1/completions", json=LONG | {"max_tokens": 20}) as answer,
         ):

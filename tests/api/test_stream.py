@@ -234,7 +234,7 @@ async def test_the_short_way_heeds_a_client_that_is_behind(vocabulary):
         serving(vocabulary, said="Hello there") as served,
         lazy_client(served, LONG),
     ):
-        await until(lambda: any(paused for _, _, paused in served.carrier.pauses), 20)
+        await until(lambda: any(paused for _, _, paused in served.carrier.pauses))
         assert served.carrier.steps < LONG["max_tokens"]
 
 

@@ -8,6 +8,7 @@ from backends.emulation.synthetic import SyntheticBackend
 from backends.host.engine import EngineLoop
 from tests.engine.small import SmallEngine
 from tests.life.cluster import SHAPE, Cluster
+from tests.support.patience import PATIENCE_SECONDS
 
 SMALL = {name: value for name, value in SHAPE.items() if name != "verify_kv"}
 
@@ -29,7 +30,7 @@ async def start_pair(made: Cluster, pair: str, **options: Any) -> None:
         await made.paired()
 
 
-async def clean(made: Cluster, seconds: float = 2.0) -> None:
+async def clean(made: Cluster, seconds: float = PATIENCE_SECONDS) -> None:
     """Every block of every arena is free, and so is all that the engines had of their own."""
     await made.balanced(seconds)
     loops: list[Any] = [host._requests.steps for host in made.hosts.values()]

@@ -14,6 +14,7 @@ from backends.host.loop import Item
 from backends.host.work import Held, Prefilling, Running, sequences_of
 from tests.engine.desk import engine
 from tests.host.test_control import spec
+from tests.support.patience import PATIENCE_SECONDS
 
 INFO = engine().info
 LAYERS = INFO.layout.layers
@@ -147,7 +148,7 @@ class Desk:
         return started
 
     async def until(self, true: Callable[[], Any]) -> None:
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not true():
                 await asyncio.sleep(0.001)
 

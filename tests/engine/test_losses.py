@@ -7,6 +7,7 @@ import pytest
 from backends.api import BackendError, Output, PoolExhausted, Sampled
 from backends.host.loop import DeviceHangs, EngineDied
 from tests.engine.played import INFO, Desk, given, played
+from tests.support.patience import PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ async def test_memory_of_what_has_ended_is_out_of_balance() -> None:
 
 
 async def hung(desk: Desk, error: type[Exception]) -> str:
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await asyncio.wait([desk.task])
     with pytest.raises(error) as raised:
         await desk.task
@@ -84,7 +85,7 @@ async def hung(desk: Desk, error: type[Exception]) -> str:
 
 
 async def test_an_engine_that_does_not_end_what_was_aborted_hangs() -> None:
-    async with played(answer_seconds=0.1) as desk:
+    async with played(answer_seconds=1.0) as desk:
         running, _ = desk.landed(), desk.landed(1)
         name, other = await given(desk, 2)
         desk.told.end(running)

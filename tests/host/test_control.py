@@ -13,7 +13,7 @@ import pytest
 from backends.api import Output, Row, Sampled, Sampling
 from backends.emulation.synthetic import SyntheticBackend
 from backends.host import HostConfig, WorkerHost
-from backends.host.worker import HELLO_SECONDS, MAX_STRANGERS
+from backends.host.worker import MAX_STRANGERS
 from backends.protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -35,6 +35,7 @@ from backends.protocol import (
     Welcome,
     frame,
 )
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 
 SHAPE: dict[str, Any] = {"layers": 2, "kv_heads": 1, "head_dim": 8, "pool_tokens": 512}
 
@@ -50,7 +51,7 @@ class Peer:
 
     async def hear(self, *kinds: type[Message]) -> Any:
         """The next message of one of these kinds."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 (length,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
                 body = await self.reader.readexactly(length)
@@ -73,7 +74,7 @@ class Peer:
         return ledger.free_blocks
 
     async def ended(self) -> bool:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await self.reader.read(65536):
                 pass
         return True
@@ -95,7 +96,7 @@ def spec(prompt: list[int], *, handle: int = 1, n: int = 1, **more: Any) -> Requ
         sequences=tuple(SequenceSpec(index=i, seed=i) for i in range(n)),
         sampling=more.pop("sampling", Sampling()),
         max_tokens=more.pop("max_tokens", 8),
-        deadline_seconds=more.pop("deadline_seconds", 10.0),
+        deadline_seconds=more.pop("deadline_seconds", LONG_SECONDS),
     )
 
 
@@ -114,7 +115,7 @@ async def site(backend: Any = None, **config: Any) -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def worker() -> AsyncIterator[Site]:
-    async for it in site(secret="sesame", lease_seconds=0.2):
+    async for it in site(secret="sesame", lease_seconds=2.0):
         yield it
 
 
@@ -138,14 +139,15 @@ async def test_garbage_ends_that_connection_and_no_other(worker: Site, garbage: 
 
 
 async def test_strangers_make_way_for_each_other_and_for_whoever_proves_itself(
-    worker: Site,
+    worker: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("backends.host.worker.HELLO_SECONDS", LONG_SECONDS)
     good = await (await worker.peer()).greet("sesame")
     first = await worker.peer()
     first.send(Caller("g", "sesame").hello)
     await first.hear(Challenge)
     others = [await worker.peer() for _ in range(MAX_STRANGERS)]
-    async with asyncio.timeout(HELLO_SECONDS / 2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await first.ended()
     assert await (await (await worker.peer()).greet("sesame")).free() == 32
     assert await good.free() == 32
@@ -172,7 +174,7 @@ async def test_a_lost_gateway_loses_all_that_it_held(worker: Site) -> None:
     await peer.hear(Tokens)
     peer.writer.close()
     other = await (await worker.peer()).greet("sesame")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await other.free() != 32:
             await asyncio.sleep(0.005)
 

@@ -25,6 +25,7 @@ from backends.protocol import (
     Tokens,
 )
 from tests.host.test_control import SHAPE, site, spec
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.layout import Endpoint
 
 
@@ -74,7 +75,7 @@ async def test_what_would_unbalance_the_books_is_refused(wrong: RequestSpec, rea
             assert refused.kind == "invalid"
             assert reason in refused.detail
         peer.send(Cancel(handle=7))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await peer.free() != 32:
                 await asyncio.sleep(0.005)
 
@@ -170,7 +171,7 @@ class Waiting(SyntheticBackend):
 
     def step(self, batch: list[Row], ready: Any) -> list[Output]:
         self.begun.set()
-        assert self.go.wait(5)
+        assert self.go.wait(2 * PATIENCE_SECONDS)
         return super().step(batch, ready)
 
 
@@ -186,7 +187,7 @@ async def test_a_handoff_is_open_before_its_first_layer_is_computed() -> None:
             there.send(Reserve(spec=spec([1] * 40)))
             granted: Granted = await there.hear(Granted)
             here.send(Prefill(spec=spec([1] * 40), landing=granted.landing))
-            assert await asyncio.to_thread(backend.begun.wait, 5)
+            assert await asyncio.to_thread(backend.begun.wait, PATIENCE_SECONDS)
             here.send(Cancel(handle=1))
             failed: Failed = await there.hear(Failed)
             backend.go.set()

@@ -35,6 +35,7 @@ from backends.protocol import (
 )
 from tests.host.test_control import Site, site
 from tests.support.garbage import DEEP, NO_UTF8, examples, garbage
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.layout import Endpoint
 from transfer.stage import TARGET
 
@@ -126,6 +127,6 @@ async def test_a_worker_survives_whatever_a_gateway_says(worker: Site) -> None:
             assert await bad.ended()
         bad.writer.close()
         assert await good.free() >= 0
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await good.free() != 32:
             await asyncio.sleep(0.01)

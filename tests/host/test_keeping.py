@@ -29,6 +29,7 @@ from backends.protocol import (
     Tokens,
 )
 from tests.host.test_control import SHAPE, Peer, Site, site, spec
+from tests.support.patience import PATIENCE_SECONDS
 
 BLOCKS = SHAPE["pool_tokens"] // 16
 
@@ -73,7 +74,7 @@ async def adopt(peer: Peer, *, epoch: int, handle: int = 100) -> Adopted:
     return adopted
 
 
-async def until(true: Any, *about: Any, seconds: float = 3.0) -> None:
+async def until(true: Any, *about: Any, seconds: float = PATIENCE_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not await true(*about):
             await asyncio.sleep(0.005)
@@ -122,7 +123,8 @@ def by_index(rows: list[Token]) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("leaves", ["dies", "disowns", "stands still"])
 async def test_another_gateway_goes_on_with_the_very_tokens(worker: Site, leaves: str) -> None:
-    request = kept([1] * 40, n=3, max_tokens=60)
+    length = 120 if leaves == "stands still" else 60  # it must not be over when the other comes
+    request = kept([1] * 40, n=3, max_tokens=length)
     first = await greeted(worker)
     heard = await begin(first, request, 30)
     if leaves == "dies":
@@ -133,7 +135,7 @@ async def test_another_gateway_goes_on_with_the_very_tokens(worker: Site, leaves
     second = await greeted(worker)
     adopted = await adopt(second, epoch=2)
     assert adopted.parts == (Part(100, 1, "decoding", (0, 1, 2)),)
-    rows = await hear_tokens(second, 180)
+    rows = await hear_tokens(second, 3 * length)
     assert {row.handle for row in rows} == {100}
     assert sum(row.finish == "length" for row in rows) == 3
     assert by_index([*heard, *rows]) == await alone(request)
@@ -209,7 +211,7 @@ async def test_nothing_is_kept_beyond_its_lease() -> None:
 async def test_nothing_is_kept_beyond_its_deadline() -> None:
     async for it in site(slow()):
         first, second = await greeted(it), await greeted(it)
-        await begin(first, kept([1] * 40, max_tokens=6, deadline_seconds=0.5), 6)
+        await begin(first, kept([1] * 40, max_tokens=6, deadline_seconds=2.0), 6)
         await until(idle, it)
         assert (await adopt(second, epoch=2)).parts == ()
 
@@ -220,7 +222,7 @@ async def test_a_request_without_a_claim_ends_with_its_gateway(worker: Site) -> 
     first.send(Prefill(spec=spec([1] * 40, handle=2, max_tokens=2000), decode_here=True))
     first.send(Disown(handle=2))
     first.writer.close()
-    await until(all_free, second, seconds=1.0)
+    await until(all_free, second)
     assert worker.host._requests.idle
 
 

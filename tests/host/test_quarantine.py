@@ -18,6 +18,7 @@ from backends.host.ledger import Ledger
 from backends.host.reuse import Reuse
 from backends.host.work import Held
 from backends.protocol import Link, RequestSpec, SequenceSpec, ToWorker
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import Arrival
 from transfer.layout import Endpoint
 
@@ -132,7 +133,7 @@ async def test_too_much_in_quarantine_shuts_out_its_cause_and_nobody_else(desk: 
     assert not desk.ledger.audit()
 
     desk.shm.quiet.set()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while desk.landings.shunned:
             await asyncio.sleep(0.005)
     assert desk.news == 2
@@ -178,6 +179,6 @@ async def test_whoever_waits_for_memory_hears_of_the_headroom_at_once(desk: Desk
     desk.withdraw(reserved)
     assert (desk.ledger.free, desk.freed) == (free + 1, 1)
     desk.shm.quiet.set()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while desk.freed < 2:
             await asyncio.sleep(0.005)

@@ -16,6 +16,7 @@ from backends.host.ledger import Ledger
 from backends.host.reuse import Reuse
 from backends.protocol import Cached, Cancel, Failed, FirstToken, Prefill, RequestSpec, Tokens
 from tests.host.test_control import SHAPE, Peer, Site, site, spec
+from tests.support.patience import PATIENCE_SECONDS
 
 BLOCKS = 32
 SIZE = 16
@@ -78,7 +79,7 @@ class Worker:
 
     async def proven(self) -> None:
         """All that is kept may be shared."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while any(it.proof is None for it in self.reuse.prefixes._by_link.values()):
                 await asyncio.sleep(0.001)
 
@@ -227,7 +228,7 @@ async def test_gateways_hear_of_what_is_kept_and_of_what_goes(worker: Worker) ->
     assert (fresh.fresh, set(unpack(fresh.added))) == (True, set(marks))
     await worker.say([1] * 496, max_tokens=1)
     added, removed, number = set[int](), set[int](), 0
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(added) < 31:
             news: Cached = await late.hear(Cached)
             number += 1

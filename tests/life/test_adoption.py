@@ -161,7 +161,7 @@ async def test_the_same_gateway_takes_over_from_its_own_older_connection(redis_u
         again = await first.resume(job)
         with pytest.raises(TakenOver):
             await carrying
-        await first.records.flush()
+        await first.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
     assert again.tokens == await alone(redis_url, [1, 2, 3], n=2, max_tokens=LASTING)
 
@@ -208,7 +208,7 @@ async def test_a_finished_request_is_answered_from_its_record(redis_url: str) ->
         job = made.job([1, 2, 3], n=2, sampling=Sampling(logprobs=1))
         heard = Heard()
         await first.begin(job, heard, first.open(job, "key"))
-        await first.records.flush()
+        await first.records.flush(PATIENCE_SECONDS)
         await left_alone(made)
         await made.kill("d")
         await made.kill("p")

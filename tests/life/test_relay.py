@@ -289,7 +289,7 @@ async def test_what_a_drained_prefill_worker_cannot_finish_goes_on_elsewhere(
 async def test_a_landing_that_nothing_has_reached_is_given_back(redis_url: str) -> None:
     prompt = list(range(400))
     async with cluster(redis_url, max_retries=0) as made:
-        slow = {"prefill_seconds_per_token": 0.01}
+        slow = {"prefill_seconds_per_token": 0.007}
         await made.start("p", "prefill", **PREFILL, **slow)
         await made.start("d", "decode", host={"drain_seconds": 0.1}, **DECODE)
         await made.paired()

@@ -26,6 +26,7 @@ from gateway.errors import (
 )
 from gateway.resume import Answer, Claim, Ended, JobAnswer, Records, Retention, Saved
 from gateway.resume.records import body_digest
+from tests.support.patience import PATIENCE_SECONDS
 
 
 def saved(name: str = "r1", *, body: bytes = b"{}", prompts: int = 1) -> Saved:
@@ -51,7 +52,7 @@ class Site:
     async def gateway(self, name: str, **limits: Any) -> Records:
         records = Records(self.redis, self.deployment, name, Retention(**limits))
         self.running.append(self._tasks.create_task(records.run()))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await records.until_available()
         return records
 
@@ -76,7 +77,7 @@ async def repeated(claim: Claim) -> AsyncIterator[Claim]:
 
 
 async def until(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not true():
             await asyncio.sleep(0.005)
 
@@ -130,7 +131,7 @@ async def test_a_former_owner_settles_and_drops_nothing(site: Site) -> None:
     third = await second.take("t", "r1")
     assert third.answer is None
     newer.failed(NoWorkers("none"), told=False)
-    await second.flush()
+    await second.flush(PATIENCE_SECONDS)
     third.ended(0, ANSWER, released.append)
     await until(lambda: len(released) == 2)
     assert released[1]
@@ -165,7 +166,7 @@ async def test_what_failed_begins_anew_unless_some_of_it_was_told(
     await claim.secured()
     claim.failed(error, told=told)
     claim.close()
-    await records.flush()
+    await records.flush(PATIENCE_SECONDS)
     again = records.open("t", "key", saved("r2"), seconds=60)
     if known:
         async with repeated(again):
@@ -179,7 +180,7 @@ async def test_records_are_bounded_in_number_and_size(site: Site) -> None:
     with pytest.raises(BodyTooLarge):
         records.open("t", "", saved(body=b" " * 2000), seconds=60)
     for number in range(2):
-        await records.open("t", "", saved(f"r{number}"), seconds=0.2).secured()
+        await records.open("t", "", saved(f"r{number}"), seconds=60).secured()
     with pytest.raises(QueueFull):
         await records.open("t", "", saved("r2"), seconds=60).secured()
 
@@ -198,7 +199,7 @@ async def test_records_lapse(site: Site) -> None:
     claim = records.open("t", "key", saved(), seconds=0.1)
     await claim.secured()
     claim.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await site.redis.keys(f"*{site.deployment}*"):
             await asyncio.sleep(0.01)
 
@@ -210,11 +211,11 @@ async def test_what_redis_forgot_it_is_told_again(site: Site) -> None:
     mine = await second.take("t", "r1")
     await site.redis.delete(*await site.redis.keys(f"*{site.deployment}*"))
     await site.redis.client_kill_filter(_type="normal", skipme=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not await site.redis.keys(f"*{site.deployment}*record:r1"):
             await asyncio.sleep(0.01)
     # Whichever of the two came first: a worker knows a higher epoch, and only the owner outbids.
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await site.redis.hget(f"baton:{{{site.deployment}}}:record:r1", "epoch") != b"2":
             await asyncio.sleep(0.01)
     with pytest.raises(TakenOver):
