@@ -1,5 +1,6 @@
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.stage import TARGET
 from transfer.tcp import TcpReceiver, TcpSender
 from transfer.warming import warm_up
@@ -12,11 +13,11 @@ def kernels_are_warm():
 
 @pytest.fixture
 async def receiver():
-    async with TcpReceiver(TARGET, stall_seconds=5.0) as receiver:
+    async with TcpReceiver(TARGET, stall_seconds=PATIENCE_SECONDS) as receiver:
         yield receiver
 
 
 @pytest.fixture
 async def sender():
-    async with TcpSender(stall_seconds=5.0) as sender:
+    async with TcpSender(stall_seconds=PATIENCE_SECONDS) as sender:
         yield sender

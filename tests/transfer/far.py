@@ -33,7 +33,7 @@ from transfer.layout import Landing
 from transfer.shared_memory import allocate
 from transfer.warming import warm_up
 
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 30.0
 
 
 async def hand_over(sender, landing, data, half=None):

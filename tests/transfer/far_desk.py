@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 from far import LAYOUT, TOKENS, landing_at, source
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import whole
 from transfer.layout import Landing
 
 ROOT = Path(__file__).parents[2]
-STALL_SECONDS = 2.0
-PATIENCE_SECONDS = 20.0
+STALL_SECONDS = 5.0
 
 
 class Far:

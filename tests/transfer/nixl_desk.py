@@ -16,7 +16,7 @@ from transfer.nixl import NixlReceiver, NixlSender
 
 FAR = Path(__file__).with_name("nixl_far.py")
 STALL_SECONDS = 1.5
-SOON_SECONDS = 4.0
+SOON_SECONDS = 10.0
 """Long before UCX notices anything; with room for a busy machine."""
 
 

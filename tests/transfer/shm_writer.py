@@ -13,6 +13,7 @@ import time
 import msgspec
 import numpy as np
 
+from tests.support.patience import LONG_SECONDS
 from transfer.contract import Source, whole
 from transfer.errors import TransferError
 from transfer.layout import Landing
@@ -45,7 +46,7 @@ async def main(what, stall_seconds):
     try:
         for part in whole(SOURCE.layers, TOKENS):
             await writer.write(part)
-        await writer.commit(b"note", 30.0)
+        await writer.commit(b"note", LONG_SECONDS)
         print("committed", flush=True)
     except TransferError as error:
         print(type(error).__name__, flush=True)

@@ -8,6 +8,7 @@ import hmac
 import msgspec
 import numpy as np
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import Source
 from transfer.layout import Epoch, KVLayout, Landing
 from transfer.nixl import wire as nixl
@@ -121,7 +122,7 @@ class Stranger:
 
     async def hear(self):
         """The next message that says something."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 prefix = await self.reader.readexactly(session.PREFIX.size)
                 body = await self.reader.readexactly(*session.PREFIX.unpack(prefix))
@@ -130,7 +131,7 @@ class Stranger:
                     return message
 
     async def closed(self):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             with contextlib.suppress(ConnectionResetError):
                 await self.reader.read()
         return True

@@ -4,6 +4,7 @@ import contextlib
 import msgspec
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer import choose as module
 from transfer.choose import Choice, Chooser, Peer, Tried, choose
 from transfer.contract import Probe, nobody_cares
@@ -181,7 +182,7 @@ async def test_real_transports_are_tried_and_one_carries_the_handoff():
         await stage.hand_over()
         assert len(stage.arrivals) == 1
         await receiver.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not losses:
                 await asyncio.sleep(0.01)
         with pytest.raises((PeerLost, LandingGone)):

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer import coded
 from transfer.coded import CodedSender, codec_of, decode, named
 from transfer.coding import CODECS, coded_layout
@@ -29,7 +30,6 @@ TOKENS = 53
 PADDED = 64
 STAGED_BLOCKS, SOURCE_BLOCKS, TARGET_BLOCKS = 6, 10, 20
 STAGED = (4, 1, 5, 0)
-SECONDS = 10.0
 
 
 class Desk:
@@ -65,7 +65,7 @@ class Desk:
             for start, end in ((0, 20), (20, 37), (37, TOKENS)):
                 await writer.write(KVSlice(0, start, end, 2))
                 await writer.write(KVSlice(2, start, end))
-            return await writer.commit(b"note", SECONDS)
+            return await writer.commit(b"note", PATIENCE_SECONDS)
         finally:
             await writer.abort()
 
@@ -164,19 +164,19 @@ async def test_an_abort_waits_for_what_reads_the_source():
 
         def slowly(part):
             begun.set()
-            assert go_on.wait(SECONDS)
+            assert go_on.wait(PATIENCE_SECONDS)
             encode(part)
 
         writer._encoder.encode = slowly
         writing = asyncio.ensure_future(writer.write(KVSlice(0, 0, TOKENS, 3)))
-        await asyncio.to_thread(begun.wait, SECONDS)
+        await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
         writing.cancel()
         await asyncio.wait([writing])
         aborting = asyncio.ensure_future(writer.abort())
         await asyncio.sleep(0.05)
         assert not aborting.done()
         go_on.set()
-        await asyncio.wait_for(aborting, SECONDS)
+        await asyncio.wait_for(aborting, PATIENCE_SECONDS)
         assert not made.arrivals
 
 
@@ -195,13 +195,13 @@ async def test_a_piece_of_a_slice_is_sent_while_the_next_one_is_encoded(monkeypa
 
         async def waiting(part):
             if part.layer < 2:
-                assert await asyncio.to_thread(begun[part.layer + 1].wait, SECONDS)
+                assert await asyncio.to_thread(begun[part.layer + 1].wait, PATIENCE_SECONDS)
             sent.append((part.layer, part.layers))
             await send(part)
 
         writer._encoder.encode, writer._inner.write = noting, waiting
         await writer.write(KVSlice(0, 0, TOKENS, 3))
-        await writer.commit(b"note", SECONDS)
+        await writer.commit(b"note", PATIENCE_SECONDS)
         await writer.abort()
         assert sent == [(0, 1), (1, 1), (2, 1)]
         found, right = made.decoded()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tcp_desk import WIDE, Owner, Stranger, opening, runs, wide_source
 
 from tests.support.garbage import examples, garbage
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import KVSlice, whole
 from transfer.layout import Epoch, Landing
 from transfer.nixl import available
@@ -96,7 +97,7 @@ async def undisturbed(transport="tcp"):
     before = threads()
     async with (
         receiver_of(transport, WIDE, 4, pool, stall_seconds=STALL_SECONDS) as receiver,
-        sender_of(transport, stall_seconds=STALL_SECONDS) as sender,
+        sender_of(transport, stall_seconds=PATIENCE_SECONDS) as sender,
     ):
         owner, source = Owner(receiver, blocks=(3, 1, 0), pool=pool), wide_source()
         writer = await sender.open(owner.landing, source)
@@ -105,7 +106,7 @@ async def undisturbed(transport="tcp"):
         yield receiver, pool
         for part in parts[1:]:
             await writer.write(part)
-        await writer.commit(b"", STALL_SECONDS)
+        await writer.commit(b"", PATIENCE_SECONDS)
         for here, there in zip(source.blocks, owner.landing.blocks, strict=True):
             ours = source.pool[here * BLOCK : (here + 1) * BLOCK]
             assert (owner.pool[there * BLOCK : (there + 1) * BLOCK] == ours).all()
@@ -148,7 +149,7 @@ class Second:
     async def over(self):
         """Take it back; nothing lies outside its blocks, and it ended once at most."""
         self.receiver.withdraw("theirs")
-        async with asyncio.timeout(STALL_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self.receiver.quiesce("theirs")
         assert not self.pool[:BLOCK].any()
         assert not self.pool[3 * BLOCK :].any()
@@ -190,7 +191,7 @@ async def test_peers_who_send_garbage_are_lost_and_disturb_nobody(transport, kin
 
 @pytest.mark.parametrize("count", [1, 3, 5, 40])
 async def test_whoever_stops_within_a_message_is_lost_in_time(count):
-    async with TcpReceiver(WIDE, stall_seconds=0.3) as receiver:
+    async with TcpReceiver(WIDE, stall_seconds=1.0) as receiver:
         async with Stranger(receiver) as stranger:
             stranger.writer.write(GREETINGS[0][:count])
             assert await stranger.closed()

@@ -8,6 +8,7 @@ import pytest
 from ends import receiver_of, sender_of
 from tcp_desk import WIDE, Owner, wide_source
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import whole
 from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.nixl import available
@@ -18,7 +19,6 @@ from transfer.shm import wire as shm
 
 BLOCK = WIDE.block_bytes
 POOL_BLOCKS = 4
-PATIENCE_SECONDS = 10.0
 
 
 def replaced(struct, **fields):

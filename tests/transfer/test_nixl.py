@@ -19,6 +19,7 @@ pytest.importorskip("nixl_cu12")
 from far_handoff import source
 from nixl_desk import SOON_SECONDS, write_until_it_fails, writing_to, written_to
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.errors import LandingGone, PeerLost
 from transfer.nixl import NixlReceiver, NixlSender, wire
 from transfer.nixl.agent import Agent
@@ -170,7 +171,7 @@ class Bench:
         self.here.register(self.scratch)
         terms = wire.Terms(self.there.metadata()[1], self.arena.ctypes.data)
         self.sockets = socket.socketpair(), socket.socketpair()
-        self.sockets[0][1].settimeout(1.0)
+        self.sockets[0][1].settimeout(PATIENCE_SECONDS)
         session, desk = (it[0] for it in self.sockets)
         self.way = Way(self.here, session, desk, terms, self.scratch)
 
@@ -200,8 +201,8 @@ def test_a_release_waits_for_writes_that_nobody_can_call_off(bench):
     release.join(0.5)
     assert release.is_alive()
     assert not bench.way.settled
-    bench.look(10, lambda: not release.is_alive())
-    release.join(1)
+    bench.look(PATIENCE_SECONDS, lambda: not release.is_alive())
+    release.join(PATIENCE_SECONDS)
     assert (bench.arena == 7).all()
     assert bench.way.settled
 
@@ -213,7 +214,7 @@ def test_no_write_lands_once_the_agent_was_made_anew(bench):
     release.start()
     bench.look(0.5)
     assert not bench.arena.any()
-    release.join(5)
+    release.join(PATIENCE_SECONDS)
     assert not release.is_alive()
     assert not bench.way.settled
     assert bench.sockets[0][1].recv(1) == b"", "the session would say that all is well"
@@ -231,8 +232,9 @@ async def test_a_sender_vouches_only_for_sessions_that_have_ended():
         await sender.connect(receiver.endpoint, SOURCE, TARGET)
         assert not await settled()
         await receiver.close()
-        await asyncio.sleep(0.1)
-        assert await settled()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not await settled():
+                await asyncio.sleep(0.01)
 
 
 async def test_after_a_handoff_nobody_looks_often_any_more():

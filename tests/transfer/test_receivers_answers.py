@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import KVSlice, Source
 from transfer.errors import DigestMismatch, LandingGone, PeerLost, PeerMisbehaved
 from transfer.memory import MemoryNetwork, MemoryReceiver
@@ -108,7 +109,7 @@ async def told(kind, before, after):
         line.say(what)
     with contextlib.suppress(LandingGone, PeerLost, PeerMisbehaved):
         await writer.write(KVSlice(0, 0, TOKENS))
-    committing = asyncio.ensure_future(writer.commit(b"note", 5.0))
+    committing = asyncio.ensure_future(writer.commit(b"note", PATIENCE_SECONDS))
     await asyncio.sleep(0)
     for what in after:
         line.say(what)
@@ -118,7 +119,7 @@ async def told(kind, before, after):
     aborting = asyncio.ensure_future(writer.abort())
     await asyncio.sleep(0)
     line.turn()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await aborting
     return outcome, line
 

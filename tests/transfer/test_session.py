@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from direct import DirectReceiver, DirectSender
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import KVSlice
 from transfer.errors import LandingGone, PeerLost, PeerMisbehaved
 from transfer.layout import Shard
@@ -74,10 +75,10 @@ async def test_quiesce_waits_for_the_acknowledgement_of_a_stalled_sender(pair):
         quiet = asyncio.ensure_future(pair.receiver.quiesce(stage.landing.id))
         await asyncio.wait([quiet], timeout=0.1)
         assert not quiet.done()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await quiet
     with pytest.raises(LandingGone):
-        await writer.commit(b"", 5.0)
+        await writer.commit(b"", PATIENCE_SECONDS)
     await writer.abort()
 
 
@@ -93,7 +94,7 @@ async def test_a_closed_connection_alone_proves_nothing(pair):
         await asyncio.wait([quiet], timeout=0.1)
         assert not quiet.done()
         intake.prove()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await quiet
     await writer.abort()
 
@@ -102,7 +103,7 @@ async def test_nothing_is_written_before_the_receiver_knows_the_writer(pair):
     stage = Stage(pair)
     writer = await pair.sender.open(stage.landing, stage.source)
     pair.receiver.withdraw(stage.landing.id)  # before it could hear of a writer
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await pair.receiver.quiesce(stage.landing.id)
     stage.pool[:] = 0xEE
     with pytest.raises(LandingGone):
@@ -120,9 +121,9 @@ async def test_a_move_that_fails_as_it_never_should_ends_its_session_and_holds_n
         raise ZeroDivisionError("a bug")
 
     writer._move.settle = broken
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         with pytest.raises(PeerLost, match="a bug"):
-            await writer.commit(b"", 5.0)
+            await writer.commit(b"", PATIENCE_SECONDS)
         await writer.abort()
         pair.receiver.withdraw(stage.landing.id)
         await pair.receiver.quiesce(stage.landing.id)
@@ -133,7 +134,7 @@ async def test_nothing_is_measured_over_a_session_that_was_lost_meanwhile(pair):
     await pair.sender.connect(pair.receiver.endpoint, SOURCE, TARGET)
     [session] = pair.sender._sessions.values()
     session.lose(PeerLost("just now"))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         with pytest.raises(PeerLost, match="just now"):
             await session.bytes_per_second()
 
@@ -150,7 +151,7 @@ async def test_descriptors_that_nobody_asked_for_are_closed(pair):
         stranger.sendall(wire.frame(wire.Proof(b"wrong", b"")))
         stranger.setblocking(False)
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await loop.sock_recv(stranger, 4096):
                 pass
     await eventually(lambda: opened() <= before, "descriptors stayed open")
@@ -175,7 +176,7 @@ async def test_an_answer_to_a_commit_that_was_not_sent_ends_the_writing(pair, ou
     with pytest.raises(PeerMisbehaved):
         await writer.write(KVSlice(1, 0, TOKENS))
     with pytest.raises(PeerMisbehaved):
-        await writer.commit(b"", 5.0)
+        await writer.commit(b"", PATIENCE_SECONDS)
     await writer.abort()
 
 
@@ -193,7 +194,7 @@ async def test_answers_that_come_again_are_not_taken_for_those_of_another_handof
                 session._say(wire.Granted(ticket))
 
     say_again()
-    committing = asyncio.ensure_future(writer.commit(b"note", 5.0))
+    committing = asyncio.ensure_future(writer.commit(b"note", PATIENCE_SECONDS))
     await asyncio.sleep(0)
     say_again()
     assert (await committing).answer == b"taken: note"
@@ -208,12 +209,12 @@ async def test_an_abort_waits_for_the_write_that_is_under_way(pair):
         aborting = asyncio.ensure_future(writer.abort())
         await asyncio.wait([aborting], timeout=0.1)
         assert not aborting.done()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await aborting
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(4.0, 0.2), (0.2, 4.0)], ids=["patient sender", "patient receiver"]
+    ("ours", "theirs"), [(20.0, 1.0), (1.0, 20.0)], ids=["patient sender", "patient receiver"]
 )
 async def test_each_end_is_heard_from_as_often_as_it_wants_to_be(tmp_path, ours, theirs):
     async with (
@@ -224,7 +225,7 @@ async def test_each_end_is_heard_from_as_often_as_it_wants_to_be(tmp_path, ours,
         writer = await sender.open(stage.landing, stage.source)
         await asyncio.sleep(3 * min(ours, theirs))  # nobody has anything to say
         await stage.write_all(writer)
-        await writer.commit(b"", 5.0)
+        await writer.commit(b"", PATIENCE_SECONDS)
         await writer.abort()
         assert not stage.failures
 
@@ -245,6 +246,6 @@ async def test_a_sender_that_closes_acknowledges_first(pair):
         assert not stage.failures
     await closing
     pair.receiver.withdraw(stage.landing.id)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await pair.receiver.quiesce(stage.landing.id)
     assert not pair.receiver.intake.kept

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from naive import Naive, convert
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import Receipt, Source, whole
 from transfer.errors import DigestMismatch, LandingGone, LayoutMismatch
 from transfer.layout import Epoch, KVLayout, Landing, Shard
@@ -116,7 +117,7 @@ class Site:
                         await writer.open(sender, piece.landing, self.sources[number])
                 for part in whole(MODEL.layers, TOKENS):
                     await writer.write(part)
-                return await writer.commit(note, 5.0)
+                return await writer.commit(note, PATIENCE_SECONDS)
         finally:
             await writer.abort()
 
@@ -204,6 +205,6 @@ async def test_one_damaged_shard_fails_the_whole():
             await writer.write(part)
         site.pools[0][:] ^= 1
         with pytest.raises(DigestMismatch):
-            await writer.commit(b"note", 5.0)
+            await writer.commit(b"note", PATIENCE_SECONDS)
         await writer.abort()
     assert [type(it) for it in site.told] == [DigestMismatch]

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 from transfer.errors import PeerLost, PeerMisbehaved
 from transfer.layout import Endpoint
 from transfer.shared_memory import allocate
@@ -20,18 +21,18 @@ from transfer.shm import process as process_module
 from transfer.stage import SOURCE, TARGET, TARGET_BLOCKS, Pair, Stage
 
 SECRET = "between workers"
-PATIENCE = 10
 
 
 @contextlib.asynccontextmanager
 async def receiver_with(**more):
+    settings = {"secret": SECRET, "stall_seconds": LONG_SECONDS, **more}
     pool = allocate(TARGET_BLOCKS * TARGET.block_bytes)
-    async with ShmReceiver(TARGET, TARGET_BLOCKS, pool, secret=SECRET, **more) as receiver:
+    async with ShmReceiver(TARGET, TARGET_BLOCKS, pool, **settings) as receiver:
         yield receiver, Stage(Pair(None, receiver, pool=pool))
 
 
 @contextlib.asynccontextmanager
-async def writer_process(stage, what, stall_seconds=30.0):
+async def writer_process(stage, what, stall_seconds=LONG_SECONDS):
     """A process that writes the stage's landing."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.transfer.shm_writer", what, str(stall_seconds),
@@ -48,13 +49,13 @@ async def writer_process(stage, what, stall_seconds=30.0):
 
 
 async def said(process, word):
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert (await process.stdout.readline()).decode().strip() == word
 
 
 async def stopped(process):
     await said(process, "stopping")
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
             await asyncio.sleep(0.005)
 
@@ -89,7 +90,7 @@ async def test_a_stopped_sender_keeps_its_blocks_until_it_goes_on_and_writes_now
         assert not await quiet(receiver, stage, 0.5)
         before, others = stage.pool.copy(), outside(stage).copy()
         writer.send_signal(signal.SIGCONT)
-        assert await quiet(receiver, stage, PATIENCE)
+        assert await quiet(receiver, stage, PATIENCE_SECONDS)
         assert (stage.pool != before).any(), "there was no late write to be seen"
         assert (outside(stage) == others).all()
         assert await stays(stage)
@@ -103,7 +104,7 @@ async def test_a_stopped_sender_that_is_killed_gives_its_blocks_back_at_once():
         receiver.withdraw(stage.landing.id)
         assert not await quiet(receiver, stage, 0.2)
         writer.kill()
-        assert await quiet(receiver, stage, 2.0)
+        assert await quiet(receiver, stage, PATIENCE_SECONDS)
         assert await stays(stage)
 
 
@@ -111,10 +112,10 @@ async def test_a_killed_sender_fails_its_landing_which_is_quiet_at_once():
     async with receiver_with() as (receiver, stage), writer_process(stage, "stop") as writer:
         await stopped(writer)
         writer.kill()
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await stage.told.wait()
         assert isinstance(stage.failures[0], PeerLost)
-        assert await quiet(receiver, stage, 2.0)
+        assert await quiet(receiver, stage, PATIENCE_SECONDS)
 
 
 async def test_a_sender_that_was_given_up_while_it_stood_still_is_heard_when_it_goes_on():
@@ -123,13 +124,13 @@ async def test_a_sender_that_was_given_up_while_it_stood_still_is_heard_when_it_
         writer_process(stage, "stop") as writer,
     ):
         await stopped(writer)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await stage.told.wait()  # silent for too long: the connection is closed
         assert isinstance(stage.failures[0], PeerLost)
         assert not await quiet(receiver, stage, 0.5)
         before, others = stage.pool.copy(), outside(stage).copy()
         writer.send_signal(signal.SIGCONT)
-        assert await quiet(receiver, stage, PATIENCE)
+        assert await quiet(receiver, stage, PATIENCE_SECONDS)
         assert (stage.pool != before).any(), "there was no late write to be seen"
         assert (outside(stage) == others).all()
         assert await stays(stage)
@@ -137,9 +138,9 @@ async def test_a_sender_that_was_given_up_while_it_stood_still_is_heard_when_it_
 
 async def test_a_sender_that_closes_but_lives_on_keeps_its_blocks_until_it_has_stopped_writing():
     async with receiver_with() as (receiver, stage), writer_process(stage, "close") as writer:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await stage.told.wait()
-        assert await quiet(receiver, stage, PATIENCE)
+        assert await quiet(receiver, stage, PATIENCE_SECONDS)
         assert await stays(stage)
         assert writer.returncode is None
 
@@ -148,7 +149,7 @@ async def test_an_endpoint_on_another_host_is_refused_at_once():
     async with receiver_with() as (receiver, _stage), ShmSender(secret=SECRET) as sender:
         host, _, path = receiver.endpoint.address.partition(":")
         elsewhere = Endpoint("shm", f"{host[::-1]}:{path}")
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             with pytest.raises(PeerLost, match="it is on another host"):
                 await sender.connect(elsewhere, SOURCE, TARGET)
 

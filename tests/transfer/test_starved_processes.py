@@ -6,8 +6,9 @@ import contextlib
 import pytest
 from ends import TRANSPORTS, receiver_of, sender_of
 from far import BLOCKS, LAYOUT, POOL_BYTES, TOKENS, source
-from far_desk import PATIENCE_SECONDS, STALL_SECONDS, Owner, arrived, far, finish, hand_over
+from far_desk import STALL_SECONDS, Owner, arrived, far, finish, hand_over
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import whole
 from transfer.errors import PeerLost
 from transfer.shared_memory import allocate

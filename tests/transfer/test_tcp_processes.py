@@ -6,8 +6,9 @@ import signal
 import numpy as np
 import pytest
 from far import LAYOUT, POOL_BYTES, TOKENS, source
-from far_desk import PATIENCE_SECONDS, STALL_SECONDS, Owner, arrived, far, finish, hand_over
+from far_desk import STALL_SECONDS, Owner, arrived, far, finish, hand_over
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import whole
 from transfer.errors import PeerLost
 from transfer.tcp import TcpReceiver, TcpSender
@@ -34,7 +35,7 @@ async def test_a_sender_that_is_killed_is_lost_at_once_and_quiet(owner, moment):
         await asyncio.sleep(moment)
         sender.signal(signal.SIGKILL)
         assert await owner.end() is PeerLost
-        await owner.quiet(landing, 2.0)
+        await owner.quiet(landing, STALL_SECONDS / 2)
     await asyncio.sleep(0.1)
     assert owner.is_unharmed()
     assert owner.ends.empty()
@@ -48,7 +49,7 @@ async def test_what_a_stopped_sender_still_has_to_say_reaches_no_later_owner(own
         assert await sender.hear() == "round"
         await asyncio.sleep(moment)
         sender.signal(signal.SIGSTOP)
-        await owner.quiet(landing, 1.0)
+        await owner.quiet(landing, STALL_SECONDS / 2)
         sender.signal(signal.SIGCONT)
         while (said := await sender.hear()) == "round":
             pass
@@ -92,7 +93,7 @@ async def test_a_receiver_that_is_killed_is_lost_at_once_and_others_are_served(o
         writer = await near.open(await receiver.expect(), source())
         await writer.write(whole(LAYOUT.layers, TOKENS)[0])
         receiver.signal(signal.SIGKILL)
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(STALL_SECONDS / 2):
             with pytest.raises(PeerLost):
                 await writer.commit(b"", PATIENCE_SECONDS)
             await writer.abort()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tcp_desk import WIDE, Owner, Stranger, landing_at, opening, runs, wide_source
 
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 from transfer.contract import KVSlice, Source, whole
 from transfer.convert import Conversion
 from transfer.digest import PrefixDigest, landing_key, seal
@@ -31,7 +32,7 @@ async def test_long_runs_are_received_in_place(sender):
         writer = await sender.open(owner.landing, source)
         for part in whole(WIDE.layers, 24):
             await writer.write(part)
-        receipt = await writer.commit(b"", 5.0)
+        receipt = await writer.commit(b"", PATIENCE_SECONDS)
         assert receipt.bytes == 24 * WIDE.token_bytes
         block = WIDE.block_bytes
         for here, there in zip(source.blocks, owner.landing.blocks, strict=True):
@@ -64,7 +65,7 @@ async def test_handoffs_larger_than_the_socket_s_buffer_arrive_side_by_side(send
             writer = await sender.open(landing, Source(WIDE, pool, 128, blocks, tokens))
             for part in whole(WIDE.layers, tokens):
                 await writer.write(part)
-            receipt = await writer.commit(name.encode(), 10.0)
+            receipt = await writer.commit(name.encode(), PATIENCE_SECONDS)
             assert receipt.answer == name.encode()
             wanted = pool.reshape(128, -1)[::-1]
             assert (there.reshape(128, -1) == wanted).all()
@@ -77,7 +78,10 @@ async def test_handoffs_larger_than_the_socket_s_buffer_arrive_side_by_side(send
 
 @pytest.mark.parametrize("run_bytes", [16384, 1024], ids=["in place", "staged"])
 async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_bytes):
-    async with TcpReceiver(WIDE) as receiver, Stranger(receiver) as stranger:
+    async with (
+        TcpReceiver(WIDE, stall_seconds=LONG_SECONDS) as receiver,
+        Stranger(receiver) as stranger,
+    ):
         await stranger.greeted()
         owner = Owner(receiver)
         stranger.say(opening(owner.landing))
@@ -86,7 +90,7 @@ async def test_the_rest_of_a_write_under_way_is_drained_after_a_withdrawal(run_b
         if run_bytes == 16384:
             await eventually(lambda: owner.pool[19999] == 0xAA, "it was not received in place")
         receiver.withdraw("wide")
-        async with asyncio.timeout(5):  # though the sender has said nothing
+        async with asyncio.timeout(PATIENCE_SECONDS):  # though the sender has said nothing
             await receiver.quiesce("wide")
         owner.pool[:] = 0xEE
         stranger.lane.write(b"\xaa" * 12768)
@@ -122,7 +126,7 @@ async def test_nonsense_closes_its_connection_and_no_other(receiver, sender, non
         stranger.writer.write(nonsense)
         assert await stranger.closed()
     await stage.write_all(writer)
-    await writer.commit(b"", 5.0)
+    await writer.commit(b"", PATIENCE_SECONDS)
 
 
 LAYER_BLOCK = WIDE.block_bytes // WIDE.layers
@@ -277,14 +281,14 @@ async def test_a_frame_before_its_opening_waits_for_it():
 
 
 async def test_a_frame_that_is_never_opened_ends_the_session_in_time():
-    async with TcpReceiver(WIDE, stall_seconds=0.2) as receiver, Stranger(receiver) as stranger:
+    async with TcpReceiver(WIDE, stall_seconds=1.0) as receiver, Stranger(receiver) as stranger:
         await stranger.greeted()
         stranger.write(0, *runs((0, 64)))
         assert await stranger.closed()
 
 
 async def test_a_sender_that_falls_silent_is_lost_and_its_landing_freed():
-    async with TcpReceiver(WIDE, stall_seconds=0.2) as receiver, Stranger(receiver) as stranger:
+    async with TcpReceiver(WIDE, stall_seconds=1.0) as receiver, Stranger(receiver) as stranger:
         await stranger.greeted()
         owner = Owner(receiver)
         stranger.say(opening(owner.landing))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tcp_desk import EVERYTHING, WIDE, Owner, Stranger, landing_at, wide_source
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.contract import KVSlice, Source, whole
 from transfer.errors import LandingGone, LayoutMismatch, PeerLost
 from transfer.layout import Endpoint
@@ -128,7 +129,7 @@ async def test_nobody_there_is_a_lost_peer(sender):
 
 
 async def test_a_peer_that_does_not_greet_is_lost_in_time():
-    async with fake(say_nothing) as endpoint, TcpSender(connect_seconds=0.05) as sender:
+    async with fake(say_nothing) as endpoint, TcpSender(connect_seconds=0.2) as sender:
         with pytest.raises(PeerLost, match="in time"):
             await sender.connect(endpoint, WIDE, WIDE)
 
@@ -137,7 +138,7 @@ async def test_a_peer_that_answers_nonsense_is_lost(sender):
     async with fake(welcoming(answer_nonsense)) as endpoint:
         writer = await sender.open(landing_at(endpoint), wide_source())
         with pytest.raises(PeerLost, match="misbehaved"):
-            await writer.commit(b"", 5.0)
+            await writer.commit(b"", PATIENCE_SECONDS)
         await writer.abort()
 
 
@@ -160,7 +161,7 @@ async def test_a_peer_that_reads_nothing_holds_up_writers_and_is_then_lost():
     slice_bytes = tokens * WIDE.token_bytes // WIDE.layers
     async with (
         fake(welcoming(read_nothing)) as endpoint,
-        TcpSender(stall_seconds=0.2, backlog_bytes=slice_bytes) as sender,
+        TcpSender(stall_seconds=1.0, backlog_bytes=slice_bytes) as sender,
     ):
         writer = await sender.open(landing_at(endpoint, tokens), source)
         await writer.write(KVSlice(0, 0, tokens))
@@ -205,7 +206,7 @@ async def test_the_secret_is_never_said():
             heard.extend(data)
 
     async with fake(listen_in) as endpoint:
-        async with TcpSender(secret="between workers", connect_seconds=0.2) as sender:
+        async with TcpSender(secret="between workers", connect_seconds=1.0) as sender:
             with pytest.raises(PeerLost):
                 await sender.connect(endpoint, WIDE, WIDE)
         await eventually(lambda: b"Proof" in heard, "it proved nothing")
@@ -213,10 +214,10 @@ async def test_the_secret_is_never_said():
 
 
 async def test_a_receiver_that_falls_silent_is_lost():
-    async with fake(welcoming(listen)) as endpoint, TcpSender(stall_seconds=0.2) as sender:
+    async with fake(welcoming(listen)) as endpoint, TcpSender(stall_seconds=1.0) as sender:
         writer = await sender.open(landing_at(endpoint), wide_source())
         with pytest.raises(PeerLost, match="nothing was heard"):
-            await writer.commit(b"", 5.0)
+            await writer.commit(b"", PATIENCE_SECONDS)
         await writer.abort()
 
 
@@ -230,14 +231,14 @@ async def test_a_receiver_that_comes_back_is_met_again(sender):
         await eventually(lambda: owner.touches > 0, "the write was not begun")
     await eventually(lambda: bool(owner.failures), "the owner was not told")
     with pytest.raises(PeerLost):
-        await writer.commit(b"", 5.0)
+        await writer.commit(b"", PATIENCE_SECONDS)
     await writer.abort()
     async with TcpReceiver(WIDE, port=port) as second:
         owner = Owner(second)
         writer = await sender.open(owner.landing, wide_source())
         for part in whole(WIDE.layers, 24):
             await writer.write(part)
-        await writer.commit(b"", 5.0)
+        await writer.commit(b"", PATIENCE_SECONDS)
         assert len(owner.arrivals) == 1
 
 
@@ -261,7 +262,7 @@ async def test_closing_leaves_no_thread_and_no_descriptor():
             writer = await sender.open(owner.landing, wide_source())
             for part in whole(WIDE.layers, 24):
                 await writer.write(part)
-            await writer.commit(b"", 5.0)
+            await writer.commit(b"", PATIENCE_SECONDS)
     # Fewer threads are left where the first receiver's had not ended yet.
     await eventually(
         lambda: all(map(operator.le, open_things(), before)), f"{open_things()}, before {before}"

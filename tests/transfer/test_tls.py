@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests.support.certificates import authority
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.errors import PeerLost
 from transfer.stage import SOURCE, TARGET, Gate, Pair
 from transfer.tcp import TcpReceiver, TcpSender
@@ -41,8 +42,8 @@ async def test_tcp_keeps_every_promise_over_tls(promise, ours):
 
 async def refused(server, client):
     async with (
-        TcpReceiver(TARGET, tls=server, stall_seconds=2.0) as receiver,
-        TcpSender(tls=client, connect_seconds=3.0) as sender,
+        TcpReceiver(TARGET, tls=server, stall_seconds=PATIENCE_SECONDS) as receiver,
+        TcpSender(tls=client, connect_seconds=PATIENCE_SECONDS) as sender,
     ):
         with pytest.raises(PeerLost):
             await sender.connect(receiver.endpoint, SOURCE, TARGET)

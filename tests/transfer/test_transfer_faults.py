@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS
 from transfer.errors import DigestMismatch, PeerLost
 from transfer.faults import FaultySender, faults
 from transfer.memory import MemoryNetwork, MemoryReceiver, MemorySender
@@ -39,7 +40,7 @@ async def test_a_connection_dropped_at_the_second_write_loses_the_peer(make):
     first = Stage(pair, 1)
     with pytest.raises(PeerLost):
         await first.hand_over()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         await first.told.wait()
     assert [type(it) for it in first.failures] == [PeerLost]
     await Stage(pair, 2).hand_over()
