@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator
@@ -17,6 +16,7 @@ from gateway.leash import leashed
 from gateway.redis_url import Sentinels, sentinels_of
 from gateway.settings import ConfigError, load
 from tests.support.patience import PATIENCE_SECONDS
+from tests.support.ports import free_port
 
 from .conftest import programs
 from .queueing import (
@@ -34,12 +34,6 @@ from .queueing import (
 
 SENTINELS = 3
 DOWN_MS = 1500  # more than a busy machine makes one wait
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Site:

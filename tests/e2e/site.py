@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ import psutil
 from redis import Redis as BlockingRedis
 
 from gateway.leash import leashed
+from tests.support.patience import PATIENCE_SECONDS
+from tests.support.ports import free_port
 
 SYNTHETIC = {
     "layers": 4,
@@ -159,14 +160,6 @@ class Site:
         return found
 
 
-def free_port() -> int:
-    """A port that nobody has, so that a gateway that is started again has the same one."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def serve(
     folder: Path, tree: dict[str, Any], seconds: float = 120, paths: Sequence[Path] = ()
@@ -208,8 +201,8 @@ def serve(
             children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(30)
+            process.wait(2 * PATIENCE_SECONDS)
         finally:
             process.kill()
-        _, alive = psutil.wait_procs(children, 5)
+        _, alive = psutil.wait_procs(children, PATIENCE_SECONDS)
         assert not alive, f"left over: {[one.cmdline() for one in alive]}"

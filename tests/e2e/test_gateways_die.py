@@ -11,8 +11,11 @@ import pytest
 
 from loadtest.resuming import Resuming
 from tests.storm.site import MODEL, Site, site, synthetic, workers
+from tests.support.patience import PATIENCE_SECONDS
 
 KEEP_SECONDS = 8.0
+TOKENS = 500
+"""Five seconds of them: no answer is over when something befalls it."""
 TREE: dict[str, Any] = {
     "workers": synthetic(step_seconds=0.01),
     "queue": {"lease_seconds": 3},
@@ -58,7 +61,7 @@ class Reader(Resuming):
 def completion(number: int) -> tuple[str, dict[str, Any]]:
     body = {
         "prompt": [[7, number, 9], [number] * (1 + number * 5)],
-        "max_tokens": 250,
+        "max_tokens": TOKENS,
         "n": 1 + number % 3,
         "seed": number,
         "logprobs": number % 2,
@@ -86,7 +89,7 @@ async def reading(readers: list[Reader], characters: int) -> AsyncIterator[None]
     """Inside, each has that much text; after it, all have everything."""
     task = asyncio.ensure_future(read_all(readers))
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(4 * PATIENCE_SECONDS):
             while not all(
                 reader.text and min(map(len, reader.text.values())) >= characters
                 for reader in readers
@@ -94,13 +97,13 @@ async def reading(readers: list[Reader], characters: int) -> AsyncIterator[None]
                 assert not task.done(), task
                 await asyncio.sleep(0.01)
         yield
-        await asyncio.wait_for(task, 90)
+        await asyncio.wait_for(task, 4 * PATIENCE_SECONDS)
     finally:
         task.cancel()
 
 
 async def nothing_left(made: Site) -> None:
-    await made.balanced(KEEP_SECONDS + 10)
+    await made.balanced(KEEP_SECONDS + PATIENCE_SECONDS)
     assert await made.immortal_keys() == []
 
 
@@ -111,7 +114,7 @@ async def made() -> AsyncIterator[Site]:
 
 
 async def test_who_comes_back_after_a_killed_gateway_has_the_very_text(made: Site) -> None:
-    asks = [completion(number) for number in range(4)] + [chat(1, 250), chat(2, 250)]
+    asks = [completion(number) for number in range(4)] + [chat(1, TOKENS), chat(2, TOKENS)]
     truth = [Reader(made.urls[1:], *ask).read for ask in asks]
     expected = [reader.all for reader in await asyncio.gather(*map(asyncio.to_thread, truth))]
     readers = [Reader(made.urls, *ask) for ask in asks]
@@ -132,7 +135,7 @@ async def test_a_gateway_that_was_stopped_is_fenced_when_it_goes_on(made: Site) 
     readers = [Reader(made.urls, *ask) for ask in asks]
     async with reading(readers, 40):
         made.parts["g1"].send(signal.SIGSTOP)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not all(reader.reconnects for reader in readers):
                 await asyncio.sleep(0.01)
         made.parts["g1"].send(signal.SIGCONT)
@@ -153,7 +156,7 @@ async def test_an_answer_in_one_piece_is_there_after_its_gateway_died(made: Site
         asking = asyncio.ensure_future(
             http.post(made.urls[0] + path, json={"model": MODEL, **body}, headers=key)
         )
-        await made.until(lambda: _at_work(made), "nothing begins", 10)
+        await made.until(lambda: _at_work(made), "nothing begins", PATIENCE_SECONDS)
         made.parts["g1"].send(signal.SIGKILL)
         with pytest.raises(aiohttp.ClientError):
             await asking

@@ -35,7 +35,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory, plugins: Path) -> Iterator
     prefill = engine(block_tokens=32, arena_axes="layer kv block token head dim")
     folder = tmp_path_factory.mktemp("engines")
     with pair(folder, prefill, engine(block_tokens=16), plugins) as site:
-        yield Killer(site, tokens=150)
+        yield Killer(site, tokens=300)
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])

@@ -23,7 +23,9 @@ from redis.asyncio import Redis
 from gateway.admission import WorkerRecord
 from gateway.leash import leashed
 from gateway.redis_server import command, find_server, wait_until_up
-from tests.e2e.site import DECODE, PREFILL, SYNTHETIC, free_port, toml
+from tests.e2e.site import DECODE, PREFILL, SYNTHETIC, toml
+from tests.support.patience import PATIENCE_SECONDS
+from tests.support.ports import free_port
 
 Kind = Literal["gateway", "prefill", "decode", "redis"]
 MODEL = "smollm2-135m-instruct"
@@ -284,6 +286,6 @@ async def _end(made: Site) -> None:
     for part in made.parts.values():
         if part.starts:
             with contextlib.suppress(TimeoutError):
-                await part.ended(5)
-    _, alive = await asyncio.to_thread(psutil.wait_procs, children, 5)
+                await part.ended(PATIENCE_SECONDS)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, children, PATIENCE_SECONDS)
     assert not alive, f"left over: {alive}"

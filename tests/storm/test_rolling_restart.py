@@ -11,6 +11,7 @@ import pytest
 from tests.storm.clients import Answer, Ask, Ordinary
 from tests.storm.site import DECODES, Part, Site, site, synthetic
 from tests.storm.truth import asks, learn, same
+from tests.support.patience import PATIENCE_SECONDS
 
 STREAMS = 24
 
@@ -46,7 +47,7 @@ class Crowd:
     async def more(self, count: int) -> None:
         """Wait until so many more have been answered."""
         until = len(self.heard) + count
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(4 * PATIENCE_SECONDS):
             while len(self.heard) < until:
                 await asyncio.sleep(0.05)
 
@@ -105,4 +106,4 @@ async def test_a_rolling_restart_of_everything_fails_no_request(made: Site) -> N
     assert not failed, failed[0]
     moved = [line for part in made.of("gateway") for line in part.events("sequence.preempted")]
     assert moved, "nothing had to move, so nothing was shown"
-    await made.balanced(10)
+    await made.balanced(PATIENCE_SECONDS)

@@ -13,6 +13,7 @@ from tests.storm.faults import MEMBERS, schedule
 from tests.storm.play import Plan, table
 from tests.storm.site import Part
 from tests.storm.truth import asks, wrong
+from tests.support.patience import PATIENCE_SECONDS
 
 
 @pytest.mark.slow
@@ -28,18 +29,18 @@ async def test_a_short_storm_costs_no_client_a_word() -> None:
 async def test_whoever_still_starts_is_spared(tmp_path: Path) -> None:
     """Also when it starts anew, after what an earlier start has logged."""
     go = tmp_path / "go"
-    script = f"until [ -e {go} ]; do sleep 0.01; done; echo worker.started; exec sleep 60"
+    script = f"until [ -e {go} ]; do sleep 0.01; done; echo worker.started; exec sleep 600"
     part = Part("p1", "prefill", ["sh", "-c", script], tmp_path / "log")
     for _ in range(2):
         part.start()
         assert not await part.serves()
         go.touch()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not await part.serves():
                 await asyncio.sleep(0.01)
         go.unlink()
         part.send(signal.SIGKILL)
-        await part.ended(10)
+        await part.ended(PATIENCE_SECONDS)
 
 
 def test_a_schedule_is_its_seeds_and_spares_redis_and_whoever_sleeps() -> None:
