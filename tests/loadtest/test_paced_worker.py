@@ -16,6 +16,7 @@ from backends.protocol import (
     Tokens,
 )
 from loadtest.bench.worker import Paced
+from tests.support.patience import PATIENCE_SECONDS
 
 
 def request(handle, max_tokens):
@@ -27,7 +28,7 @@ def request(handle, max_tokens):
             sequences=(SequenceSpec(index=0, seed=1),),
             sampling=Sampling(),
             max_tokens=max_tokens,
-            deadline_seconds=10.0,
+            deadline_seconds=PATIENCE_SECONDS,
         ),
         decode_here=True,
     )
@@ -37,7 +38,10 @@ def request(handle, max_tokens):
 async def gateway_of(worker, path):
     heard = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    async with await loop.create_unix_server(worker.connection, path), asyncio.timeout(10):
+    async with (
+        await loop.create_unix_server(worker.connection, path),
+        asyncio.timeout(PATIENCE_SECONDS),
+    ):
         link = Link(ToGateway, lambda _, message: heard.put_nowait(message), lambda *_: None)
         await loop.create_unix_connection(lambda: link, path)
         caller = Caller("g", "")

@@ -11,6 +11,7 @@ import pytest
 
 from loadtest.chat import RequestRefused, StreamFailed
 from loadtest.resuming import GaveUp, Resuming
+from tests.support.patience import PATIENCE_SECONDS
 
 OK = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 DONE = "data: [DONE]\n\n"
@@ -39,13 +40,13 @@ def scripted(*answers: str) -> Iterator[tuple[str, list[str]]]:
                     asked.append(whole_request(connection))
                     connection.sendall(answer.removesuffix(SILENCE).encode())
                     if answer.endswith(SILENCE):
-                        connection.settimeout(5)
+                        connection.settimeout(PATIENCE_SECONDS)
                         assert connection.recv(1) == b"", "it must hang up"
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
-        thread.join(5)
+        thread.join(PATIENCE_SECONDS)
 
 
 def whole_request(connection: socket.socket) -> str:
@@ -77,7 +78,7 @@ def test_the_rest_is_asked_for_after_the_last_whole_event() -> None:
         OK + event(4) + DONE,
     ]
     with scripted(*answers) as (url, asked):
-        client = Resuming([url], silence_seconds=0.3)
+        client = Resuming([url], silence_seconds=1.0)
         assert texts(client) == ["0", "1", "2", "3", "4"]
     assert client.reconnects == 4
     last = [header(request, "Last-Event-ID") for request in asked]
@@ -123,7 +124,7 @@ def test_the_command_prints_the_text() -> None:
             [sys.executable, "-m", "loadtest.resuming", "--url", url, "Hi"],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=2 * PATIENCE_SECONDS,
             check=True,
         )
     assert (done.stdout, done.stderr) == ("Hello\n", "(1 reconnects)\n")

@@ -10,6 +10,7 @@ import numpy as np
 
 from backends.api import PrefillJob, Sampling, Sequence
 from backends.emulation.pattern import Pattern
+from tests.support.patience import PATIENCE_SECONDS
 from tests.trtllm.play import Gates, standin, until, write_model
 
 
@@ -87,7 +88,7 @@ class Desk:
         self.engine.prefill(job)
         return job
 
-    def ended(self, *jobs: PrefillJob, seconds: float = 10.0) -> None:
+    def ended(self, *jobs: PrefillJob, seconds: float = PATIENCE_SECONDS) -> None:
         until(lambda: all(it.name in self.heard.ends for it in jobs) or self.heard.dead, seconds)
         assert not self.heard.dead, self.heard.dead
 
@@ -111,7 +112,7 @@ class Desk:
         for _ in range(5):
             turned = threading.Event()
             self.engine._background.post(turned.set)
-            assert turned.wait(10)
+            assert turned.wait(PATIENCE_SECONDS)
 
     def free(self) -> None:
         """Nothing is left of any job: no pin here, no block in the engine."""

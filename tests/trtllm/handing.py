@@ -11,6 +11,7 @@ import numpy as np
 from backends.api import BackendInfo, KVLayout, Row
 from backends.emulation.pattern import CANONICAL, Pattern
 from tests.life.cluster import Cluster, cluster
+from tests.support.patience import PATIENCE_SECONDS
 from tests.trtllm.play import Gates, standin, write_model
 
 SYNTHETIC = {"identity": "synthetic/49152", "weights": "synthetic"}
@@ -63,7 +64,7 @@ def prefill_for(redis_url: str, folder: Path, decoder: BackendInfo, **options: A
     return prefill(redis_url, folder, model=shape, **known, **options)
 
 
-async def empty(made: Any, seconds: float = 5.0) -> None:
+async def empty(made: Any, seconds: float = PATIENCE_SECONDS) -> None:
     """No block is held on either side, nor in the engine."""
     await made.balanced(seconds)
     await made.until(lambda: not made.engine.pins() and not made.engine._carrier._jobs, seconds)

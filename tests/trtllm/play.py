@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.patience import PATIENCE_SECONDS
+
 STANDIN = Path(__file__).parent / "standin"
 FLAVOURS = ("1.2", "1.3", "main")
 
@@ -96,7 +98,7 @@ class Gates:
         return str(self._folder)
 
 
-def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
+def until(true: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait until it is true."""
     end = time.monotonic() + seconds
     while not true():

@@ -29,6 +29,7 @@ from backends.tensorrt_llm.messages import (
     Step,
     Voided,
 )
+from tests.support.patience import PATIENCE_SECONDS
 from tests.trtllm.play import until
 from transfer.shared_memory import allocate, segment_of
 
@@ -376,7 +377,7 @@ def test_garbage_on_the_socket_costs_its_sender_the_connection_and_nobody_else(
             bad.connect(made.path)
             bad.sendall(garbage)
             bad.shutdown(socket.SHUT_WR)
-            bad.settimeout(5)
+            bad.settimeout(PATIENCE_SECONDS)
             assert bad.recv(1) == b""
             good.sendall(frame(Exported(1, 2)))
             until(lambda: told == [(0, Exported(1, 2))])
@@ -393,7 +394,7 @@ def test_a_rank_that_comes_twice_is_turned_away(rank: Rank) -> None:
             until(lambda: made.ranks == (0,))
             two.connect(made.path)
             two.sendall(frame(geometry()))
-            two.settimeout(5)
+            two.settimeout(PATIENCE_SECONDS)
             assert two.recv(1) == b""
             assert (made.ranks, told) == ((0,), [])
             one.close()

@@ -13,6 +13,7 @@ import pytest
 from backends.api import BackendMisconfigured, DecodeJob, Sampling, Sequence
 from backends.tensorrt_llm.served import TensorRTLLMServed
 from tests.life.cluster import Heard, cluster
+from tests.support.patience import PATIENCE_SECONDS
 from tests.trtllm.play import write_model
 from tests.trtllm.serve import EXCHANGES, FakeServe, filled, serving
 from tests.vllm_engine.test_served import Told
@@ -124,7 +125,7 @@ async def test_an_abort_closes_the_connection_and_others_go_on(tmp_path: Path, s
             await asyncio.sleep(0.002)
         made.abort("gone")
         await told.until(told.end("gone"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await slow.left.acquire()
         slow.hold = None
         assert await text(made, told, job("stays")) == TEXT

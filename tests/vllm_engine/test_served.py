@@ -24,6 +24,7 @@ from backends.api import (
 from backends.host.plugins import load_backend
 from backends.vllm.served import ASK, VllmServedBackend
 from gateway.cli.model import find_model
+from tests.support.patience import PATIENCE_SECONDS
 from tests.vllm_engine.fake_server import KV, TOKENS, FakeServer, serving
 
 
@@ -63,7 +64,7 @@ class Told:
         return self._first.setdefault(job, asyncio.Event())
 
     async def until(self, event: asyncio.Event) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await event.wait()
 
     def text(self, job: str) -> list[int]:
@@ -209,7 +210,7 @@ async def test_an_abort_closes_the_connection_and_others_go_on(server) -> None:
         made.decode(job("other"))
         await told.until(told.end("slow"))
         await told.until(told.end("other"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await server.left.acquire()
     assert (told.text("slow"), told.text("other")) == ([9], TOKENS)
     assert told.errors == {}
@@ -237,7 +238,7 @@ async def test_a_server_that_says_nothing_fails_the_job_and_no_other(server) -> 
             await asyncio.Event().wait()
 
     server.behave = hang
-    async with backend(server, silence_seconds=0.3) as (made, told):
+    async with backend(server, silence_seconds=1.0) as (made, told):
         made.decode(job("hung"))
         made.decode(job("other"))
         await told.until(told.end("hung"))
