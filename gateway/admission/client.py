@@ -107,21 +107,26 @@ async def listen(
 ) -> None:
     """Call `heard` with each message on `channel`, until cancelled.
 
-    `gap` is called each time the subscription begins, anew after a lost connection too: messages
-    before that were missed. A connection that says nothing is asked after `quiet_seconds`.
+    `gap` is called each time the server says that the subscription has begun, anew after a lost
+    connection too: messages before that were missed. A connection that says nothing is asked
+    after `quiet_seconds`.
     """
     while True:
         try:
             async with redis.pubsub() as subscription:
                 await subscription.subscribe(channel)
-                gap()
-                await _hear(subscription, heard, quiet_seconds)
+                await _hear(subscription, heard, gap, quiet_seconds)
         except (RedisError, OSError) as error:
             log.debug("redis.lost", channel=channel, cause=str(error))
         await asyncio.sleep(min(0.25, quiet_seconds))
 
 
-async def _hear(subscription: Any, heard: Callable[[bytes], None], quiet_seconds: float) -> None:
+async def _hear(
+    subscription: Any,
+    heard: Callable[[bytes], None],
+    gap: Callable[[], None],
+    quiet_seconds: float,
+) -> None:
     asked = False
     while True:
         message = await subscription.get_message(timeout=quiet_seconds)
@@ -129,6 +134,8 @@ async def _hear(subscription: Any, heard: Callable[[bytes], None], quiet_seconds
             asked = False
             if message["type"] == "message":
                 heard(message["data"])
+            elif message["type"] == "subscribe":
+                gap()
         elif asked:
             raise RedisConnectionError("no answer on a subscription")
         else:

@@ -315,7 +315,8 @@ class Game:
     def _redis(self, data: Any) -> Treatment | None:
         if not (isinstance(data, list) and isinstance(data[0], dict)):
             return None
-        if not data[0]["channel"].startswith(b"baton:{chaos}:grants:"):
+        channel = data[0]["channel"]
+        if data[0]["type"] != "message" or not channel.startswith(b"baton:{chaos}:grants:"):
             return None
         told = None
         for name in msgspec.msgpack.decode(data[0]["data"])[::2]:

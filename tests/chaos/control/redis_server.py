@@ -93,10 +93,10 @@ class Server:
         if name == b"PING":
             return [b"pong", b""] if session.channels else b"PONG"
         if name == b"SUBSCRIBE":
-            for channel in words[1:]:
-                session.channels.append(channel)
-                self._subscribers.setdefault(channel, {})[session] = None
-            return Silent()
+            channel = words[1]
+            session.channels.append(channel)
+            self._subscribers.setdefault(channel, {})[session] = None
+            return {"type": "subscribe", "channel": channel, "data": len(session.channels)}
         return NotImplemented
 
     def leave(self, session: Session) -> None:
@@ -127,10 +127,6 @@ class Server:
             self._unsafe_since = now
 
 
-class Silent:
-    """An answer that is not sent: a subscription only says what it hears."""
-
-
 class Session(asyncio.Protocol):
     """One connection at the server."""
 
@@ -150,9 +146,7 @@ class Session(asyncio.Protocol):
         self._reader.feed(data)
         answers = []
         while (words := self._reader.gets()) is not False:
-            answer = self._server.execute(self, words)
-            if not isinstance(answer, Silent):
-                answers.append(answer)
+            answers.append(self._server.execute(self, words))
         if answers:
             self.transport.write(answers)
 
