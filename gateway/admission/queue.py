@@ -249,6 +249,8 @@ class Admission:
 
         Workers that offer room and refuse again and again are asked ever more rarely.
         """
+        if self._turns.get(turn.name) is not turn:  # nobody would grant it
+            raise TakenOver(turn.ticket.id)
         turn.refusals += 1
         turn.wait()
         patience = max(0.0, turn.latest - asyncio.get_running_loop().time())

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from redis.asyncio import Redis
 
 from gateway.admission import Terms
@@ -63,6 +64,26 @@ async def test_a_lease_that_is_taken_over_is_not_given_back_by_its_former_holder
         await two.flush(PATIENCE_SECONDS)
         assert await book(redis) == {"held_prefill": 0, "held_decode": 0}
         assert await redis.exists("baton:{test}:active:t") == 0
+
+
+async def test_who_was_taken_over_and_finds_no_room_does_not_wait_for_any(redis: Redis) -> None:
+    """Its worker refuses it late, when nobody would grant it anything any more."""
+    async with (
+        workers(redis, decode=10),
+        gateway(redis, "g1") as one,
+        gateway(redis, "g2") as two,
+        asyncio.TaskGroup() as tasks,
+    ):
+        old = Turn(tasks, one, ticket("old", name="mine"))
+        await old.inside.wait()
+        new = Turn(tasks, two, ticket("new", name="mine"))
+        await asyncio.wait_for(new.inside.wait(), PATIENCE_SECONDS)
+        await heard(one)
+        with pytest.raises(TakenOver):
+            await asyncio.wait_for(old.grant.again("decode", "decode"), PATIENCE_SECONDS)
+        assert new.error is None
+        for turn in (old, new):
+            turn.leave.set()
 
 
 async def test_a_former_owner_that_enqueues_late_takes_nothing_over(redis: Redis) -> None:

@@ -10,6 +10,7 @@ from backends.host.ledger import Holder
 from gateway.admission.scripts import SCRIPTS, Keys, script
 from tests.chaos.control import plot
 from tests.chaos.control.backend import BLOCK_BYTES
+from tests.chaos.control.client import client_of
 from tests.chaos.control.processes import DEPLOYMENT, MODEL, WorkerProcess
 from tests.chaos.control.redis_server import Server
 from tests.chaos.control.transport import Part, WireReceiver
@@ -74,7 +75,7 @@ class Checks:
         for gateway in self._game.gateways:
             entry = gateway.admission._turns.get(turn)
             if entry is not None:
-                self._turns[turn] = int(entry.ticket.id[1:])
+                self._turns[turn] = client_of(entry.ticket.id)
         self._strike(turn, "enqueue")
 
     def turn(self, name: str) -> int | None:

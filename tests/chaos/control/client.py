@@ -22,6 +22,11 @@ PUTS_OFF = frozenset({"QueueUnavailable", "NoWorkers", "QueueFull", "Draining"})
 """Answers with 503 and `Retry-After`."""
 
 
+def client_of(request: str) -> int:
+    """Whose request that is, by its id."""
+    return int(request[1:].partition(".")[0])
+
+
 class Client:
     """One request of one client, from its arrival to its one ending, in one attempt or several."""
 
@@ -43,6 +48,7 @@ class Client:
         self.seeds = tuple(dice.below(1 << 30, "seed", number, i) for i in range(self.n))
         self.known = [known_text(self.prompt, seed, self.max_tokens) for seed in self.seeds]
         self.told: defaultdict[int, list[int]] = defaultdict(list)
+        self.request = ""  # the id that came with what it was told
         self.finished: dict[int, str] = {}
         self.ending: str | None = None
         self.ended_at: float | None = None
@@ -74,11 +80,11 @@ class Client:
                 self.put_off("unreachable", "")
 
     def post(self) -> tuple[Any, ...]:
-        """What is sent."""
+        """What is sent. Each time it is a request of its own, until its key is looked up."""
         dice = self.game.dice
         tenant = dice.choose(TENANTS, "tenant", self.number)
         asked = {
-            "id": f"r{self.number}",
+            "id": f"r{self.number}.{self.attempts}",
             "tenant": tenant,
             "salt": tenant.encode() if dice("keeps", self.number) < 0.7 else b"",
             "prompt": self.prompt,
@@ -87,8 +93,8 @@ class Client:
             "decode_estimate": 1 + self.max_tokens // 2,
             "priority": dice.below(3, "priority", self.number) - 1,
         }
-        told = tuple(len(self.told[index]) for index in range(self.n))
-        return "post", self.number, asked, self.seconds, self.key, told if any(told) else ()
+        told = tuple(len(self.told[index]) for index in range(self.n)) if self.request else ()
+        return "post", self.number, asked, self.seconds, self.key, self.request, told
 
     def put_off(self, why: str, detail: str) -> None:
         """A 503, or nobody there: whoever was told nothing yet may ask again, elsewhere.
@@ -125,8 +131,9 @@ class Client:
                 if told != known or index not in self.finished:
                     self.game.blame(f"{self}: sequence {index} ends with {told}, not {known}")
 
-    def token(self, index: int, token: int, finish: str | None) -> None:
-        """One more token of one sequence."""
+    def token(self, request: str, index: int, token: int, finish: str | None) -> None:
+        """One more token of one sequence, and the id of the request."""
+        self.request = request
         line, known = self.told[index], self.known[index]
         if index in self.finished:
             self.game.blame(f"{self}: a token of sequence {index} after its last one")

@@ -13,7 +13,7 @@ import msgspec
 from backends.protocol import LENGTH
 from tests.chaos.control import plot
 from tests.chaos.control.checks import Checks
-from tests.chaos.control.client import Client
+from tests.chaos.control.client import Client, client_of
 from tests.chaos.control.network import End, Network, Treatment
 from tests.chaos.control.processes import (
     CONTROL_PORT,
@@ -282,7 +282,7 @@ class Game:
         gateway = end.loop.name if end.loop.name[0] == "g" else end.peer.loop.name
         spec = message.spec
         if spec is not None:
-            number = int(spec.request[1:])
+            number = client_of(spec.request)
             self._handles[gateway, spec.handle] = number
             client = self.clients[number]
             if message.type == "Reserve":

@@ -157,6 +157,7 @@ class Front(asyncio.Protocol):
         self._gateway = gateway
         self._transport: Any = None
         self._task: asyncio.Task[None] | None = None
+        self._request = ""
         self._skip: list[int] = []
         self._told = False
 
@@ -177,11 +178,13 @@ class Front(asyncio.Protocol):
         asked: dict[str, Any],
         seconds: float,
         key: str,
+        last: str,
         told: tuple[int, ...],
     ) -> None:
+        self._request = asked["id"]
         try:
             if key:
-                await self._claimed(number, asked, seconds, key, told)
+                await self._claimed(number, asked, seconds, key, last, told)
             else:
                 await self._carry(number, asked, seconds, None)
         except GatewayError as error:
@@ -190,12 +193,18 @@ class Front(asyncio.Protocol):
             self._end(number, "done", "")
 
     async def _claimed(
-        self, number: int, asked: dict[str, Any], seconds: float, key: str, told: tuple[int, ...]
+        self,
+        number: int,
+        asked: dict[str, Any],
+        seconds: float,
+        key: str,
+        last: str,
+        told: tuple[int, ...],
     ) -> None:
         """As `gateway.api.endpoints` does with `Idempotency-Key` and `Last-Event-ID`."""
         records, tenant = self._gateway.records, asked["tenant"]
-        if told:
-            claim = await records.take(tenant, asked["id"])
+        if last:
+            claim = await records.take(tenant, last)
         else:
             saved = Saved(
                 id=asked["id"],
@@ -216,7 +225,7 @@ class Front(asyncio.Protocol):
     async def _owned(
         self, number: int, asked: dict[str, Any], claim: Claim, told: tuple[int, ...]
     ) -> None:
-        self._skip = list(told)
+        self._skip, self._request = list(told), claim.id
         (job,) = claim.jobs(told, len(asked["seeds"]))
         try:
             await self._carry(number, asked, claim.left, job)
@@ -247,7 +256,7 @@ class Front(asyncio.Protocol):
             self._skip[index] -= 1
             return False
         self._told = True
-        self._transport.write(("token", index, token, finish))
+        self._transport.write(("token", self._request, index, token, finish))
         return False
 
     def prompt_logprobs(self, logprobs: Any) -> None:
