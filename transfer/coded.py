@@ -245,7 +245,7 @@ class CodedWriter:
             closed()
 
     def _begin(self, due: Iterator[KVSlice]) -> KVSlice | None:
-        """Have the next of them encoded beside; which that is."""
+        """Start encoding the next of them, if there is one, and return it."""
         part = next(due, None)
         if part is not None:
             self._busy = self._threads.submit(self._encoder.encode, part)

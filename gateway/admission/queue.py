@@ -249,8 +249,7 @@ class Admission:
 
         Workers that offer room and refuse again and again are asked ever more rarely.
         """
-        if self._turns.get(turn.name) is not turn:  # nobody would grant it
-            raise TakenOver(turn.ticket.id)
+        self._check_place(turn)
         turn.refusals += 1
         turn.wait()
         patience = max(0.0, turn.latest - asyncio.get_running_loop().time())
@@ -261,6 +260,7 @@ class Admission:
         try:
             report, state = await self._script("requeue", turn.ticket.model, wish)
         except QueueUnavailable:
+            self._check_place(turn)
             turn.held = True
             await asyncio.sleep(pause)
             return
@@ -269,6 +269,11 @@ class Admission:
         if state == GRANTED and turn.refusals > 1:
             await asyncio.sleep(pause)
         await self._until_granted(turn)
+
+    def _check_place(self, turn: Turn) -> None:
+        """Raise TakenOver where it is somebody else's by now: nobody would grant it any more."""
+        if self._turns.get(turn.name) is not turn:
+            raise TakenOver(turn.ticket.id)
 
     def _take_home(self, model: str, answer: list[Any]) -> None:
         report = Report(*answer)
@@ -336,12 +341,12 @@ class Admission:
                     await self._renew_now.wait()
             except TimeoutError:
                 pass
+            await self._pipe.until_ready()
             self._renew_now.clear()
-            if self._pipe.ready:
-                try:
-                    await self._renew()
-                except QueueUnavailable as error:
-                    log.warning("lease.unrenewed", cause=str(error))
+            try:
+                await self._renew()
+            except QueueUnavailable as error:
+                log.warning("lease.unrenewed", cause=str(error))
 
     async def _claim(self) -> None:
         """First on a new connection: say what we hold, before anybody is served or reaped."""

@@ -119,7 +119,7 @@ class Grant:
             DeadlineExceeded: the deadline cannot be met any more.
             NoWorkers: no worker was there for `worker_wait_seconds`.
             QueueUnavailable: Redis was lost for too long.
-            TakenOver: another gateway has its place by now.
+            TakenOver: somebody has asked for it again, and has its place.
         """
         self._turn.prefill_tokens = self._turn.ticket.prefill_tokens
         await self._requeue(self._turn, worker, kind)

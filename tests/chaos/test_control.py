@@ -1,7 +1,8 @@
 """Stories of requests that the fault machine has found."""
 
+from tests.chaos.control import plot
 from tests.chaos.control.game import Control
-from tests.chaos.machine import played
+from tests.chaos.machine import Faults, played
 from tests.chaos.schedule import Fault, Schedule
 
 
@@ -32,9 +33,17 @@ def test_what_strikes_when_all_have_their_endings_has_its_time_to_pass() -> None
     assert any("p0 stands still" in line for line in story[last:])
 
 
-def test_a_deadline_passes_where_one_thing_after_another_strikes_until_then() -> None:
-    """Redis away three times, two gateways that stand still, a decode worker that does."""
-    schedule = Control().schedule(41663)
-    cause, story = played(Control(), schedule)
-    assert not cause
-    assert any("request 3 ends: DeadlineExceeded" in line for line in story)
+def test_a_deadline_may_pass_only_where_it_was_never_calm_for_long_enough() -> None:
+    schedule = Schedule(1, (0,), ())
+    game = Control().game(schedule, Faults(schedule, None))
+    client = game.clients[0]
+    client.seconds, client.ended_at, game.calm = 25.0, 30.0, 28.0
+    for since, until, calm in (
+        (4.0, 5.0 + plot.QUIET_SECONDS - 0.1, False),  # it came at 5
+        (4.0, 5.0 + plot.QUIET_SECONDS, True),
+        (10.0, 10.0 + plot.QUIET_SECONDS, True),
+    ):
+        game._calms = [(0.0, 1.0), (since, until)]
+        assert game._had_calm(client) is calm
+    game._calms, game.calm = [], 30.0 - plot.QUIET_SECONDS
+    assert game._had_calm(client)

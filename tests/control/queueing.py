@@ -79,7 +79,6 @@ async def listens(redis: Redis, admission: Admission, name: str) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while (await redis.pubsub_numsub(channel))[0][1] != 1:
             await asyncio.sleep(0.005)
-    await until(lambda: not admission._renew_now.is_set())
     await admission._renew()
 
 

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from gateway.admission import Admission, Terms
 from gateway.errors import QueueFull, TenantOverLimit
 from gateway.quota import Quota
-from tests.support.patience import PATIENCE_SECONDS
+from tests.support.patience import LONG_SECONDS, PATIENCE_SECONDS
 
 from .queueing import (
     LIMITS,
@@ -271,7 +271,10 @@ async def test_tokens_of_those_who_died_waiting_come_back(redis: Redis) -> None:
         running.cancel()
         ghost.task.cancel()
         await asyncio.wait([running, ghost.task])
-        assert await redis.zadd("baton:{test}:waiting:" + MODEL, {name: 1}, xx=True, ch=True)
+        line = "baton:{test}:waiting:" + MODEL
+        seconds, _ = await redis.time()
+        assert seconds < await redis.zscore(line, name) / 1000 < seconds + 1 + LONG_SECONDS
+        assert await redis.zadd(line, {name: 1}, xx=True, ch=True)
         await heard(alive)  # after the time at which it gave up, as it seems now
         assert (await quota(redis))["decode"] == 1000
         first.leave.set()

@@ -55,3 +55,24 @@ async def test_what_was_missed_is_asked_for_once_the_subscription_stands() -> No
     assert gaps == [0]
     listening.cancel()
     await asyncio.wait([listening])
+
+
+async def test_it_is_asked_again_after_each_loss_of_the_connection(redis: Redis) -> None:
+    gaps, heard = list[int](), list[bytes]()
+    listening = asyncio.ensure_future(
+        listen(
+            redis,
+            "channel",
+            heard=heard.append,
+            gap=lambda: gaps.append(len(heard)),
+            quiet_seconds=PATIENCE_SECONDS,
+        )
+    )
+    for number in range(3):
+        await until(lambda number=number: len(gaps) == number + 1)
+        assert await redis.publish("channel", b"news") == 1
+        await until(lambda number=number: len(heard) == number + 1)
+        assert await redis.client_kill_filter(_type="pubsub") == 1
+    assert gaps[:3] == [0, 1, 2]
+    listening.cancel()
+    await asyncio.wait([listening])

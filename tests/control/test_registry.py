@@ -70,6 +70,10 @@ async def test_a_worker_that_falls_silent_is_forgotten(redis: Redis) -> None:
         await until(lambda: news and news[-1] == {"w": RECORD})
         running.cancel()
         await asyncio.wait([running])
+        seconds, _ = await redis.time()
+        assert await redis.zscore("baton:{test}:workers", "w") <= 1000 * (
+            seconds + 1 + LEASE_SECONDS
+        )
         await until(lambda: news[-1] == {})
         offers = await redis.hgetall("baton:{test}:credits:tiny")
         assert list(offers) == [b"w"], "its offer is counted out by the next call that looks"

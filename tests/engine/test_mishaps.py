@@ -15,6 +15,9 @@ from tests.life.cluster import Cluster, Heard, cluster
 
 PROMPT = list(range(3, 120))
 SLOW = {"step_seconds": 0.003, "prefill_seconds_per_token": 0.0002, "chunk_tokens": 20}
+ENDLESS = {**SLOW, "step_seconds": 0.2}
+"""200 tokens take longer than a test waits for the end of what it has cancelled."""
+
 STATES = (State.QUEUED, State.PLACED, State.PREFILLING, State.HANDING_OVER, State.DECODING)
 
 
@@ -31,7 +34,8 @@ async def test_a_cancel_at_any_point_frees_everything(
     redis_url: str, pair: str, state: State
 ) -> None:
     async with cluster(redis_url) as made:
-        await start_pair(made, pair, **SLOW, linger_seconds=0.02)
+        speed = ENDLESS if state is State.DECODING else SLOW
+        await start_pair(made, pair, **speed, linger_seconds=0.02)
         for delay in (0.0, 0.004, 0.01):
             job = made.job(PROMPT, n=3, max_tokens=200)
             carrying = asyncio.ensure_future(made.carry(job, Heard()))
@@ -45,7 +49,7 @@ async def test_a_cancel_at_any_point_frees_everything(
 
 async def test_a_stop_frees_one_sequence_and_no_other(redis_url: str) -> None:
     async with cluster(redis_url) as made:
-        await start_pair(made, "engine engine", **SLOW)
+        await start_pair(made, "engine engine", **ENDLESS)
         heard = Heard(stop_after=5)
         await made.carry(made.job(PROMPT, n=2, max_tokens=200), heard)
         assert heard.tokens == truth(PROMPT, 2, 5)

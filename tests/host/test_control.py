@@ -166,17 +166,20 @@ async def test_a_landing_that_nobody_writes_to_expires_and_frees_its_blocks(work
     assert await peer.free() == 32
 
 
-async def test_a_lost_gateway_loses_all_that_it_held(worker: Site) -> None:
-    peer = await (await worker.peer()).greet("sesame")
-    peer.send(Reserve(spec=spec([1] * 40, handle=1)))
-    await peer.hear(Granted)
-    peer.send(Prefill(spec=spec([1] * 40, handle=2, max_tokens=5000), decode_here=True))
-    await peer.hear(Tokens)
-    peer.writer.close()
-    other = await (await worker.peer()).greet("sesame")
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while await other.free() != 32:
-            await asyncio.sleep(0.005)
+async def test_a_lost_gateway_loses_all_that_it_held() -> None:
+    """Long before leases lapse, and before the pool is used up."""
+    slow = SyntheticBackend(**SHAPE, step_seconds=0.2)
+    async for it in site(slow, secret="sesame", lease_seconds=LONG_SECONDS):
+        peer = await (await it.peer()).greet("sesame")
+        peer.send(Reserve(spec=spec([1] * 40, handle=1)))
+        await peer.hear(Granted)
+        peer.send(Prefill(spec=spec([1] * 40, handle=2, max_tokens=5000), decode_here=True))
+        await peer.hear(Tokens)
+        peer.writer.close()
+        other = await (await it.peer()).greet("sesame")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while await other.free() != 32:
+                await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize(

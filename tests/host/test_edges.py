@@ -65,7 +65,8 @@ async def test_a_prefill_that_waits_for_a_landings_blocks_begins_when_they_are_f
     ],
 )
 async def test_what_would_unbalance_the_books_is_refused(wrong: RequestSpec, reason: str) -> None:
-    async for it in site():
+    # So slow that it is not over by itself while that is waited for.
+    async for it in site(SyntheticBackend(**SHAPE, step_seconds=0.2)):
         peer = await (await it.peer()).greet()
         peer.send(Prefill(spec=spec([1] * 40, handle=7, max_tokens=4000), decode_here=True))
         await peer.hear(Tokens)

@@ -216,14 +216,15 @@ async def test_nothing_is_kept_beyond_its_deadline() -> None:
         assert (await adopt(second, epoch=2)).parts == ()
 
 
-async def test_a_request_without_a_claim_ends_with_its_gateway(worker: Site) -> None:
-    first, second = await greeted(worker), await greeted(worker)
-    await begin(first, spec([1] * 40, max_tokens=2000), 5)
-    first.send(Prefill(spec=spec([1] * 40, handle=2, max_tokens=2000), decode_here=True))
-    first.send(Disown(handle=2))
-    first.writer.close()
-    await until(all_free, second)
-    assert worker.host._requests.idle
+async def test_a_request_without_a_claim_ends_with_its_gateway() -> None:
+    async for it in site(slow(step_seconds=0.2)):  # its pool lasts for longer than is waited
+        first, second = await greeted(it), await greeted(it)
+        await begin(first, spec([1] * 40, max_tokens=2000), 5)
+        first.send(Prefill(spec=spec([1] * 40, handle=2, max_tokens=2000), decode_here=True))
+        first.send(Disown(handle=2))
+        first.writer.close()
+        await until(all_free, second)
+        assert it.host._requests.idle
 
 
 async def test_what_nobody_owns_pauses_and_goes_on_when_adopted() -> None:

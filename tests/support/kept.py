@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.api import DecodeJob, Events, Output, PrefillJob
+from tests.support.patience import PATIENCE_SECONDS
 
 
 class Kept:
@@ -56,7 +57,7 @@ class KeptEngine:
     def end(self) -> None:
         self.backend.close()
 
-    async def idle(self, seconds: float = 30.0) -> None:
+    async def idle(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Return once it has said of every job that it is over."""
         async with asyncio.timeout(seconds):
             while self.open:

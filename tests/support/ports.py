@@ -1,10 +1,9 @@
 """Ports for servers that are killed and started again in the same place."""
 
-import itertools
 import random
 import socket
 
-_PORTS = itertools.cycle(random.sample(range(15_000, 30_000), 15_000))
+_PORTS = iter(random.sample(range(15_000, 30_000), 15_000))
 """Below those from which systems take one for each outgoing connection.
 
 One of those may be somebody else's by the time that a server comes back.
@@ -20,4 +19,4 @@ def free_port() -> int:
             except OSError:
                 continue
         return port
-    raise AssertionError
+    raise AssertionError("no port is free")

@@ -362,7 +362,8 @@ class Game:
         for fault in self._faults.passing(number, point, lambda: self.state(client, point)):
             self.tell(f"{client}, {self.state(client, point)}: {fault.kind} at {point}")
             self.struck.append(fault)
-            self.disturb(self.world.now)
+            if fault.kind not in plot.HARMLESS:
+                self.disturb(self.world.now)
             if not self._strikes.act(fault, client):
                 mine.append(fault)
         return mine

@@ -83,6 +83,9 @@ WEAR = ("drain prefill", "drain decode", "fail prefill", "fail decode", "rot")
 keep for later prefixes changes.
 """
 
+HARMLESS = frozenset({"again", "rot", "leave"})
+"""What holds up nobody else."""
+
 RARE = ("delay", "leave", "kill gateway", "kill decode", "kill redis")
 """What strikes where requests seldom come: when a worker was fuller than it had seemed."""
 
