@@ -87,26 +87,36 @@ class Pipe:
         """
         pause = FIRST_PAUSE_SECONDS
         while True:
-            connection = self._connection()
-            was_ready = False
-            try:
-                try:
-                    async with asyncio.timeout(self._timeout):
-                        await connection.connect()
-                    self._open = True
-                    async with asyncio.TaskGroup() as tasks:
-                        tasks.create_task(self._write(connection))
-                        tasks.create_task(self._read(connection))
-                        tasks.create_task(self._watch())
-                        tasks.create_task(self._begin())
-                finally:
-                    was_ready = self.ready
-                    self._close()
-                    await connection.disconnect(nowait=True)
-            except* (RedisError, OSError, QueueUnavailable) as errors:
-                self._note(errors, was_ready)
-            pause = FIRST_PAUSE_SECONDS if was_ready else min(2 * pause, LONGEST_PAUSE_SECONDS)
+            # In a task of its own: before Python 3.13, a task group that fails just as its task is
+            # cancelled hides the cancellation.
+            async with asyncio.TaskGroup() as one:
+                served = one.create_task(self._serve())
+            pause = (
+                FIRST_PAUSE_SECONDS if served.result() else min(2 * pause, LONGEST_PAUSE_SECONDS)
+            )
             await asyncio.sleep(pause)
+
+    async def _serve(self) -> bool:
+        """Over one connection, until it is lost; whether it was ready before."""
+        connection = self._connection()
+        was_ready = False
+        try:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await connection.connect()
+                self._open = True
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._write(connection))
+                    tasks.create_task(self._read(connection))
+                    tasks.create_task(self._watch())
+                    tasks.create_task(self._begin())
+            finally:
+                was_ready = self.ready
+                self._close()
+                await connection.disconnect(nowait=True)
+        except* (RedisError, OSError, QueueUnavailable) as errors:
+            self._note(errors, was_ready)
+        return was_ready
 
     async def script(self, name: ScriptName, keys: tuple[str, ...], *words: Argument) -> Any:
         """Run one of our scripts, once the server has been greeted.
