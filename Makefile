@@ -64,7 +64,7 @@ chaos: $(VENV)/.dev ## Kill and stop real processes under load (5 minutes, then 
 test-rdma: $(VENV)/.dev ## Test NIXL over RDMA verbs in an emulated machine (10 minutes; root and Debian)
 	@tests/rdma/run.sh $(abspath $(BIN))/python
 
-test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 minutes to compile it once, then 20)
+test-llamacpp: $(LLAMACPP)/.made ## Test llama.cpp as prefill and decode (12 minutes to compile it once, then 13)
 	@PYTHONPATH=$(abspath $(LLAMACPP)) $(BIN)/python -m pytest -q tests/llamacpp
 
 test-trtllm: $(VENV)/.dev ## Test the TensorRT-LLM prefill on its stand-in, its processes killed too (3 minutes)

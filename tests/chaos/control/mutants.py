@@ -242,9 +242,6 @@ MUTANTS = {
     "lets keys live for ever": Mutant(
         lua=("redis.call('PEXPIRE', key, lifetime)", "redis.call('EXISTS', key)")
     ),
-    "lets a former owner take over": Mutant(
-        lua=("ticket.owner > wish.ticket.owner", "ticket.owner < 0"), cause="back to"
-    ),
     "gives a right away without a new epoch": Mutant(
         lua=("hold(id, ticket, next_epoch())", "hold(id, ticket, ticket.epoch)")
     ),
