@@ -117,6 +117,19 @@ async def workers(
         stop.set()
 
 
+@asynccontextmanager
+async def two_gateways(
+    redis: Redis, *, prefill: int = 100, decode: int, limits: Limits = LIMITS
+) -> AsyncIterator[tuple[Admission, Admission]]:
+    """Two of them before such workers, whose leases are as long as theirs."""
+    async with (
+        workers(redis, prefill=prefill, decode=decode, lease_seconds=limits.lease_seconds),
+        gateway(redis, "g1", limits) as one,
+        gateway(redis, "g2", limits) as two,
+    ):
+        yield one, two
+
+
 async def published(redis: Redis, count: int) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while await redis.zcard("baton:{test}:workers") != count:

@@ -24,6 +24,7 @@ from .queueing import (
     patient,
     published,
     ticket,
+    two_gateways,
     until,
     waiting,
     workers,
@@ -98,12 +99,7 @@ async def test_a_finished_prefill_makes_room_for_the_next_one(redis: Redis) -> N
 
 
 async def test_grants_reach_the_gateway_that_owns_the_connection(redis: Redis) -> None:
-    async with (
-        workers(redis, decode=10),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=10) as (one, two), asyncio.TaskGroup() as tasks:
         first = Turn(tasks, one, ticket())
         await first.inside.wait()
         second = Turn(tasks, two, ticket())

@@ -20,6 +20,7 @@ from .queueing import (
     in_line,
     patient,
     ticket,
+    two_gateways,
     until,
     workers,
 )
@@ -84,9 +85,7 @@ async def test_two_gateways_let_in_exactly_what_is_allowed(redis: Redis) -> None
             refused += 1
 
     async with (
-        workers(redis, decode=1000, prefill=1000),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
+        two_gateways(redis, decode=1000, prefill=1000) as (one, two),
         asyncio.TaskGroup() as tasks,
     ):
         for number in range(40):

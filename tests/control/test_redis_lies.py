@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.admission import Admission, Limits, Terms, open_redis
+from gateway.admission import Admission, Terms, open_redis
 from gateway.config import RedisSection
 from gateway.leash import leashed
 from gateway.redis_server import command
@@ -27,6 +27,7 @@ from .queueing import (
     patient,
     published,
     ticket,
+    two_gateways,
     until,
     waiting,
     workers,
@@ -75,24 +76,21 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 @asynccontextmanager
-async def two_gateways(
-    server: LiveServer, *, decode: int, limits: Limits = LIMITS
+async def gateways_of(
+    server: LiveServer, *, decode: int
 ) -> AsyncIterator[tuple[Admission, Admission]]:
-    async with AsyncExitStack() as stack:
-        redis = await stack.enter_async_context(open_redis(RedisSection(url=server.url)))
-        await stack.enter_async_context(
-            workers(redis, decode=decode, prefill=1000, lease_seconds=limits.lease_seconds)
-        )
-        one = await stack.enter_async_context(gateway(redis, "g1", limits))
-        two = await stack.enter_async_context(gateway(redis, "g2", limits))
-        yield one, two
+    async with (
+        open_redis(RedisSection(url=server.url)) as redis,
+        two_gateways(redis, prefill=1000, decode=decode, limits=LIMITS) as both,
+    ):
+        yield both
 
 
 async def test_grants_that_redis_forgot_are_still_held(server: LiveServer) -> None:
     """It thinks that they wait, or has never heard of them; nobody else gets their room."""
     amnesia = Amnesia(server)
     async with (
-        two_gateways(server, decode=20) as (one, two),
+        gateways_of(server, decode=20) as (one, two),
         open_redis(RedisSection(url=server.url)) as redis,
         asyncio.TaskGroup() as tasks,
     ):
@@ -155,7 +153,7 @@ async def test_whatever_is_forgotten_nobody_runs_twice_and_no_room_is_given_twic
             served[name] += 1
 
     async with (
-        two_gateways(server, decode=room) as gates,
+        gateways_of(server, decode=room) as gates,
         open_redis(RedisSection(url=server.url)) as redis,
         asyncio.TaskGroup() as tasks,
     ):
@@ -184,7 +182,7 @@ async def test_lifetimes_that_pass_while_redis_is_down_cost_nobody_anything(
     """Every key was gone when it came back, and gateways and workers say what there is."""
     amnesia = Amnesia(server)
     async with (
-        two_gateways(server, decode=20) as (one, two),
+        gateways_of(server, decode=20) as (one, two),
         open_redis(RedisSection(url=server.url)) as redis,
         asyncio.TaskGroup() as tasks,
     ):
@@ -243,7 +241,7 @@ async def test_after_a_restart_nothing_is_granted_before_all_have_said_what_they
 async def test_epochs_grow_when_redis_has_forgotten_them(server: LiveServer) -> None:
     amnesia = Amnesia(server)
     async with (
-        two_gateways(server, decode=10) as (one, _),
+        gateways_of(server, decode=10) as (one, _),
         asyncio.TaskGroup() as tasks,
     ):
         await amnesia.remember()

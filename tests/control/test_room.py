@@ -13,7 +13,18 @@ from gateway.errors import DeadlineExceeded
 from tests.support.patience import PATIENCE_SECONDS
 
 from .conftest import LiveServer
-from .queueing import MODEL, Turn, book, gateway, heard, in_line, ticket, until, workers
+from .queueing import (
+    MODEL,
+    Turn,
+    book,
+    gateway,
+    heard,
+    in_line,
+    ticket,
+    two_gateways,
+    until,
+    workers,
+)
 
 CREDITS = f"baton:{{test}}:credits:{MODEL}"
 NEVER_MS = 1 << 40
@@ -48,12 +59,7 @@ class Door:
 
 async def test_a_refused_ticket_goes_back_to_its_old_place(redis: Redis) -> None:
     """Before those that came after it, and nobody else is let in where it was not."""
-    async with (
-        workers(redis, decode=40),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=40) as (one, two), asyncio.TaskGroup() as tasks:
         turns = [Turn(tasks, one, ticket(str(number), seconds=60 + number)) for number in range(4)]
         for turn in turns:
             await turn.inside.wait()

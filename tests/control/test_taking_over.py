@@ -9,16 +9,22 @@ from gateway.admission import Terms
 from gateway.errors import TakenOver
 from tests.support.patience import PATIENCE_SECONDS
 
-from .queueing import Turn, book, gateway, heard, in_line, ticket, until, waiting, workers
+from .queueing import (
+    Turn,
+    book,
+    gateway,
+    heard,
+    in_line,
+    ticket,
+    two_gateways,
+    until,
+    waiting,
+    workers,
+)
 
 
 async def test_another_gateway_takes_a_waiting_ticket_over_at_its_place(redis: Redis) -> None:
-    async with (
-        workers(redis, decode=10),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=10) as (one, two), asyncio.TaskGroup() as tasks:
         first = Turn(tasks, two, ticket("first"))
         await first.inside.wait()
         old = Turn(tasks, one, ticket("old", name="mine", seconds=60))
@@ -44,12 +50,7 @@ async def test_a_lease_that_is_taken_over_is_not_given_back_by_its_former_holder
     redis: Redis,
 ) -> None:
     terms = Terms(concurrent=3)
-    async with (
-        workers(redis, decode=10),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=10) as (one, two), asyncio.TaskGroup() as tasks:
         old = Turn(tasks, one, ticket("old", name="mine", terms=terms))
         await old.inside.wait()
         new = Turn(tasks, two, ticket("new", name="mine", terms=terms))
@@ -68,12 +69,7 @@ async def test_a_lease_that_is_taken_over_is_not_given_back_by_its_former_holder
 
 async def test_who_was_taken_over_and_finds_no_room_does_not_wait_for_any(redis: Redis) -> None:
     """Its worker refuses it late, when nobody would grant it anything any more."""
-    async with (
-        workers(redis, decode=10),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=10) as (one, two), asyncio.TaskGroup() as tasks:
         old = Turn(tasks, one, ticket("old", name="mine"))
         await old.inside.wait()
         new = Turn(tasks, two, ticket("new", name="mine"))
@@ -87,12 +83,7 @@ async def test_who_was_taken_over_and_finds_no_room_does_not_wait_for_any(redis:
 
 
 async def test_a_former_owner_that_enqueues_late_takes_nothing_over(redis: Redis) -> None:
-    async with (
-        workers(redis, decode=10),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=10) as (one, two), asyncio.TaskGroup() as tasks:
         holder = Turn(tasks, two, ticket("holder", name="mine", owner_epoch=2))
         await holder.inside.wait()
         waiter = Turn(tasks, two, ticket("waiter", name="other", owner_epoch=2))
@@ -112,12 +103,7 @@ async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
     redis: Redis,
 ) -> None:
     """Redis has forgotten the ticket; the former holder speaks first, the new one has it."""
-    async with (
-        workers(redis, decode=10),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=10) as (one, two), asyncio.TaskGroup() as tasks:
         old = Turn(tasks, one, ticket("old", name="mine"))
         await old.inside.wait()
         new = Turn(tasks, two, ticket("new", name="mine"))
@@ -137,12 +123,7 @@ async def test_of_two_that_claim_a_right_after_an_outage_the_later_one_has_it(
 
 async def test_a_former_owner_claims_nothing_that_waits_for_the_new_one(redis: Redis) -> None:
     """Redis has forgotten the lease; the new owner is in line again before the old one speaks."""
-    async with (
-        workers(redis, decode=20),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=20) as (one, two), asyncio.TaskGroup() as tasks:
         old = Turn(tasks, one, ticket("old", name="mine", owner_epoch=1))
         await old.inside.wait()
         other = Turn(tasks, two, ticket("other"))
@@ -162,12 +143,7 @@ async def test_a_former_owner_claims_nothing_that_waits_for_the_new_one(redis: R
 
 async def test_the_later_owner_has_a_right_that_the_former_was_given_again(redis: Redis) -> None:
     """Redis has forgotten that it was taken over, and grants it anew to the one before."""
-    async with (
-        workers(redis, decode=20),
-        gateway(redis, "g1") as one,
-        gateway(redis, "g2") as two,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with two_gateways(redis, decode=20) as (one, two), asyncio.TaskGroup() as tasks:
         new = Turn(tasks, two, ticket("new", name="mine", owner_epoch=2))
         await new.inside.wait()
         assert await redis.hdel("baton:{test}:tickets:tiny", "mine")
